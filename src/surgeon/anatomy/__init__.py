@@ -1,0 +1,25 @@
+"""Where a model keeps its weights: sites, entries, orientation, and models from disk."""
+
+from .anatomy import Address, Anatomy, text_config
+from .load import Loaded, load_model
+from .probe import prove
+from .site import Entry, Region, Site
+from .table import TABLE, Layout
+from .view import Packing, WeightView, digest
+
+__all__ = [
+    "TABLE",
+    "Address",
+    "Anatomy",
+    "Entry",
+    "Layout",
+    "Loaded",
+    "Packing",
+    "Region",
+    "Site",
+    "WeightView",
+    "digest",
+    "load_model",
+    "prove",
+    "text_config",
+]

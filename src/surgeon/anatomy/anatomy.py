@@ -1,0 +1,245 @@
+"""The map of one model: its layers, its sites, their orientation and sizes; found by table, then by structure, then proved."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import BadInput, UnknownArchitecture, UnknownSite
+from .site import Region, Site
+from .structure import layout_by_structure, module_lists
+from .table import TABLE, Layout
+from .view import Packing, Rows, WeightView
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a site lives: the parameter's full name, the module that owns it, and how it is packed."""
+
+    parameter: str
+    module: str
+    packing: Packing
+
+
+class Anatomy:
+    """Every addressable site of `model`.
+
+    Built with `Anatomy.of(model)`; `layout` overrides the table for an architecture of your own.
+    `source` tells how the layout was found: "table", "structure" or "user".
+    """
+
+    def __init__(self, model: nn.Module, layout: Layout, source: str) -> None:
+        self.model = model
+        self.layout = layout
+        self.source = source
+        self.config = text_config(model)
+        self.layers_path = _find_layers(model, layout, self.config)
+        self.addresses: dict[Site, Address] = dict(self._walk())
+
+    @classmethod
+    def of(cls, model: nn.Module, layout: Layout | None = None) -> Anatomy:
+        """Find the sites of `model`. Raises: UnknownArchitecture, which lists the nearest module names."""
+        if layout is not None:
+            return cls(model, layout, "user")
+        known = TABLE.get(getattr(text_config(model), "model_type", ""))
+        if known is not None:
+            return cls(model, known, "table")
+        return cls(model, layout_by_structure(model, getattr(text_config(model), "num_hidden_layers", None)), "structure")
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        layers: Any = self.model.get_submodule(self.layers_path)
+        return list(layers)
+
+    @property
+    def d_model(self) -> int:
+        downs = self.downs()
+        return self.view(downs[0]).shape[0]
+
+    def downs(self, layer: int | None = None) -> list[Site]:
+        """The `mlp.down` sites, of one layer or of all, experts included, in order."""
+        return [s for s in self.addresses if s.role == "mlp.down" and (layer is None or s.layer == layer)]
+
+    def has_experts(self, layer: int) -> bool:
+        return any(s.expert is not None for s in self.downs(layer))
+
+    def module(self, site: Site) -> nn.Module:
+        """The module that owns the site's parameter; for fused experts the module that holds all of them."""
+        return self.model.get_submodule(self.addresses[self.resolve(site)].module)
+
+    def resolve(self, site: Site | str) -> Site:
+        """The site of that name. Raises: UnknownSite with the nearest names."""
+        wanted = Site.parse(site) if isinstance(site, str) else site
+        if wanted in self.addresses:
+            return wanted
+        n = len(self.layers)
+        if wanted.layer is not None and wanted.layer >= n:
+            raise UnknownSite(f"{wanted} does not exist: this model has {n} layers, L0 to L{n - 1}.")
+        names = [str(s) for s in self.addresses]
+        near = difflib.get_close_matches(str(wanted), names, n=4, cutoff=0.3) or names[:4]
+        raise UnknownSite(f"{wanted} does not exist in this model; the nearest sites are {', '.join(near)}. `surgeon sites` lists all.")
+
+    def region(self, text: str) -> Region:
+        """Parse an address and check it against this model. Raises: BadInput, UnknownSite."""
+        region = Region.parse(text)
+        self.resolve(region.site)
+        region.rows_cols(self.view(region.site).shape)
+        return region
+
+    def view(self, site: Site | str) -> WeightView:
+        """The site's weight as (out, in), sharing memory with the model."""
+        site = self.resolve(site)
+        address = self.addresses[site]
+        return WeightView(site, self.model.get_parameter(address.parameter), address.packing)
+
+    def tied_to(self, site: Site) -> list[Site]:
+        """Other sites that share the stored tensor entry for entry (embed and unembed, mostly)."""
+        mine = self.addresses[self.resolve(site)]
+        stored = self.model.get_parameter(mine.parameter)
+        return [
+            other
+            for other, address in self.addresses.items()
+            if other != site and address.module != mine.module and self.model.get_parameter(address.parameter) is stored
+        ]
+
+    # -- how the map is drawn ---------------------------------------------------------------------------------------
+
+    def _walk(self) -> Iterator[tuple[Site, Address]]:
+        model = self.model
+        for role, module in (("embed", _call(model, "get_input_embeddings")), ("unembed", _call(model, "get_output_embeddings"))):
+            if module is not None and getattr(module, "weight", None) is not None:
+                path = _path_of(model, module)
+                # a lookup table is stored (token, channel), so its rows are inputs; an output head is a Linear
+                yield Site(None, role), Address(f"{path}.weight", path, Packing(transposed=role == "embed"))
+        for index, layer in enumerate(self.layers):
+            yield from self._walk_layer(index, layer)
+        norm = self._final_norm()
+        if norm is not None:
+            yield Site(None, "final_norm"), Address(f"{norm}.weight", norm, Packing())
+
+    def _walk_layer(self, index: int, layer: nn.Module) -> Iterator[tuple[Site, Address]]:
+        found = False
+        prefix = f"{self.layers_path}.{index}"
+        for role, location in self.layout.roles.items():
+            path, _, part = location.partition("/")
+            module = _submodule(layer, path)
+            weight = getattr(module, "weight", None)
+            if not isinstance(weight, Tensor) or weight.dim() != 2:
+                continue
+            transposed = isinstance(module, Conv1D) or path in self.layout.transposed
+            rows = _rows(part, weight.shape[1 if transposed else 0], self.config)
+            found = found or role == "mlp.down"
+            yield Site(index, role), Address(f"{prefix}.{path}.weight", f"{prefix}.{path}", Packing(None, transposed, rows))
+        for role, location in (self.layout.experts or {}).items():
+            path, _, part = location.partition("/")
+            owner, _, name = path.rpartition(".")
+            module = _submodule(layer, owner)
+            fused = getattr(module, name, None)
+            if not isinstance(fused, Tensor) or fused.dim() != 3:
+                continue
+            transposed = self.layout.expert_orientation == "in_out"
+            rows = _rows(part, fused.shape[2 if transposed else 1], self.config)
+            found = found or role == "mlp.down"
+            for expert in range(fused.shape[0]):
+                yield Site(index, role, expert), Address(f"{prefix}.{path}", f"{prefix}.{owner}", Packing(expert, transposed, rows))
+        if not found:
+            raise UnknownArchitecture(
+                f"layer {index} of this {type(self.model).__name__} has no MLP output projection where the layout says "
+                f"({self.layout.roles.get('mlp.down') or self.layout.experts}); its modules are {_names(layer)}. "
+                "Pass a Layout of your own to Anatomy.of."
+            )
+        for name, module in layer.named_modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.dim() == 1:
+                yield Site(index, f"norm.{name}"), Address(f"{prefix}.{name}.weight", f"{prefix}.{name}", Packing())
+
+    def _final_norm(self) -> str | None:
+        parent = self.layers_path.rpartition(".")[0]
+        if self.layout.final_norm is None:
+            return None
+        name = self.layout.final_norm.rpartition(".")[2]
+        path = f"{parent}.{name}" if parent else name
+        return path if getattr(_submodule(self.model, path), "weight", None) is not None else None
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the language model, also where it is nested in a multimodal one; None for a plain module."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _find_layers(model: nn.Module, layout: Layout, config: Any) -> str:
+    """The path of the ModuleList of decoder layers: as written in the layout, or ending in the same name."""
+    lists = module_lists(model)
+    if layout.layers in lists:
+        return layout.layers
+    count = getattr(config, "num_hidden_layers", None)
+    last = layout.layers.rpartition(".")[2]
+    close = [p for p, m in lists.items() if p.rpartition(".")[2] == last and len(m) == count]
+    if len(close) == 1:
+        return close[0]
+    raise UnknownArchitecture(
+        f"no list of {count} layers named {layout.layers!r} in this {type(model).__name__}; "
+        f"its module lists are {', '.join(lists) or 'none'}. Pass a Layout of your own to Anatomy.of."
+    )
+
+
+def _rows(part: str, n_out: int, config: Any) -> Rows:
+    """Which of `n_out` stored output channels a part of a fused weight means; the parts are explained in table.py."""
+    kind, _, number = part.partition(":")
+    if not kind:
+        return None
+    if kind in ("even", "odd"):
+        return slice(0 if kind == "even" else 1, None, 2)
+    index = int(number)
+    if kind == "gate_up":
+        half = n_out // 2
+        return slice(index * half, (index + 1) * half)
+    heads = config.num_attention_heads
+    if kind == "qkv":
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        d_head = n_out // (heads + 2 * kv_heads)
+        bounds = [0, heads * d_head, (heads + kv_heads) * d_head, n_out]
+        return slice(bounds[index], bounds[index + 1])
+    if kind == "groups":
+        groups = _kv_groups(config, heads)
+        queries = heads // groups
+        d_head = n_out // (heads + 2 * groups)
+        channels = torch.arange(n_out).view(groups, queries + 2, d_head)
+        return (channels[:, :queries], channels[:, queries], channels[:, queries + 1])[index].reshape(-1)
+    raise BadInput(f"{part!r} is not a part of a fused weight; use gate_up:0-1, even, odd, qkv:0-2 or groups:0-2.")
+
+
+def _kv_groups(config: Any, heads: int) -> int:
+    if getattr(config, "new_decoder_architecture", False):  # falcon 40B and later
+        return int(config.num_kv_heads)
+    return 1 if getattr(config, "multi_query", False) else heads
+
+
+def _submodule(root: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _call(model: nn.Module, method: str) -> nn.Module | None:
+    """transformers raises NotImplementedError from these on models that have no such part."""
+    try:
+        return getattr(model, method)() if hasattr(model, method) else None
+    except NotImplementedError:
+        return None
+
+
+def _path_of(model: nn.Module, wanted: nn.Module) -> str:
+    return str(next(name for name, module in model.named_modules() if module is wanted))
+
+
+def _names(layer: nn.Module) -> str:
+    return ", ".join(name for name, module in layer.named_modules() if name and not list(module.children()))

@@ -1,0 +1,231 @@
+"""Models from disk or from the Hub, with every way a checkpoint can be unusable turned into a sentence."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+import struct
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import BadCheckpoint, BadInput, UnknownArchitecture
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_WEIGHT_FILES = ("*.safetensors",)
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready for surgery. `fingerprint` is the SHA-256 of its configuration and weight files."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    name: str
+    folder: Path
+    fingerprint: str
+
+
+def locate(name: str) -> Path:
+    """The folder of MODEL: `patient`, a local folder, or a Hub id, optionally `@revision`, which is downloaded.
+
+    Raises: BadInput if there is no such model, BadCheckpoint if it holds no safetensors weights.
+    """
+    if name == "patient":
+        return check_folder(Path(str(resources.files("surgeon.patients") / "patient")))
+    path = Path(name)
+    try:
+        if path.exists():
+            return check_folder(path)
+    except OSError as error:  # no path at all, as one that is too long
+        raise BadInput(f"{name} cannot be used as a model folder: {error.strerror}.") from error
+    repo, _, revision = name.partition("@")
+    if name.startswith((".", "/", "~")) or repo.count("/") != 1:
+        raise BadInput(
+            f"no model folder at {name}; give `patient`, a folder with config.json and safetensors weights, or a Hub id like org/name."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    try:
+        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
+    except GatedRepoError as error:
+        raise BadInput(f"the Hub gives {repo} only to those who accepted its terms; do so on its page, then `hf auth login`.") from error
+    except RepositoryNotFoundError as error:
+        raise BadInput(
+            f"{name} is no local folder, and the Hub has no model {repo}, or a private one; check it, or `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise BadInput(f"the model {repo} on the Hub has no revision {revision}; name a branch, a tag or a commit of it.") from error
+    except Exception as error:  # besides its own errors the client lets those of its HTTP library through
+        raise BadInput(f"{name} is neither a local folder nor a model the Hub would give: {_first_line(error)}.") from error
+    return check_folder(folder)
+
+
+def check_folder(folder: Path) -> Path:
+    """Return `folder` if it is a readable safetensors checkpoint. Raises: BadCheckpoint, with what to do."""
+    if not folder.is_dir():
+        raise BadCheckpoint(f"{folder} is a file; MODEL is the folder that holds config.json and the weights.")
+    if not (folder / "config.json").is_file():
+        raise BadCheckpoint(f"{folder} has no config.json, so it is not a transformers checkpoint.")
+    shards = weight_files(folder)
+    if not shards:
+        pickled = [p.name for pattern in _PICKLES for p in folder.glob(pattern)]
+        if pickled:
+            raise BadCheckpoint(
+                f"{folder} holds only pickled weights ({', '.join(pickled[:3])}), which can run code when opened, so Surgeon does not. "
+                "Convert them once in a place you trust: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)."
+            )
+        raise BadCheckpoint(f"{folder} holds no *.safetensors weights.")
+    for shard in shards:
+        read_header(shard)
+    return folder
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors shards of a checkpoint, in order; those of the index if there is one."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            outside = any(Path(n).name != n for n in names)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise BadCheckpoint(f"{index} is not a safetensors index: {error!r}.") from error
+        if outside:
+            raise BadCheckpoint(f"{index} points outside its folder.")
+        missing = [n for n in names if not (folder / n).is_file()]
+        if missing:
+            raise BadCheckpoint(f"{folder} lacks the shards {', '.join(missing[:3])} that its index names; download them again.")
+        return [folder / n for n in names]
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else sorted(p for pattern in _WEIGHT_FILES for p in folder.glob(pattern))
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file, checked against the file's size. Raises: BadCheckpoint if damaged or truncated."""
+    size = path.stat().st_size
+    broken = BadCheckpoint(f"{path} is damaged or not a safetensors file; download or write it again.")
+    if size < 8:
+        raise broken
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > size - 8:
+            raise broken
+        try:
+            header = json.loads(file.read(length))
+            end = max((operator.index(t["data_offsets"][1]) for n, t in header.items() if n != "__metadata__"), default=0)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+            raise broken from error
+    if 8 + length + end != size:
+        raise BadCheckpoint(f"{path} is truncated: its header promises {8 + length + end} bytes, it has {size}; download it again.")
+    return dict(header)
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over config.json and every weight file: two folders share it only if they hold the same model."""
+    total = hashlib.sha256((folder / "config.json").read_bytes())
+    for shard in weight_files(folder):
+        with shard.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def read_config(folder: Path) -> Any:
+    """The model's configuration. Raises: BadCheckpoint for one that transformers does not know."""
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many types here, all of them about this file
+        raise BadCheckpoint(f"{folder}/config.json cannot be used: {_first_line(error)}.") from error
+
+
+def model_class(config: Any) -> Any:
+    """The transformers class that the checkpoint names, or the causal-LM class for its type."""
+    for name in getattr(config, "architectures", None) or []:
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    return transformers.AutoModelForCausalLM
+
+
+def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
+    """Load MODEL (`patient`, a folder, or a Hub id) for surgery, in eval mode.
+
+    dtype: "auto" (the checkpoint's own) or float32, bfloat16, float16. device: "auto" takes a GPU if there is one.
+    Raises: BadInput, BadCheckpoint.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise BadInput(f"--dtype {dtype} is not known; use auto, {', '.join(DTYPES)}.")
+    folder = locate(name)
+    config = read_config(folder)
+    if not hasattr(config.get_text_config(), "vocab_size"):
+        raise UnknownArchitecture(f"{name} is a {config.model_type} model, which reads no tokens; Surgeon works on language models.")
+    where = _device(device)
+    try:
+        model, notes = model_class(config).from_pretrained(
+            folder,
+            dtype=DTYPES.get(dtype, "auto"),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # from_pretrained has no common base; whatever it says is about this checkpoint
+        raise BadCheckpoint(f"{name} cannot be loaded by transformers {transformers.__version__}: {_first_line(error)}.") from error
+    # transformers would go on, with random numbers in the place of these
+    if wrong := sorted(notes["missing_keys"]) + sorted(key for key, *_ in notes["mismatched_keys"]):
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise BadCheckpoint(
+            f"{name} lacks weights that its config.json promises, or has them in another shape: {', '.join(wrong[:3])}{more}; "
+            "download or write it again."
+        )
+    try:
+        model = model.to(where).eval()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise BadInput(f"--device {device} cannot be used on this machine: {_first_line(error)}.") from error
+    model.requires_grad_(False)
+    return Loaded(model, load_tokenizer(folder), name, folder, fingerprint(folder))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BadInput(f"--device {name} is not known; use auto, cpu, or cuda.") from error
+    if device.type == "meta":
+        raise BadInput("--device meta holds no numbers, so nothing can be computed on it; use auto, cpu, or cuda.")
+    return device
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The checkpoint's tokenizer, or None if it ships none."""
+    if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "vocab.txt")):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise BadCheckpoint(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}; write it again.") from error
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own, which Surgeon never runs; use a model that transformers knows by itself"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, KeyError) or not lines:
+        return repr(error)
+    heading = lines[0].endswith(":") and len(lines) > 1
+    return (f"{lines[0]} {lines[1]}" if heading else lines[0])[:300].rstrip(" .")

@@ -1,0 +1,159 @@
+"""What several verbs share: options, opening a model and a text, progress on stderr, JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import reduce
+from math import isfinite
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from ..anatomy import Anatomy, Loaded, Region, load_model, prove
+from ..corpus import BOS_POLICIES, DEFAULT_WINDOW, Corpus, load_corpus, read_text
+from ..errors import BadInput, SurgeonError, UnknownArchitecture
+from ..patients import heldout_text
+
+F = TypeVar("F", bound=Callable[..., Any])
+# without emoji: what a model or a user wrote is printed as it is, also where it holds something like :smile:
+out = Console(highlight=False, soft_wrap=True, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
+
+
+def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several click decorators as one, in reading order."""
+    return lambda function: reduce(lambda f, decorate: decorate(f), reversed(decorators), function)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else.")
+seed_option = click.option("--seed", default=0, type=click.IntRange(0, 2**32 - 1), show_default=True, help="Seed of everything random.")
+model_options = options(
+    click.argument("model"),
+    click.option("--dtype", default="auto", show_default=True, help="auto (the checkpoint's own), float32, bfloat16, float16, float64."),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, ..."),
+)
+at_option = click.option(
+    "--at", "at", multiple=True, required=True, metavar="ENTRY", help="'L0.mlp.down[88, 165]'; a row is [88, :], a column [:, 165]."
+)
+patch_option = click.option("--patch", "patches", multiple=True, metavar="P", help="Patch file; several are applied in order.")
+
+
+def text_options(windows: int | None) -> Callable[[F], F]:
+    """Options of the evaluation text; `windows` is the default number of windows, None for all."""
+    many = "all" if windows is None else str(windows)
+    return options(
+        click.option("--text", metavar="FILE", help="UTF-8 text to evaluate on; default: the patient's held-out text."),
+        click.option("--window", default=DEFAULT_WINDOW, show_default=True, help="Tokens per window, BOS included."),
+        click.option("--windows", default=windows, type=int, help=f"Use the first N windows.  [default: {many}]"),
+        click.option("--bos", default="auto", show_default=True, type=click.Choice(BOS_POLICIES), help="Whether windows begin with BOS."),
+    )
+
+
+def open_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Loaded, Anatomy]:
+    """Load MODEL and draw its map, proved by experiment."""
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    loaded = load_model(name, dtype, device)
+    try:
+        anatomy = Anatomy.of(loaded.model)
+        prove(anatomy)
+    except UnknownArchitecture as error:
+        # NaN fails every experiment, and the map is not to blame
+        broken = [p for p, weight in loaded.model.named_parameters() if not bool(torch.isfinite(weight).all())]
+        if not broken:
+            raise
+        raise SurgeonError(
+            f"{name} holds weights that are not finite (NaN or infinity in {', '.join(broken[:3])}), so nothing can be found or measured; "
+            "download or write it again, or load it with a wider --dtype."
+        ) from error
+    return loaded, anatomy
+
+
+def regions(anatomy: Anatomy, at: tuple[str, ...]) -> list[Region]:
+    """The regions that `--at` names. Raises: BadInput, UnknownSite; BadInput if two share an entry, which would be counted twice."""
+    found = [anatomy.region(a) for a in at]
+    for i, one in enumerate(found):
+        for other in found[:i]:
+            rows, cols = ({a, b} for a, b in ((one.row, other.row), (one.col, other.col)))
+            if one.site == other.site and all(None in lines or len(lines) == 1 for lines in (rows, cols)):
+                both = f"{one} is given twice" if one == other else f"{other} and {one} share an entry"
+                raise BadInput(f"--at: {both}; name each entry once.")
+    return found
+
+
+def tokenizer_of(loaded: Loaded) -> PreTrainedTokenizerBase:
+    if loaded.tokenizer is None:
+        raise BadInput(f"{loaded.name} ships no tokenizer, so no text can be read with it; put its tokenizer.json beside the weights.")
+    return loaded.tokenizer
+
+
+def open_corpus(loaded: Loaded, text: str | None, window: int, windows: int | None, bos: str) -> Corpus:
+    """The evaluation text as windows. Raises: BadText, BadInput; BadInput if the model cannot read windows or tokens like these."""
+    source, name = (heldout_text(), "patient-heldout") if text is None else (read_text(text), Path(text).name)
+    config = loaded.model.config.get_text_config()
+    longest, known = getattr(config, "max_position_embeddings", None), getattr(config, "vocab_size", None)
+    if longest is not None and window > longest:
+        raise BadInput(f"--window {window} is longer than the {longest} positions that {loaded.name} reads; use at most {longest}.")
+    corpus = load_corpus(tokenizer_of(loaded), source, name, window, windows, bos)
+    if known is not None and int(corpus.windows.max()) >= known:
+        raise BadInput(
+            f"the tokenizer of {loaded.name} gives token {int(corpus.windows.max())}, and the model knows {known}; "
+            "the tokenizer belongs to another model."
+        )
+    return corpus
+
+
+def require_finite(**numbers: float | None) -> None:
+    """Raises: SurgeonError naming the first number that is NaN or infinite, for which neither JSON nor a conclusion has room."""
+    for name, number in numbers.items():
+        if number is not None and not isfinite(number):
+            raise SurgeonError(
+                f"{name} is {number} on this text: the model's predictions are not finite; try --dtype float32, or look at its patches."
+            )
+
+
+def to_text(document: dict[str, Any]) -> str:
+    return json.dumps(document, indent=2, allow_nan=False)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Exactly one JSON document on stdout."""
+    click.echo(to_text(document))
+
+
+def print_table(table: Table) -> None:
+    """A table as wide as what it holds: an address that is cut at the width of a terminal, or of none, cannot be copied."""
+    Console(highlight=False, soft_wrap=True, emoji=False, width=100_000).print(table)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress line on stderr; silent where stderr is no terminal."""
+    if not err.is_terminal:
+        yield lambda what, done, total: None
+        return
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        console=err,
+        transient=True,
+    ) as bar:
+        tasks: dict[str, Any] = {}
+
+        def update(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield update

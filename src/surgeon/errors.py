@@ -1,0 +1,62 @@
+"""One tree of exceptions. Each class carries the exit status the command line ends with."""
+
+
+class SurgeonError(Exception):
+    """The operation failed. Every message says what was asked, what is there instead, and what to do."""
+
+    exit_status = 1
+
+
+class BadInput(SurgeonError):
+    """What the caller gave cannot be used: a path, an address, a text, a file."""
+
+    exit_status = 2
+
+
+class Refused(SurgeonError):
+    """Surgeon could do it, and will not: it would change the wrong weights or do known harm."""
+
+    exit_status = 3
+
+
+class UnknownSite(BadInput):
+    """A site or entry that this model does not have."""
+
+
+class UnknownArchitecture(BadInput):
+    """A model whose layers or projections could not be identified."""
+
+
+class BadCheckpoint(BadInput):
+    """A folder that is not a readable safetensors checkpoint."""
+
+
+class BadText(BadInput):
+    """An evaluation text that cannot be read, or is too short."""
+
+
+class BadPatch(BadInput):
+    """A patch file that is damaged or was not written by Surgeon."""
+
+
+class MissingExtra(BadInput):
+    """An optional dependency is not installed; the message names the extra."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} needs a package that is not installed; install it with: pip install 'weight-surgeon[{extra}]'")
+
+
+class WrongBase(Refused):
+    """A patch met a tensor it was not made on."""
+
+
+class TiedWeight(Refused):
+    """Changing this weight would change another site as well."""
+
+
+class PackedWeight(Refused):
+    """The weight is stored quantized; single entries cannot be changed in place."""
+
+
+class PatchConflict(Refused):
+    """Another applied patch holds the same entries."""

@@ -1,0 +1,20 @@
+"""Critical sets: detect them in one pass, verify them against controls, look up the published ones."""
+
+from .controls import matched_controls
+from .detect import Candidate, DetectConfig, detect
+from .find import FindConfig, FindResult, find
+from .verify import Controls, Verification, VerifyConfig, verify
+
+__all__ = [
+    "Candidate",
+    "Controls",
+    "DetectConfig",
+    "FindConfig",
+    "FindResult",
+    "Verification",
+    "VerifyConfig",
+    "detect",
+    "find",
+    "matched_controls",
+    "verify",
+]

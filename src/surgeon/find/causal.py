@@ -1,0 +1,49 @@
+"""The causal test: ablate the set, but put the super activation back, and see how much of the damage goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from ..anatomy import Anatomy, Region, Site
+from ..measure.likelihood import batches, mean_nll
+from ..patch import ablate, record_channel, restored_channel
+
+MAX_CHANNELS = 8
+
+
+def written_channels(parts: Sequence[Region]) -> list[tuple[Site, int]]:
+    """The output channels that the parts write, where a hook can hold them: rows of one plain mlp.down each; else none."""
+    channels = {(p.site, p.row) for p in parts if p.row is not None and p.site.role == "mlp.down" and p.site.expert is None}
+    whole = all(p.row is not None and p.site.role == "mlp.down" and p.site.expert is None for p in parts)
+    return sorted((s, r) for s, r in channels if r is not None) if whole and len(channels) <= MAX_CHANNELS else []
+
+
+@torch.no_grad()
+def restored_nll(anatomy: Anatomy, parts: Sequence[Region], windows: Tensor) -> float | None:
+    """Mean NLL with `parts` zeroed and the super activation restored: each channel holds its intact value at the position of
+    each window where it peaked, and at no other. None where the parts do not write single channels of an mlp.down.
+
+    Damage that stays was done at the other positions: the set is then more than a spike. Restoring every position of a
+    channel would undo the ablation by construction and show nothing.
+    Source: Yu et al. 2024, arXiv:2411.07191, section 3.2.
+    """
+    channels = written_channels(parts)
+    if not channels:
+        return None
+    injury = ablate(anatomy, parts)
+    device = next(anatomy.model.parameters()).device
+    total = 0.0
+    for ids in batches(windows):
+        on_device = ids.to(device)
+        intact = [record_channel(anatomy, site, row, on_device) for site, row in channels]
+        with injury.applied(anatomy), ExitStack() as held:
+            for (site, row), clean in zip(channels, intact, strict=True):
+                broken = record_channel(anatomy, site, row, on_device)
+                peak = torch.zeros_like(clean, dtype=torch.bool).scatter_(1, clean.abs().argmax(1, keepdim=True), True)
+                held.enter_context(restored_channel(anatomy, site, row, torch.where(peak, clean, broken)))
+            total += mean_nll(anatomy.model, ids) * len(ids)
+    return total / len(windows)

@@ -1,0 +1,199 @@
+"""Verification: what the model loses without given weights, alone, together and all but one, against matched controls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from ..anatomy import Anatomy, Entry, Region
+from ..corpus import Corpus
+from ..errors import BadInput
+from ..measure.bootstrap import interval
+from ..measure.likelihood import ResumedNLL, require_causal
+from ..patch import ablate
+from .causal import restored_nll
+from .controls import matched_controls
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Settings of verification, and what `vital` demands."""
+
+    controls: int = field(default=20, metadata={"help": "number of matched control sets, at least 20"})
+    min_nats: float = field(default=0.1, metadata={"help": "least joint damage, in nats per token, to be called vital"})
+    min_ratio: float = field(default=3.0, metadata={"help": "least joint damage as a multiple of the worst control's"})
+    seed: int = field(default=0, metadata={"help": "seed of the controls and of the bootstrap"})
+
+    def __post_init__(self) -> None:
+        if self.controls < 20:
+            raise BadInput(f"{self.controls} controls cannot show anything at the 5% level; use at least 20.")
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Damage, in nats, of the matched control sets."""
+
+    nats: list[float]
+    kind: str
+
+    @property
+    def max(self) -> float:
+        return max(self.nats)
+
+    @property
+    def median(self) -> float:
+        return float(torch.tensor(self.nats, dtype=torch.float64).quantile(0.5))
+
+    def __str__(self) -> str:
+        return f"{self.median:+.4f} median, {self.max:+.4f} worst of {len(self.nats)} ({self.kind})"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"n": len(self.nats), "max_nats": self.max, "median_nats": self.median, "kind": self.kind}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Damage in nats per token on the same tokens. `single` and `leave_one_out` follow the order of the parts given.
+
+    `restored` is the damage that stays when the super activation alone is put back (see causal.py); None if there is none.
+    """
+
+    base_nll: float
+    tokens: int
+    single: list[float]
+    joint: float
+    leave_one_out: list[float]
+    ci95: tuple[float, float]
+    p_value: float
+    restored: float | None
+    controls: Controls
+    config: VerifyConfig
+
+    @property
+    def vital(self) -> bool:
+        """Significant and large: the interval lies above 0, no control does as much, and the effect is big enough."""
+        c = self.config
+        significant = self.ci95[0] > 0 and self.p_value <= 0.05
+        return significant and self.joint >= c.min_nats and self.joint >= c.min_ratio * max(self.controls.max, 0.0)
+
+    @property
+    def criteria(self) -> str:
+        c = self.config
+        return (
+            f"vital: joint damage at least {c.min_nats:g} nats and {c.min_ratio:g} times the worst of {len(self.controls.nats)} matched "
+            "controls, p <= 0.05 against them, and a 95% interval over windows above 0"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "base_nll": self.base_nll,
+            "tokens": self.tokens,
+            "single_nats": self.single,
+            "joint_nats": self.joint,
+            "leave_one_out_nats": self.leave_one_out,
+            "ci95": list(self.ci95),
+            "p_value": self.p_value,
+            "restored_nats": self.restored,
+            "controls": self.controls.to_json(),
+            "vital": self.vital,
+            "criteria": self.criteria,
+        }
+
+
+class Damage:
+    """Damage of zeroing sets of entries, on fixed windows; what lies below the lowest layer is computed once."""
+
+    def __init__(self, anatomy: Anatomy, windows: Tensor, lowest_layer: int) -> None:
+        require_causal(anatomy.model)
+        self.anatomy = anatomy
+        self._nll = ResumedNLL(anatomy.model, anatomy.layers, lowest_layer, windows)
+        self.base = self._nll()
+
+    def __call__(self, regions: Sequence[Region]) -> Float64[Tensor, " n"]:
+        """Damage of each window, in nats per token, with all of `regions` zeroed together."""
+        change: AbstractContextManager[object] = ablate(self.anatomy, regions).applied(self.anatomy)
+        with change:
+            return self._nll() - self.base
+
+
+def verify(
+    anatomy: Anatomy,
+    parts: Sequence[Region],
+    corpus: Corpus,
+    config: VerifyConfig = VerifyConfig(),
+    progress: Progress | None = None,
+    listed: int | None = None,
+) -> Verification:
+    """Zero each part alone, all together, and all but one; the same on matched controls.
+
+    `listed` limits single and leave-one-out damage to the first parts. Parts are entries, whole rows `[88, :]` or columns
+    `[:, 165]`. The model is left as it was.
+    Raises: BadInput, UnknownSite for parts this model does not have, or if no part is given.
+    """
+    if not parts:
+        raise BadInput("no entry was given to verify; name at least one with --at 'L0.mlp.down[88, 165]'.")
+    entries = [e for part in parts for e in entries_of(anatomy, part)]
+    layers = [part.site.layer for part in parts]
+    lowest = min((n for n in layers if n is not None), default=0) if None not in layers else 0
+    alone = parts[:listed] if len(parts) > 1 else []
+    steps = 1 + 2 * len(alone) + config.controls
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress("verify", done, steps)
+
+    damage = Damage(anatomy, corpus.windows, lowest)
+
+    def of(regions: Sequence[Region]) -> Float64[Tensor, " n"]:
+        value = damage(regions)
+        tick()
+        return value
+
+    joint = of(parts)
+    single = [float(of([p]).mean()) for p in alone] or [float(joint.mean())]
+    leave = [float(of([q for q in parts if q is not p]).mean()) for p in alone] or [0.0]
+    nats = [
+        float(of([Region(e.site, e.row, e.col) for e in c]).mean())
+        for c in matched_controls(anatomy, entries, config.controls, config.seed)
+    ]
+    mean, base = float(joint.mean()), float(damage.base.mean())
+    restored = restored_nll(anatomy, parts, corpus.windows)
+    return Verification(
+        base_nll=base,
+        tokens=corpus.predicted,
+        single=single,
+        joint=mean,
+        leave_one_out=leave,
+        ci95=interval(joint, config.seed),
+        p_value=(1 + sum(n >= mean for n in nats)) / (1 + len(nats)),
+        restored=None if restored is None else restored - base,
+        controls=Controls(nats, control_kind(parts)),
+        config=config,
+    )
+
+
+def entries_of(anatomy: Anatomy, part: Region) -> list[Entry]:
+    """Every entry of a region of this model."""
+    site = anatomy.resolve(part.site)
+    rows, cols = part.rows_cols(anatomy.view(site).shape)
+    return [Entry(site, r, c) for r, c in zip(rows, cols, strict=True)]
+
+
+def control_kind(parts: Sequence[Region]) -> str:
+    kinds = {p.geometry for p in parts}
+    if kinds == {"row"}:
+        return "whole rows of the same matrix, nearest in norm"
+    if kinds == {"column"}:
+        return "whole columns of the same matrix, nearest in norm"
+    return "entries of the same matrices, matched in |w|, laid out the same way"

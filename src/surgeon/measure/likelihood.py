@@ -1,0 +1,81 @@
+"""Negative log-likelihood of a corpus, in nats per predicted token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float64, Int64
+from torch import Tensor, nn
+
+from ..errors import BadInput
+from ..tap import LayerInput, capture, resume
+
+TOKENS_PER_BATCH = 4096
+
+
+def batches(windows: Int64[Tensor, "n window"]) -> list[Int64[Tensor, "batch window"]]:
+    """The windows in batches of at most TOKENS_PER_BATCH tokens, in order."""
+    return list(torch.split(windows, max(1, TOKENS_PER_BATCH // windows.shape[1])))
+
+
+def logits_of(model: nn.Module, ids: Int64[Tensor, "batch pos"]) -> Tensor:
+    """Next-token logits (batch, pos, d_vocab). Raises: BadInput for a model that does not predict the next token."""
+    output = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.dim() != 3:
+        raise BadInput(f"{type(model).__name__} gives no next-token logits; this measure needs a causal language model.")
+    return logits
+
+
+def require_causal(model: nn.Module) -> None:
+    """Raises: BadInput for a masked or other model whose logits are not of the next token."""
+    name = type(model).__name__
+    if not hasattr(model, "generate") or "Masked" in name or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise BadInput(f"{name} is not a causal language model, so it has no next-token likelihood; only `sites` and patches work on it.")
+
+
+def _nll_sum(logits: Tensor, ids: Tensor) -> Float64[Tensor, " batch"]:
+    """Sum over the predicted tokens of each window."""
+    targets = ids[:, 1:].to(logits.device)
+    losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(targets.shape).double().sum(1).cpu()
+
+
+@torch.no_grad()
+def window_nll(model: nn.Module, windows: Int64[Tensor, "n window"]) -> Float64[Tensor, " n"]:
+    """Mean NLL of each window, in nats per token. Float32 logits, float64 sums."""
+    sums = torch.cat([_nll_sum(logits_of(model, ids), ids) for ids in batches(windows)])
+    return sums / (windows.shape[1] - 1)
+
+
+def mean_nll(model: nn.Module, windows: Int64[Tensor, "n window"]) -> float:
+    """Mean NLL over all predicted tokens, in nats."""
+    return float(window_nll(model, windows).mean())
+
+
+class ResumedNLL:
+    """`window_nll` for changes at or above one layer: what lies below is computed once.
+
+    Calling it gives the same numbers as `window_nll`, bit for bit, as long as only layers >= `start` changed since.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module], start: int, windows: Int64[Tensor, "n window"]) -> None:
+        self.model, self.layers, self.windows = model, layers, windows
+        device = next(model.parameters()).device
+        self.entries: list[LayerInput | None] = [
+            capture(model, layers, start, input_ids=ids.to(device)) if start > 0 else None for ids in batches(windows)
+        ]
+
+    @torch.no_grad()
+    def __call__(self) -> Float64[Tensor, " n"]:
+        sums = []
+        for ids, entry in zip(batches(self.windows), self.entries, strict=True):
+            if entry is None:
+                sums.append(_nll_sum(logits_of(self.model, ids), ids))
+            else:
+                with resume(self.layers, entry):
+                    sums.append(_nll_sum(logits_of(self.model, ids), ids))
+        return torch.cat(sums) / (self.windows.shape[1] - 1)

@@ -1,0 +1,30 @@
+"""Patches: small exact changes to a few weights, that can be stacked, undone, saved and written into checkpoints."""
+
+from .checkpoint import apply_to_checkpoint, undo_on_checkpoint
+from .compose import compose
+from .deltas import Delta, EntriesDelta, LineDelta, LowRankDelta
+from .file import load, save
+from .interventions import MODES, ablate, injured, record_channel, restored_channel
+from .names import checkpoint_address
+from .patch import BaseTensor, Patch, applied_patches
+
+__all__ = [
+    "MODES",
+    "BaseTensor",
+    "Delta",
+    "EntriesDelta",
+    "LineDelta",
+    "LowRankDelta",
+    "Patch",
+    "ablate",
+    "applied_patches",
+    "apply_to_checkpoint",
+    "checkpoint_address",
+    "compose",
+    "injured",
+    "load",
+    "record_channel",
+    "restored_channel",
+    "save",
+    "undo_on_checkpoint",
+]

@@ -1,0 +1,170 @@
+"""Patches on a checkpoint folder: the touched tensors are read and overwritten, and the model is never built with its weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..anatomy import TABLE, Anatomy, Site, WeightView, digest
+from ..anatomy.load import check_folder, model_class, read_config, read_header, weight_files
+from ..errors import BadCheckpoint, BadInput, PackedWeight, PatchConflict, Refused, SurgeonError
+from .names import TensorNames
+from .patch import Patch
+from .stack import Stack, put_on_, take_off_, views
+
+RECORD = "surgeon_patches.json"
+
+
+def apply_to_checkpoint(source: Path, patches: Sequence[Patch], target: Path, allow_tied: bool = False) -> None:
+    """Copy the checkpoint `source` to the new folder `target`, with the patches applied in order, and list them in surgeon_patches.json.
+
+    Every patch is checked as on a model in memory before anything is written; if writing fails, nothing is left behind.
+    Raises: BadInput, BadCheckpoint, WrongBase, PatchConflict, TiedWeight unless `allow_tied`, PackedWeight; SurgeonError for a full disk.
+    """
+    if not patches:
+        raise BadInput("no patch to apply was given; name at least one.")
+    _check_target(source, target)
+    checkpoint = _Checkpoint(source)
+    stack: Stack = []
+    for patch in patches:
+        if patch.digest in checkpoint.listed():
+            raise PatchConflict(f"this patch ({patch}) is applied to {source} already, says its {RECORD}; undo it first.")
+        put_on_(patch, views(patch, checkpoint.anatomy, checkpoint.view, allow_tied), stack)
+        checkpoint.record["patches"].append({"made_by": patch.made_by, "digest": patch.digest, "sites": [str(s) for s in patch.sites]})
+    checkpoint.write(target)
+
+
+def undo_on_checkpoint(source: Path, patch: Patch, target: Path) -> None:
+    """Copy the patched checkpoint `source` to the new folder `target`, with the original entries of `patch` back, bit for bit.
+
+    Raises: as `apply_to_checkpoint`; WrongBase if the checkpoint does not hold what the patch writes, or if more was changed
+    there than the patches that its surgeon_patches.json lists; Refused for a low-rank patch, which keeps no original weights.
+    """
+    _check_target(source, target)
+    checkpoint = _Checkpoint(source)
+    # a tensor that other patches lie on as well is known to be theirs and this one's if the record says so
+    known = {Site.parse(s): d for s, d in checkpoint.record["tensors"].items()} if patch.digest in checkpoint.listed() else {}
+    take_off_(patch, views(patch, checkpoint.anatomy, checkpoint.view), [], known)
+    checkpoint.record["patches"] = [p for p in checkpoint.record["patches"] if p["digest"] != patch.digest]
+    checkpoint.write(target)
+
+
+class _Checkpoint:
+    """The tensors of a folder, opened one by one as sites; `write` makes a copy of the folder with what was changed in them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        check_folder(folder)
+        self.shards = {name: shard for shard in weight_files(folder) for name in read_header(shard) if name != "__metadata__"}
+        self.config = read_config(folder)
+        self.anatomy = _anatomy(folder, self.config)
+        self.names = TensorNames(self.anatomy, self.shards)
+        self.record = _read_record(folder / RECORD)
+        self.tensors: dict[str, Tensor] = {}
+        self.opened: dict[Site, WeightView] = {}
+
+    def listed(self) -> set[str]:
+        return {p["digest"] for p in self.record["patches"]}
+
+    def view(self, site: Site) -> WeightView:
+        """The site's weight, in a copy of its tensor. Raises: BadCheckpoint, PackedWeight; Refused if a tied weight is stored twice."""
+        try:
+            name, packing = self.names.find(site)
+            twins = {self.names.find(other)[0] for other in self.anatomy.tied_to(site)} - {name}
+        except BadCheckpoint as error:
+            if getattr(self.config, "quantization_config", None) is None:
+                raise
+            raise PackedWeight(f"{self.folder} is quantized, and {site} is packed in it; patch the model it was made from.") from error
+        if twins:
+            raise Refused(f"{self.folder} stores {site} twice, as {name} and {', '.join(twins)}; save it again with transformers first.")
+        if name not in self.tensors:
+            with safe_open(self.shards[name], "pt") as file:
+                self.tensors[name] = file.get_tensor(name).clone()
+        self.opened[site] = WeightView(site, self.tensors[name], packing)
+        return self.opened[site]
+
+    def write(self, target: Path) -> None:
+        """Copy the folder, overwrite the opened tensors in their shards, write the record; then give the copy its name."""
+        digests = {**self.record["tensors"], **{str(site): digest(view.read()) for site, view in self.opened.items()}}
+        patched = {site for patch in self.record["patches"] for site in patch["sites"]}
+        self.record["tensors"] = {site: digests[site] for site in sorted(patched) if site in digests}
+        part = None
+        try:
+            part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            # file by file and without modes, so that links become files and read-only files can be written
+            shutil.copytree(self.folder, part, copy_function=shutil.copyfile, dirs_exist_ok=True)
+            part.chmod(part.stat().st_mode | 0o700)
+            for name, tensor in self.tensors.items():
+                _overwrite(part / self.shards[name].name, name, tensor)
+            (part / RECORD).unlink(missing_ok=True)
+            if self.record["patches"]:
+                (part / RECORD).write_text(json.dumps(self.record, sort_keys=True, indent=1) + "\n")
+            os.rename(part, target)
+        except BaseException as error:  # also Ctrl-C: whatever stops this, no half of a checkpoint stays
+            if part is not None:
+                shutil.rmtree(part, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise SurgeonError(f"cannot write the checkpoint {target}: {error.strerror or error}; nothing was left there.") from error
+            raise
+
+
+def _anatomy(folder: Path, config: Any) -> Anatomy:
+    """The map of the checkpoint's architecture. Only an architecture outside the table needs numbers: a trial run tells its parts."""
+    kind = model_class(config)
+    build = getattr(kind, "_from_config", None) or kind.from_config
+    try:
+        with torch.device("meta" if config.get_text_config().model_type in TABLE else "cpu"):
+            model = build(config)
+        return Anatomy.of(model)
+    except SurgeonError:
+        raise
+    except Exception as error:  # transformers raises many types here, all of them about the configuration
+        reason = str(error).partition("\n")[0]
+        raise BadCheckpoint(f"no model can be built from {folder}/config.json: {reason}") from error
+
+
+def _check_target(source: Path, target: Path) -> None:
+    if target.exists() or target.is_symlink():
+        raise BadInput(f"{target} exists already; name a new folder for the patched checkpoint.")
+    if not target.parent.is_dir():
+        raise BadInput(f"there is no folder {target.parent} to put {target.name} in; make it first.")
+    if source.resolve() in target.resolve().parents:
+        raise BadInput(f"{target} lies inside the checkpoint {source} that is to be copied; name a folder outside it.")
+
+
+def _overwrite(shard: Path, name: str, tensor: Tensor) -> None:
+    """Write the tensor's bytes over the old ones, so that order, metadata and all other tensors of the shard stay as they are."""
+    raw = tensor.contiguous().view(torch.uint8).numpy()
+    start, end = read_header(shard)[name]["data_offsets"]
+    if end - start != raw.nbytes:
+        raise BadCheckpoint(f"{shard} says that {name} has {end - start} bytes, and it has {raw.nbytes}; the file is damaged.")
+    with shard.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        file.seek(8 + length + start)
+        file.write(raw.data)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """What is applied to the checkpoint. Shapes: {"patches": [{made_by, digest, sites}], "tensors": {site: digest as it is now}}."""
+    if not path.exists():
+        return {"patches": [], "tensors": {}}
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+        if not all({"digest", "made_by", "sites"} <= set(p) for p in record["patches"]):
+            raise KeyError("digest, made_by or sites")
+        for site in record["tensors"]:
+            Site.parse(site)
+    except (ValueError, KeyError, TypeError, AttributeError, BadInput) as error:
+        raise BadCheckpoint(
+            f"{path} is damaged ({error!r}), so what is applied is not known; delete it if this is a base model."
+        ) from error
+    return record

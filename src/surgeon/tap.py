@@ -1,0 +1,164 @@
+"""Look into a forward pass, or change it: the only place that registers hooks.
+
+    with Tap() as tap:
+        tap.on_input(down, lambda x: ...)          # see it; return a tensor to replace it, None to leave it
+        tap.on_output(block, lambda y: ...)
+        tap.stop_after(block)                      # the pass ends here
+        tap.run(model, input_ids=ids)
+
+    entry = capture(model, layers, 3, input_ids=ids)
+    with resume(layers, entry):                    # layers 0..2 are skipped
+        model(input_ids=ids, use_cache=False)
+
+On any exit, also by exception, the hooks are gone and the model is as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Watcher = Callable[[Tensor], Tensor | None]
+
+
+class _Stop(Exception):
+    """Raised inside a forward pass by `stop_after`; never leaves `Tap.run`."""
+
+
+def first_tensor(value: Any) -> Tensor:
+    """The hidden states in what a module returned: the tensor itself, or the first tensor of a tuple.
+
+    Decoder layers return either, by version and model.
+    """
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
+        return value[0]
+    raise TypeError(f"expected a tensor or a tuple that begins with one, got {type(value).__name__}")
+
+
+def _with_first(value: Any, new: Tensor) -> Any:
+    return new if isinstance(value, Tensor) else (new, *value[1:])
+
+
+class Tap:
+    """Hooks with a lifetime. Register inside the `with` block; they end with it."""
+
+    def __init__(self) -> None:
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> Tap:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def on_input(self, module: nn.Module, watch: Watcher) -> None:
+        """Call `watch(x)` with the hidden states that enter `module`; a tensor it returns takes their place."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            # decoder layers receive their hidden states by position or by keyword, depending on the model
+            if args:
+                new = watch(first_tensor(args[0]))
+                return None if new is None else ((new, *args[1:]), kwargs)
+            new = watch(first_tensor(kwargs["hidden_states"]))
+            return None if new is None else (args, {**kwargs, "hidden_states": new})
+
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def on_output(self, module: nn.Module, watch: Watcher) -> None:
+        """Call `watch(y)` with the hidden states that leave `module`; a tensor it returns takes their place."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            new = watch(first_tensor(output))
+            return None if new is None else _with_first(output, new)
+
+        self._handles.append(module.register_forward_hook(hook))
+
+    def on_call(self, module: nn.Module, watch: Callable[[tuple[Any, ...]], None]) -> None:
+        """Call `watch(args)` with all positional arguments of `module`; for modules that take more than hidden states."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            watch(args)
+
+        self._handles.append(module.register_forward_pre_hook(hook))
+
+    def stop_after(self, module: nn.Module) -> None:
+        """End the pass once `module` has returned; its other watchers, if registered before, still see the output."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            raise _Stop
+
+        self._handles.append(module.register_forward_hook(hook))
+
+    def run(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Call the model; None if the pass was stopped early."""
+        try:
+            return model(*args, **kwargs)
+        except _Stop:
+            return None
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """The residual stream that entered one decoder layer, kept so that later passes can begin there.
+
+    Shapes: states (batch, pos, d_model). `as_tuple` tells how this model's layers return their states.
+    """
+
+    start: int
+    states: Tensor
+    as_tuple: bool
+
+
+def capture(model: nn.Module, layers: Sequence[nn.Module], start: int, **inputs: Any) -> LayerInput:
+    """Run `model(**inputs)` up to layer `start` (at least 1) and keep what that layer would have received."""
+    if not 1 <= start < len(layers):
+        raise ValueError(f"start must lie in 1..{len(layers) - 1}, got {start}")
+    kept: list[LayerInput] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        kept.append(LayerInput(start, first_tensor(output).detach(), isinstance(output, tuple)))
+        raise _Stop
+
+    handle = layers[start - 1].register_forward_hook(keep)
+    try:
+        Tap().run(model, **inputs, use_cache=False)
+    finally:
+        handle.remove()
+    return kept[0]
+
+
+@contextmanager
+def resume(layers: Sequence[nn.Module], entry: LayerInput) -> Iterator[None]:
+    """Within the context a forward pass skips `layers[:entry.start]` and hands the kept states to the next one.
+
+    The model itself still builds masks and positions and runs all that follows the layers, so this holds for every
+    architecture. Call it with the inputs that were given to `capture`, and with `use_cache=False`.
+    """
+
+    def skip(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden_states,) if entry.as_tuple else hidden_states
+
+    skipped = list(layers[: entry.start])
+    own = [layer.__dict__.get("forward") for layer in skipped]  # accelerate sets one on the instance
+    for layer in skipped:
+        layer.__dict__["forward"] = skip
+    try:
+        with Tap() as tap:
+            tap.on_input(layers[entry.start], lambda _: entry.states)
+            yield
+    finally:
+        for layer, forward in zip(skipped, own, strict=True):
+            if forward is None:
+                del layer.__dict__["forward"]
+            else:
+                layer.__dict__["forward"] = forward

@@ -88,11 +88,9 @@ class WeightView:
     def positions(self, rows: Tensor, cols: Tensor) -> Tensor:
         """Where the entries (n,) lie in the flattened tensor that stores them; for its gradient, say."""
         matrix = self._matrix
-        return (
-            self._stored_rows(rows) * matrix.stride(0)
-            + cols.to(self.stored.device) * matrix.stride(1)
-            + (matrix.storage_offset() - self.stored.storage_offset())
-        )
+        offset = int(matrix.storage_offset()) - int(self.stored.storage_offset())
+        flat: Tensor = self._stored_rows(rows) * matrix.stride(0) + cols.to(self.stored.device) * matrix.stride(1)
+        return flat + offset
 
     def _stored_rows(self, rows: Tensor) -> Tensor:
         rows = rows.to(self.stored.device)

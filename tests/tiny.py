@@ -58,8 +58,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A model with random weights large enough that every part of it matters, biases included."""
+def tiny_model(model_type: str, seed: int = 0, scale: float | None = 0.2, **overrides: Any) -> PreTrainedModel:
+    """A model with random weights large enough that every part of it matters, biases included. Without `scale`, as transformers makes it."""
     config = AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **overrides})
     torch.manual_seed(seed)
     auto = AutoModelForMaskedLM if model_type == "bert" else AutoModelForCausalLM
@@ -67,8 +67,10 @@ def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedMo
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if scale is None:
+                break
             if parameter.dim() > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
             elif name.endswith("bias"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
     return model.requires_grad_(False)

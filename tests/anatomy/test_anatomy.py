@@ -30,6 +30,13 @@ def test_every_site_is_proved_and_the_model_untouched(model_type):
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
+def test_a_freshly_initialised_model_is_proved_too(model_type):
+    """Small weights make attention nearly linear in its keys, and gates nearly linear; the probe must not mind."""
+    proved = {s.role for s in prove(Anatomy.of(tiny_model(model_type, scale=None)), range(3))}
+    assert {"mlp.down", "mlp.up", "attn.q", "attn.k", "attn.v", "attn.out"} <= proved
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
 def test_the_map_names_embeddings_and_norms(model_type):
     anatomy = Anatomy.of(tiny_model(model_type))
     assert anatomy.view("embed").shape == (32, 99)

@@ -27,7 +27,7 @@ PEAK_TOKENS = 8
 class DetectConfig:
     """Settings of the detection pass."""
 
-    min_height: float = field(default=4.0, metadata={"help": "least height of a channel: its peak over the median channel's peak"})
+    min_height: float = field(default=4.0, metadata={"help": "least height of a channel: its peak, or its RMS, over the median channel's"})
     relative_height: float = field(default=0.05, metadata={"help": "least height as a share of the highest channel's"})
     persistence: float = field(default=0.6, metadata={"help": "share of the remaining layers in which the channel must stay high"})
 
@@ -86,7 +86,7 @@ def detect(
 ) -> Detection:
     """One pass over `windows`; the candidates by height. Pass `bar` to hold a later round to the bar of the first."""
     watches = _run(anatomy, windows)
-    height = torch.stack([w.peak / w.peak.median().clamp_min(1e-30) for w in watches])  # (layer, d_model)
+    height = torch.stack([w.height for w in watches])  # (layer, d_model)
     if not bool(torch.isfinite(height).all()):
         raise SurgeonError(
             "the model's residual stream is not finite on this text (inf or NaN), so nothing can be found; try --dtype float32."
@@ -112,8 +112,7 @@ def detect(
             rejected.append(Rejection(where, reason, {"height": top}))
             continue
         contributions = watch.contributions(channel)
-        median = watch.window_peak.median(1).values.clamp_min(1e-30)
-        agreement = float((watch.window_peak[:, channel] / median >= bar / 2).float().mean())
+        agreement = float((watch.window_height[:, channel] >= bar / 2).float().mean())
         candidates.append(Candidate(channel, onset, top, stays, agreement, tuple(contributions)))
     candidates.sort(key=lambda c: -c.height)
     return Detection(candidates, rejected, bar, height.amax(1).tolist())
@@ -134,13 +133,13 @@ def _run(anatomy: Anatomy, windows: Tensor) -> list[_Watch]:
 class _Watch:
     """Statistics of one layer, taken while the pass runs, so that no activation outlives its layer.
 
-    peak (d_model): largest |residual| over all tokens after the layer; window_peak (n, d_model): the same per window.
-    channels: the largest of the MLP's output. aligned (channel, in): mean of sign(y) x; peaks (channel, in): x at the
+    height (d_model): of each channel of the residual stream after the layer, see `_height`; window_height (n, d_model): the same
+    for each window. channels: the tallest of the MLP's output. aligned (channel, in): mean of sign(y) x; peaks (channel, in): x at the
     channel's peak tokens, signed the same way.
     """
 
-    peak: Tensor
-    window_peak: Tensor
+    height: Tensor
+    window_height: Tensor
 
     def __init__(self, anatomy: Anatomy, layer: int) -> None:
         self.anatomy, self.layer = anatomy, layer
@@ -154,12 +153,13 @@ class _Watch:
         self._args = args
 
     def see_residual(self, h: Tensor) -> None:
-        self.window_peak = h.abs().amax(1).float()
-        self.peak = self.window_peak.amax(0)
+        peak, square = h.abs().amax(1).float(), torch.linalg.vector_norm(h, dim=1, dtype=torch.float32) ** 2
+        self.window_height = _height(peak, square)
+        self.height = _height(peak.amax(0), square.mean(0))
 
     def see_write(self, y: Tensor) -> None:
         y = y.flatten(0, -2)
-        size = y.abs().amax(0)
+        size = _height(y.abs().amax(0).float(), torch.linalg.vector_norm(y, dim=0, dtype=torch.float32) ** 2)
         chosen = size.topk(min(WATCHED_CHANNELS, len(size))).indices
         self.channels = {int(c): i for i, c in enumerate(chosen.tolist())}
         written = y[:, chosen].float()
@@ -215,3 +215,12 @@ class _Watch:
         packing = self.anatomy.addresses[self.sites[0]].packing
         row: Tensor = product[:, :, channel] if packing.transposed else product[:, channel]
         return row
+
+
+def _height(peak: Tensor, square: Tensor) -> Tensor:
+    """Each channel's peak over the median channel's peak, or its RMS over the median RMS, whichever is more; channels last.
+
+    A spike at one token shows in the peak, a channel that stays high at every token in the RMS, and either can be vital.
+    """
+    rms = square.sqrt()
+    return torch.maximum(*(x / x.median(-1, keepdim=True).values.clamp_min(1e-30) for x in (peak, rms)))

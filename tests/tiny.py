@@ -59,7 +59,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(model_type: str, seed: int = 0, scale: float | None = 0.2, **overrides: Any) -> PreTrainedModel:
-    """A model with random weights large enough that every part of it matters, biases included. Without `scale`, as transformers makes it."""
+    """A model whose random weights are large enough that every part matters, biases included; without `scale`, as transformers makes it."""
     config = AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **overrides})
     torch.manual_seed(seed)
     auto = AutoModelForMaskedLM if model_type == "bert" else AutoModelForCausalLM

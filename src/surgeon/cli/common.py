@@ -157,3 +157,13 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
             bar.update(tasks[what], completed=done, total=total)
 
         yield update
+
+
+def run_folder(output: str) -> Path:
+    """The run folder, made before the work that is to go into it. Raises: BadInput."""
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"cannot make the folder {output}: {error.strerror}; choose another place.") from error
+    return folder

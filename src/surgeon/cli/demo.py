@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from math import exp
-from pathlib import Path
 from typing import Any
 
 import click
@@ -12,13 +11,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..anatomy import Region
-from ..errors import BadInput, SurgeonError
+from ..errors import SurgeonError
 from ..find import FindConfig, find
 from ..measure import generate, mean_nll
 from ..patch import ablate, save
 from ..patients.generate import facts
 from ..patients.train import known_facts
-from .common import err, json_option, open_corpus, open_model, out, print_json, print_table, progress, to_text, tokenizer_of
+from .common import err, json_option, open_corpus, open_model, out, print_json, print_table, progress, run_folder, to_text, tokenizer_of
 from .find import print_find
 
 PROMPTS = (
@@ -34,7 +33,7 @@ WINDOWS = 40
 @json_option
 def command(output: str | None, as_json: bool) -> None:
     """Find what the patient cannot live without, prove it, take it out and put it back bit for bit. Two minutes on two CPU cores."""
-    folder = None if output is None else _folder(output)
+    folder = None if output is None else run_folder(output)
     loaded, anatomy = open_model("patient")
     tokenizer = tokenizer_of(loaded)
     corpus = open_corpus(loaded, None, 256, WINDOWS, "auto")
@@ -84,13 +83,3 @@ def command(output: str | None, as_json: bool) -> None:
         out.print(f"\n[bold]{escape(prompt)}[/bold] ...")
         for row in rows:
             out.print(f"  {row['state']:<16} {escape(' '.join(row['texts'][number].split()))}")
-
-
-def _folder(output: str) -> Path:
-    """The run folder, made before the work that is to go into it. Raises: BadInput."""
-    folder = Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"cannot make the folder {output}: {error.strerror}; choose another place.") from error
-    return folder

@@ -5,6 +5,7 @@ from .compose import compose
 from .deltas import Delta, EntriesDelta, LineDelta, LowRankDelta
 from .file import load, save
 from .interventions import MODES, ablate, injured, record_channel, restored_channel
+from .lora import export_lora, to_lora
 from .names import checkpoint_address
 from .patch import BaseTensor, Patch, applied_patches
 
@@ -21,10 +22,12 @@ __all__ = [
     "apply_to_checkpoint",
     "checkpoint_address",
     "compose",
+    "export_lora",
     "injured",
     "load",
     "record_channel",
     "restored_channel",
     "save",
+    "to_lora",
     "undo_on_checkpoint",
 ]

@@ -11,7 +11,7 @@ import torch
 from ..anatomy import Site
 from ..errors import WrongBase
 from .deltas import Delta, LowRankDelta, differ, kept_delta
-from .patch import BaseTensor, Patch, dtype_name, signed
+from .patch import Patch, dtype_name, signed
 
 
 def compose(p: Patch, q: Patch, made_by: Mapping[str, Any] | None = None) -> Patch:
@@ -35,7 +35,7 @@ def compose(p: Patch, q: Patch, made_by: Mapping[str, Any] | None = None) -> Pat
                 "apply the first to the model and make the second on that."
             )
         dtype = torch.promote_types(getattr(torch, first.dtype), getattr(torch, second.dtype))
-        base[site] = BaseTensor(first.digest, second.result if chained else "", first.parameter, first.shape, dtype_name(dtype))
+        base[site] = replace(first, result=second.result if chained else "", dtype=dtype_name(dtype))
         deltas += _joined(site, first.shape, p.on(site) + q.on(site), dtype)
     signature = made_by or {"operation": "compose", "of": [p.made_by, q.made_by]}
     return Patch(tuple(deltas), base, signed(signature))

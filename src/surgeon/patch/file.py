@@ -34,9 +34,7 @@ def save(patch: Patch, path: str | Path) -> None:
         raise BadInput(f"cannot write the patch to {path}: there is no folder {path.parent}; make it first.")
     if path.is_dir():
         raise BadInput(f"cannot write the patch to {path}: that is a folder; name a file in it.")
-    header = {**patch.header(), "version": _VERSION, "sha256": patch.digest}
-    tensors = {name: t.contiguous() for name, t in patch.tensors().items()}
-    raw = safetensors.torch.save(tensors, {_KEY: json.dumps(header, sort_keys=True)})
+    raw = to_bytes(patch)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(raw)
@@ -46,6 +44,13 @@ def save(patch: Patch, path: str | Path) -> None:
         raise kind(f"cannot write the patch to {path}: {error.strerror}; choose another place.") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def to_bytes(patch: Patch) -> bytes:
+    """The patch as it stands in its file."""
+    header = {**patch.header(), "version": _VERSION, "sha256": patch.digest}
+    tensors = {name: t.contiguous() for name, t in patch.tensors().items()}
+    return safetensors.torch.save(tensors, {_KEY: json.dumps(header, sort_keys=True)})
 
 
 def load(path: str | Path) -> Patch:
@@ -60,7 +65,10 @@ def load(path: str | Path) -> Patch:
         version = header["version"]
         if version == _VERSION:
             tensors = safetensors.torch.load(raw)
-            bases = {Site.parse(site): BaseTensor(**{**base, "shape": tuple(base["shape"])}) for site, base in header["base"].items()}
+            bases = {
+                Site.parse(site): BaseTensor(**{**base, "shape": tuple(base["shape"]), "stored": tuple(base["stored"])})
+                for site, base in header["base"].items()
+            }
             deltas = tuple(_delta(i, delta, tensors) for i, delta in enumerate(header["deltas"]))
             patch = Patch(deltas, bases, header["made_by"])
             if patch.digest != header["sha256"] or set(patch.tensors()) != set(tensors):

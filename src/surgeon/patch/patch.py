@@ -26,7 +26,8 @@ class BaseTensor:
     """The tensor a patch was made on.
 
     digest: of the matrix (out, in), see `surgeon.anatomy.digest`. result: the same with the patch applied; "" if not known.
-    parameter: its name in the model. dtype: as in "bfloat16".
+    parameter: its name in the model. dtype: as in "bfloat16". stored: the shape of the parameter, which may hold more than the
+    matrix. transposed: whether it holds the matrix as (in, out).
     """
 
     digest: str
@@ -34,6 +35,8 @@ class BaseTensor:
     parameter: str
     shape: tuple[int, int]
     dtype: str
+    stored: tuple[int, ...]
+    transposed: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +163,7 @@ class Patch:
         return {
             "made_by": self.made_by,
             "deltas": [{"kind": d.kind, "site": str(d.site), **d.settings()} for d in self.deltas],
-            "base": {str(site): {**vars(base), "shape": list(base.shape)} for site, base in self.base.items()},
+            "base": {str(site): {**vars(base), "shape": list(base.shape), "stored": list(base.stored)} for site, base in self.base.items()},
         }
 
     @cached_property
@@ -225,7 +228,15 @@ def _pack(site: Site, old: Tensor, new: Tensor, mask: Tensor) -> EntriesDelta | 
 
 
 def _base(anatomy: Anatomy, view: WeightView, after: Tensor) -> BaseTensor:
-    return BaseTensor(view.digest(), digest(after), anatomy.addresses[view.site].parameter, view.shape, dtype_name(view.dtype))
+    return BaseTensor(
+        view.digest(),
+        digest(after),
+        anatomy.addresses[view.site].parameter,
+        view.shape,
+        dtype_name(view.dtype),
+        tuple(view.stored.shape),
+        view.packing.transposed,
+    )
 
 
 def signed(made_by: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -1,0 +1,236 @@
+"""Where a repair points: its rows beside the rows they came from, how many entries it really uses, and how few would do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from ..anatomy import Anatomy, Entry, Region, Site
+from ..corpus import Corpus
+from ..errors import BadInput
+from ..measure.likelihood import ResumedNLL, require_causal
+from ..patch import Patch
+from ..patch.deltas import differ
+from .states import Progress, require_stack, stacked, states
+
+Matrices = dict[Site, Tensor]
+
+
+@dataclass(frozen=True)
+class GeometryConfig:
+    """Settings of the geometry and of the top-k curve."""
+
+    lines: int = field(default=8, metadata={"help": "rows (or columns) described, largest change first"})
+    top: int = field(default=10, metadata={"help": "entries listed of each row"})
+    draws: int = field(default=3, metadata={"help": "random choices beside each point of the top-k curve"})
+    seed: int = field(default=0, metadata={"help": "seed of the random choices"})
+
+    def __post_init__(self) -> None:
+        if min(self.lines, self.top, self.draws) < 1:
+            raise BadInput("lines, top and draws of the geometry count from 1.")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row (or column) in its states; norms are Euclidean, in units of the weights.
+
+    delta is what the last patches add: merged minus broken, or for a lone injury broken minus base. cosines: of the pairs named.
+    top: the delta's largest entries. ablated: the injured entries, largest injury first, each with its rank (1 = largest) among the
+    |delta| of this line, None where the repair left it alone; `injured` counts all of them.
+    participation: (sum d^2)^2 / sum d^4. entropy: exp of the entropy of d^2 / sum d^2. Both count entries: 1 for a single one.
+    """
+
+    region: Region
+    norms: dict[str, float]
+    cosines: dict[str, float]
+    participation: float
+    entropy: float
+    changed: int
+    top: list[dict[str, Any]]
+    ablated: list[dict[str, Any]]
+    injured: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "region": str(self.region)}
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Share of the damage recovered by k entries: the largest, random ones (mean and range of several draws), or trained as such."""
+
+    k: int
+    largest: float | None = None
+    random: float | None = None
+    random_range: tuple[float, float] | None = None
+    trained: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """NLL in nats per token, and the points by k; recovered = 1 - (NLL_k - NLL_base) / (NLL_broken - NLL_base)."""
+
+    nll: dict[str, float]
+    tokens: int
+    points: list[CurvePoint]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"nll": self.nll, "tokens": self.tokens, "points": [p.to_json() for p in self.points]}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """`lines` is the number listed of `of` that changed."""
+
+    lines: list[Line]
+    of: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"lines": [line.to_json() for line in self.lines], "of": self.of}
+
+
+def geometry(anatomy: Anatomy, patches: Sequence[Patch], config: GeometryConfig = GeometryConfig()) -> Geometry:
+    """Describe the rows that the patches change, in matrices where they change fewer columns than rows, the columns.
+
+    Raises: BadInput without patches, or if they change no entry; as `Patch.apply_` if they do not stack.
+    """
+    matrices = _matrices(anatomy, patches)
+    found = []
+    for site, base in matrices["base"].items():
+        broken, merged = matrices["broken"][site], matrices["merged"][site]
+        changed = differ(base, broken) | differ(broken, merged)
+        by_row = int(changed.any(1).sum()) <= int(changed.any(0).sum())
+        for i in changed.any(1 if by_row else 0).nonzero().flatten().tolist():
+            region = Region(site, i, None) if by_row else Region(site, None, i)
+            rows = [(m[i] if by_row else m[:, i]).double() for m in (base, broken, merged)]
+            delta = rows[2] - rows[1] if len(patches) > 1 else rows[1] - rows[0]
+            found.append((float(delta.norm()), region, rows, delta))
+    if not found:
+        raise BadInput("the patches change no entry of any row or column, so they have no geometry.")
+    found.sort(key=lambda each: -each[0])
+    return Geometry([_line(region, rows, delta, config.top) for _, region, rows, delta in found[: config.lines]], len(found))
+
+
+def topk_curve(
+    anatomy: Anatomy,
+    patches: Sequence[Patch],
+    corpus: Corpus,
+    trained: Sequence[tuple[int, Patch]] = (),
+    config: GeometryConfig = GeometryConfig(),
+    progress: Progress | None = None,
+) -> Curve:
+    """The last patch cut to its k largest |delta| entries, k = 1, 2, 4, ... all; beside it k random ones of its entries, and `trained`:
+    patches made with k entries, each put in the place of the last patch. The model is left as it was.
+
+    Raises: BadInput for fewer than two patches, if the last changes nothing, or if the injury does no damage here; as `Patch.apply_`.
+    """
+    if len(patches) < 2:
+        raise BadInput("a top-k curve needs an injury and a repair; give two patches, the injury first.")
+    require_causal(anatomy.model)
+    matrices = _matrices(anatomy, patches)
+    below, merged = matrices["below"], matrices["merged"]
+    layers = [site.layer for patch in [*patches, *(p for _, p in trained)] for site in patch.sites]
+    nll = ResumedNLL(anatomy.model, anatomy.layers, min((0 if n is None else n) for n in layers), corpus.windows)
+    at = [(site, r, c) for site in below for r, c in differ(below[site], merged[site]).nonzero().tolist()]
+    if not at:
+        raise BadInput("the last patch changes no entry, so there is no top-k curve.")
+    delta = torch.stack([(merged[s][r, c].double() - below[s][r, c].double()).abs() for s, r, c in at])
+    order = delta.argsort(descending=True, stable=True).tolist()
+    base = float(nll().mean())
+    with stacked(anatomy, patches[:1]):
+        broken = float(nll().mean())
+    if broken - base <= 0:
+        raise BadInput(f"the injury does no damage on {corpus.name} ({broken - base:+.4f} nats), so no share of it can be recovered.")
+
+    def recovered(value: float) -> float:
+        return 1 - (value - base) / (broken - base)
+
+    def kept(chosen: Sequence[int]) -> float:
+        cut = {site: matrix.clone() for site, matrix in below.items()}
+        for site, r, c in (at[i] for i in chosen):
+            cut[site][r, c] = merged[site][r, c]
+        with Patch.from_matrix(anatomy, cut).applied(anatomy):
+            return recovered(float(nll().mean()))
+
+    ks = [*(2**i for i in range((len(at) - 1).bit_length())), len(at)]
+    generator = torch.Generator().manual_seed(config.seed)
+    points = {}
+    with stacked(anatomy, patches[:-1]):
+        for done, k in enumerate(ks):
+            points[k] = CurvePoint(k, largest=kept(order[:k]))
+            if k < len(at):
+                draws = [kept(torch.randperm(len(at), generator=generator)[:k].tolist()) for _ in range(config.draws)]
+                points[k] = CurvePoint(k, points[k].largest, sum(draws) / len(draws), (min(draws), max(draws)))
+            if progress:
+                progress("top-k curve", done + 1, len(ks))
+        for k, patch in trained:
+            with patch.applied(anatomy):
+                share = recovered(float(nll().mean()))
+            p = points.get(k, CurvePoint(k))
+            points[k] = CurvePoint(k, p.largest, p.random, p.random_range, share)
+    with stacked(anatomy, patches):
+        patched = float(nll().mean())
+    return Curve({"base": base, "broken": broken, "patched": patched}, corpus.predicted, [points[k] for k in sorted(points)])
+
+
+def participation(delta: Float64[Tensor, " n"]) -> tuple[float, float]:
+    """Effective number of entries: participation ratio (sum d^2)^2 / sum d^4, and exp of the entropy of d^2 / sum d^2. 0 for none."""
+    share = delta.square()
+    if not bool(share.any()):
+        return 0.0, 0.0
+    share = share / share.sum()
+    return float(1 / share.square().sum()), float(torch.special.entr(share).sum().exp())
+
+
+def _matrices(anatomy: Anatomy, patches: Sequence[Patch]) -> dict[str, Matrices]:
+    """The changed matrices (out, in), on the CPU, in each state; "below" is what the last patch was put on."""
+    require_stack(anatomy, patches)
+    sites = list(dict.fromkeys(site for patch in patches for site in patch.sites))
+
+    def read(some: Sequence[Patch]) -> Matrices:
+        with stacked(anatomy, some):
+            return {site: anatomy.view(site).read().to("cpu", copy=True) for site in sites}
+
+    named = states(patches)
+    merged = named.get("patched", named["broken"])
+    return {"base": read(()), "broken": read(named["broken"]), "below": read(merged[:-1]), "merged": read(merged)}
+
+
+def _line(region: Region, rows: Sequence[Float64[Tensor, " n"]], delta: Float64[Tensor, " n"], top: int) -> Line:
+    base, broken, merged = rows
+    named = {"base": base, "broken": broken, "delta": delta, "merged": merged}
+    pairs = (("delta", "base"), ("delta", "broken"), ("merged", "base"), ("broken", "base"))
+    order = delta.abs().argsort(descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(1, len(order) + 1))
+    injury = (broken - base).abs()
+    injured = injury.argsort(descending=True, stable=True)[: int((injury > 0).sum())]
+
+    def entry(i: int) -> dict[str, Any]:
+        at = Entry(region.site, i, region.col) if region.row is None else Entry(region.site, region.row, i)  # type: ignore[arg-type]
+        values = {name: float(row[i]) for name, row in named.items()}
+        return {"entry": str(at), **values, "rank": int(rank[i]) if values["delta"] else None}
+
+    changed = int((delta != 0).sum())
+    return Line(
+        region=region,
+        norms={name: float(row.norm()) for name, row in named.items()},
+        cosines={f"{a}_{b}": _cosine(named[a], named[b]) for a, b in pairs},
+        **dict(zip(("participation", "entropy"), participation(delta), strict=True)),
+        changed=changed,
+        top=[entry(i) for i in order[: min(top, changed)].tolist()],
+        ablated=[entry(i) for i in injured[:top].tolist()],
+        injured=len(injured),
+    )
+
+
+def _cosine(a: Float64[Tensor, " n"], b: Float64[Tensor, " n"]) -> float:
+    """0 if one of them is zero."""
+    size = float(a.norm() * b.norm())
+    return float(a @ b) / size if size else 0.0

@@ -1,0 +1,128 @@
+"""A patch as a PEFT LoRA adapter: W + B @ A with scaling 1. A change of one row is exactly rank 1: e_row d'."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..anatomy import Site
+from ..errors import BadInput, Refused, SurgeonError
+from .deltas import LowRankDelta
+from .patch import Patch
+
+
+def to_lora(patch: Patch) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What adapter_config.json and adapter_model.safetensors hold, for the model with all patches applied that the patch builds on.
+
+    The adapter has the largest rank among the matrices, with zeros in the others. Raises: Refused for a patch of weights that
+    PEFT has no such adapter for: norms, embeddings, parts of fused matrices, two fused parameters of one module.
+    """
+    owners: dict[str, dict[Site, tuple[Tensor, Tensor]]] = defaultdict(dict)
+    for site in patch.sites:
+        _check(site, patch)
+        owners[patch.base[site].parameter][site] = _factors(patch, site)
+    rank = max(a.shape[0] for parts in owners.values() for a, _ in parts.values())
+    modules: list[str] = []
+    parameters: list[str] = []
+    tensors: dict[str, Tensor] = {}
+    for parameter, parts in owners.items():
+        site = next(iter(parts))
+        base, module = patch.base[site], parameter.rpartition(".")[0]
+        if site.expert is None:
+            modules.append(module)
+            a, b = parts[site]
+            tensors |= _named(module, _padded(a, rank), _padded(b.T, rank).T)
+        else:
+            if any(p.rpartition(".")[0] == module for p in parameters):
+                raise Refused(f"the patch changes two fused parameters of {module}, which an adapter cannot; export a patch of each.")
+            parameters.append(parameter)
+            experts = base.stored[0]
+            # PEFT's order: A (experts * rank, in) by expert, B (out, rank * experts) by rank
+            stack_a, stack_b = torch.zeros(experts, rank, base.shape[1]), torch.zeros(base.shape[0], rank, experts)
+            for one, (a, b) in parts.items():
+                stack_a[one.expert, : len(a)], stack_b[:, : len(a), one.expert] = a, b
+            tensors |= _named(module, stack_a.flatten(0, 1), stack_b.flatten(1))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": bool(modules) and all(b.transposed for s, b in patch.base.items() if s.expert is None),
+        "target_modules": modules,
+        "target_parameters": parameters or None,
+        "inference_mode": True,
+    }
+    return config, tensors
+
+
+def export_lora(patch: Patch, folder: Path) -> dict[str, Any]:
+    """Write the adapter to the new folder `folder`; on failure nothing is there. Returns its configuration.
+
+    Raises: BadInput if the folder exists or cannot be made; SurgeonError for a full disk; as `to_lora`.
+    """
+    if folder.exists() or folder.is_symlink():
+        raise BadInput(f"{folder} exists already; name a new folder for the adapter.")
+    if not folder.parent.is_dir():
+        raise BadInput(f"there is no folder {folder.parent} to put {folder.name} in; make it first.")
+    config, tensors = to_lora(patch)
+    part = None
+    try:
+        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        part.chmod(0o755)  # mkdtemp makes folders that only their owner can read
+        save_file(tensors, part / "adapter_model.safetensors")
+        (part / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        part.rename(folder)
+    except BaseException as error:
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise SurgeonError(f"cannot write the adapter {folder}: {error.strerror or error}; nothing was left there.") from error
+        raise
+    return config
+
+
+def _check(site: Site, patch: Patch) -> None:
+    base = patch.base[site]
+    if site.role in ("embed", "final_norm") or site.role.startswith("norm."):
+        raise Refused(f"{site} is no projection, and a LoRA adapter changes only those; apply the patch instead.")
+    whole = base.stored[-2:] if not base.transposed else base.stored[-2:][::-1]
+    if whole != base.shape:
+        raise Refused(f"{site} is part of the fused matrix {base.parameter}, for which there is no such adapter; apply the patch instead.")
+
+
+def _factors(patch: Patch, site: Site) -> tuple[Float[Tensor, "r in"], Float[Tensor, "out r"]]:
+    """A and B whose product B @ A is the sum of the site's deltas."""
+    parts = []
+    change = torch.zeros(patch.base[site].shape, dtype=torch.float64)
+    for delta in patch.on(site):
+        if isinstance(delta, LowRankDelta):
+            parts.append((delta.right.float(), delta.left.float()))
+        else:
+            at = delta.points()
+            change[at] += delta.new.double() - delta.old.double()
+    rows, cols = (change.any(axis).nonzero().flatten() for axis in (1, 0))
+    if len(rows) and len(rows) <= len(cols):
+        parts.append((change[rows].float(), torch.eye(change.shape[0])[:, rows]))
+    elif len(rows):
+        parts.append((torch.eye(change.shape[1])[cols], change[:, cols].float()))
+    return torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], 1)
+
+
+def _padded(rows: Float[Tensor, "r n"], rank: int) -> Float[Tensor, "rank n"]:
+    return torch.cat([rows, rows.new_zeros(rank - rows.shape[0], rows.shape[1])])
+
+
+def _named(module: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    return {f"base_model.model.{module}.lora_{name}.weight": t.contiguous() for name, t in (("A", a), ("B", b))}

@@ -1,0 +1,174 @@
+"""Per-token KL against a plain computation, labels against the text, and the lobster."""
+
+from importlib import import_module
+
+import pytest
+import torch
+import torch.nn.functional as F
+from explain.conftest import TEXT, TITLES
+
+from surgeon.anatomy import Anatomy, load_model
+from surgeon.corpus import load_corpus, read_text
+from surgeon.errors import BadInput, BadText
+from surgeon.explain import InfluenceConfig, influence, label_tokens, split_documents
+from surgeon.measure import divergence
+from surgeon.patch import Patch, ablate
+
+FEW = InfluenceConfig(permutations=199, min_tokens=5)
+
+
+def injury_and_repair(anatomy: Anatomy) -> list[Patch]:
+    injury = ablate(anatomy, ["L0.mlp.down[3, :]"])
+    with injury.applied(anatomy):
+        return [injury, ablate(anatomy, ["L1.mlp.down[:, 2]"])]
+
+
+def test_kl_and_nll_are_the_plain_ones(case):
+    anatomy, tokenizer, corpus = case
+    patches = injury_and_repair(anatomy)
+    found = influence(anatomy, tokenizer, TEXT, corpus, patches, config=FEW)
+    ids = corpus.windows
+
+    def log_p() -> torch.Tensor:
+        return F.log_softmax(anatomy.model(ids).logits[:, :-1], -1)
+
+    base = log_p()
+    with patches[0].applied(anatomy):
+        broken = log_p()
+        with patches[1].applied(anatomy):
+            patched = log_p()
+    for state, changed in (("broken", broken), ("patched", patched)):
+        plain = F.kl_div(changed, base, log_target=True, reduction="none").sum(-1).flatten()
+        assert torch.allclose(found.kl[state], plain.double(), atol=1e-5)
+    for state, p in (("base", base), ("broken", broken), ("patched", patched)):
+        plain = F.nll_loss(p.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        assert torch.allclose(found.nll[state], plain.double(), atol=1e-5)
+    far = divergence(anatomy.model, ids, lambda: patches[0].applied(anatomy))
+    assert found.to_json()["mean_kl"]["broken"] == pytest.approx(far.kl, rel=1e-5)
+    assert found.top[0] == int(found.kl["broken"].argmax())
+
+
+def test_every_token_is_labelled(case):
+    _, tokenizer, corpus = case
+    tokens = label_tokens(tokenizer, TEXT, corpus)
+    assert tokens.ids == corpus.windows[:, 1:].flatten().tolist()
+    assert [corpus.windows[w, p] for w, p in zip(tokens.windows, tokens.positions, strict=True)] == tokens.ids
+    assert [tokenizer.convert_ids_to_tokens(i).strip() for i in tokens.ids] == [t.strip() for t in tokens.texts]
+    assert tokens.source.names == TITLES
+    by_hand = {"fish": {0, 2}, "cat": {1, 2}, "script": {1}}
+    for word, documents in by_hand.items():
+        assert {d for d, w in zip(tokens.documents, tokens.words, strict=True) if w == word} == documents
+    sea = tokens.words.index("sea")
+    assert tokens.counts[sea] == TEXT.casefold().count("sea")
+    assert tokens.token_counts[sea] == len(tokenizer(TEXT, add_special_tokens=False).input_ids) - sum(
+        i != tokens.ids[sea] for i in tokenizer(TEXT, add_special_tokens=False).input_ids
+    )
+    assert tokens.contexts[sea].endswith("saw the") or tokens.contexts[sea].endswith("in the") or "Sea" in tokens.texts[sea]
+    first = tokens.positions.index(1)
+    assert tokens.contexts[first] == ("" if corpus.bos else tokenizer.decode(corpus.windows[0, :1]))
+
+
+def test_documents_by_title_or_by_blank_line():
+    titled = split_documents(" = A = \n\n x \n\n = = Section = = \n y \n = B = \n z")
+    assert (titled.names, titled.at(0), titled.at(30), titled.at(47)) == (["A", "B"], 0, 0, 1)
+    plain = split_documents("one\ntwo\n\nthree\n \nfour\n\n")
+    assert plain.names == ["one two", "three", "four"]
+    assert [plain.at(i) for i in (0, 4, 9, 17)] == [0, 0, 1, 2]
+    assert "blank line" in plain.rule
+
+
+def test_columns_are_plain_and_of_one_length(case):
+    anatomy, tokenizer, corpus = case
+    found = influence(anatomy, tokenizer, TEXT, corpus, [ablate(anatomy, ["L0.mlp.down[3, :]"])], config=FEW)
+    columns = found.columns()
+    assert {len(values) for values in columns.values()} == {corpus.predicted}
+    assert {type(v) for values in columns.values() for v in values} == {int, float, str}
+    assert "kl_patched" not in columns
+    assert found.to_json()["top"][0]["kl_broken"] == max(columns["kl_broken"])
+
+
+def test_a_planted_story_holds_and_one_of_the_document_does_not(case, monkeypatch):
+    """KL is made up: words of the sea are hit wherever they stand, or everything in the document about the sea is."""
+    anatomy, tokenizer, corpus = case
+    tokens = label_tokens(tokenizer, TEXT, corpus)
+    words = ["crab", "fish", "stone"]
+    noise = torch.rand(len(tokens.ids), generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 10
+    by_word = noise + torch.tensor([float(w in words) for w in tokens.words])
+    by_document = noise + torch.tensor([float(d == 0) for d in tokens.documents])
+    injury = [ablate(anatomy, ["L0.mlp.down[3, :]"])]
+    found = {}
+    for name, values in (("word", by_word), ("document", by_document)):
+        monkeypatch.setattr(
+            import_module("surgeon.explain.influence"), "token_kl", lambda *_, v=values: ({"broken": v}, {"base": v, "broken": v})
+        )
+        (found[name],) = influence(anatomy, tokenizer, TEXT, corpus, injury, {"sea": words}, FEW).words
+    assert found["word"].mean_kl - found["word"].same_documents_kl > 0.3
+    assert found["word"].p_within <= 0.05
+    assert found["word"].holds
+    assert found["document"].p_naive <= 0.05  # a bare ranking would have told the story
+    assert found["document"].p_within > 0.05
+    assert not found["document"].holds
+    assert found["document"].documents_nats > 0.1
+    assert found["document"].mean_kl == pytest.approx(found["document"].same_documents_kl, abs=0.05)
+
+
+def test_p_values_are_corrected_over_the_groups(case):
+    anatomy, tokenizer, corpus = case
+    groups = {"sea": ["crab", "fish", "SEA"], "land": ["cat", "dog"]}
+    one, two = influence(anatomy, tokenizer, TEXT, corpus, [ablate(anatomy, ["L0.mlp.down[3, :]"])], groups, FEW).words
+    assert sorted([one.p_corrected, two.p_corrected])[0] == pytest.approx(min(1, 2 * min(one.p_within, two.p_within)))
+    again = influence(anatomy, tokenizer, TEXT, corpus, [ablate(anatomy, ["L0.mlp.down[3, :]"])], groups, FEW).words
+    assert [one, two] == again
+    assert one.words == 3
+
+
+def test_bad_input_is_said(case):
+    anatomy, tokenizer, corpus = case
+    injury = [ablate(anatomy, ["L0.mlp.down[3, :]"])]
+    with pytest.raises(BadInput, match=r"no token belongs to the group 'space' \(2 words\)"):
+        influence(anatomy, tokenizer, TEXT, corpus, injury, {"space": ["rocket", "moon"]}, FEW)
+    with pytest.raises(BadInput, match="were not cut from the text"):
+        influence(anatomy, tokenizer, TEXT.replace("crab", "dog"), corpus, injury, config=FEW)
+    with pytest.raises(BadText, match="less than one window"):
+        load_corpus(tokenizer, TEXT, "short", 4000)
+    with pytest.raises(BadInput, match="at least 99"):
+        InfluenceConfig(permutations=10)
+
+
+# words of the subject, whether or not they rank
+MARINE = (
+    "lobster lobsters crustacean crustaceans homarus gammarus americanus nephrops norvegicus claw claws carapace shell shells larva "
+    "larvae moult moults moulting egg eggs spawn spawning prey predator predators species sea seas ocean oceans atlantic mediterranean "
+    "marine aquatic coast seabed reef fish fishing fishery fisheries fishermen pot pots fins gills crab crabs shrimp"
+)
+
+
+@pytest.mark.slow
+def test_the_lobster_is_the_document_and_not_the_weight(shared):
+    """docs/influence.md tells this with the numbers."""
+    loaded = load_model(str(shared / "models" / "tinystories-656k"))
+    anatomy = Anatomy.of(loaded.model)
+    text = read_text(shared / "text" / "wikitext2-valid.txt")
+    injury = [ablate(anatomy, ["L0.mlp.down[88, :]"])]
+
+    def of(windows: int | None):
+        corpus = load_corpus(loaded.tokenizer, text, "wikitext2-valid", windows=windows)
+        found = influence(anatomy, loaded.tokenizer, text, corpus, injury, {"marine": MARINE.split()}, InfluenceConfig(permutations=499))
+        return found, found.words[0]
+
+    first, story = of(2)
+    assert first.to_json()["documents_seen"] == 1
+    assert story.in_top >= 0.35  # the ranking of the first lines looks marine ...
+    assert story.p_naive <= 0.05  # ... and a null that draws tokens from anywhere believes it
+    assert story.p_document is None
+    assert not story.holds  # words of the same article and frequency are hit as hard, as far as one can tell
+    assert story.p_within > 0.05
+
+    whole, story = of(None)
+    assert whole.to_json()["documents_seen"] == 60
+    assert story.in_top == 0
+    assert story.p_naive <= 0.05  # still believed
+    assert not story.holds
+    assert story.p_document > 0.05  # nor is the article hit harder than others
+    gap, left = story.mean_kl - story.others_kl, story.mean_kl - story.same_documents_kl
+    assert abs(left) < 0.5 * gap

@@ -1,0 +1,160 @@
+"""Distillation: its loss against the plain one, only allowed entries, and the same bytes after a kill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from surgeon.anatomy import Anatomy, Site
+from surgeon.errors import BadInput
+from surgeon.patch import Patch, ablate
+from surgeon.repair import DistilConfig, Distilled, distil, targets
+from surgeon.repair.distil import _coarse, _Lesson
+
+from .conftest import COLUMNS, ROW, Patient
+
+SHORT = DistilConfig(steps=12, every=4)
+
+
+def injure(anatomy: Anatomy, site: str = "L0.mlp.down") -> tuple[Site, Patch]:
+    return Site.parse(site), ablate(anatomy, [f"{site}[{ROW}, {c}]" for c in COLUMNS])
+
+
+def run(anatomy: Anatomy, injury: Patch, windows: Tensor, config: DistilConfig = SHORT, **more: Any) -> Distilled:
+    wanted = targets(anatomy, injury, exclude_injured=True, rank=more.get("rank", 0))
+    return distil(anatomy, injury, wanted, windows[:30], windows[30:], config, **more)
+
+
+@pytest.mark.parametrize("site", ["L0.mlp.down", "L2.mlp.down"])
+def test_the_gradient_is_that_of_the_plain_kl(patient: Patient, site: str) -> None:
+    anatomy, corpus = patient("llama", site=site)
+    where, injury = injure(anatomy, site)
+    model, ids, drawn = anatomy.model, corpus.windows[:6], [4, 1]
+    lesson = _Lesson(anatomy, ids, range(6), where.layer or 0, DistilConfig())
+    with torch.no_grad():
+        intact = F.log_softmax(model(input_ids=ids[drawn]).logits[:, :-1], -1)
+    weight = model.get_parameter(anatomy.addresses[where].parameter)
+    with injury.applied(anatomy):
+        weight.requires_grad_(True)
+        broken = F.log_softmax(model(input_ids=ids[drawn]).logits[:, :-1], -1)
+        plain = F.kl_div(broken, intact, reduction="none", log_target=True).sum(-1).mean()
+        (expected,) = torch.autograd.grad(plain, weight)
+        loss = lesson.loss(lesson.logits(drawn), drawn)
+        (found,) = torch.autograd.grad(loss, weight)
+        weight.requires_grad_(False)
+    assert lesson.keeps_entries == (site == "L2.mlp.down")
+    torch.testing.assert_close(loss.detach(), plain.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_likeliest_tokens_and_the_mass_of_the_rest_bound_the_kl() -> None:
+    g = torch.Generator().manual_seed(0)
+    p, q = (F.log_softmax(3 * torch.randn(7, 50, generator=g, dtype=torch.float64), -1) for _ in range(2))
+    kl = lambda a, b: (a.exp() * (a - b)).sum(-1)  # noqa: E731
+    whole, last = kl(p, q), torch.zeros(7, dtype=torch.float64)
+    for k in (1, 5, 20, 49):
+        kept = p.topk(k).indices
+        part = kl(_coarse(p, kept), _coarse(q, kept))
+        assert bool((_coarse(p, kept).logsumexp(-1).abs() < 1e-12).all())
+        assert bool((last <= part + 1e-12).all())
+        assert bool((part <= whole + 1e-12).all())
+        last = part
+    torch.testing.assert_close(last, whole)  # "any other" is a single token then
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("llama", torch.float32), ("gpt2", torch.float32), ("llama", torch.bfloat16), ("mixtral", torch.float32)]
+)
+def test_only_allowed_entries_change_and_the_model_is_left_alone(patient: Patient, kind: str, dtype: torch.dtype) -> None:
+    site = "L0.mlp.down.e1" if kind == "mixtral" else "L0.mlp.down"
+    anatomy, corpus = patient(kind, dtype, site)
+    where, injury = injure(anatomy, site)
+    before = {name: p.clone() for name, p in anatomy.model.named_parameters()}
+    result = run(anatomy, injury, corpus.windows)
+    assert all(torch.equal(p, before[name]) and p.grad is None and not p.requires_grad for name, p in anatomy.model.named_parameters())
+    with injury.applied(anatomy):
+        broken = anatomy.view(where).read().clone()
+    changed = (result.changes[where].matrix != broken).nonzero().tolist()
+    assert changed
+    assert all(row == ROW and col not in COLUMNS for row, col in changed)
+    first, *_, last = result.curve
+    kept = min(look[1] for look in result.curve if look[1] is not None)
+    assert kept < first[1]  # type: ignore[operator]
+    assert last[0] == 12
+
+
+def test_a_killed_run_ends_with_the_same_bytes(patient: Patient, tmp_path: Path) -> None:
+    anatomy, corpus = patient()
+    where, injury = injure(anatomy)
+    whole = run(anatomy, injury, corpus.windows)
+    file = tmp_path / "half.safetensors"
+
+    def kill(what: str, done: int, total: int) -> None:
+        if done == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(anatomy, injury, corpus.windows, progress=kill, checkpoint=file)
+    looks: list[int] = []
+    again = run(anatomy, injury, corpus.windows, progress=lambda what, done, total: looks.append(done), checkpoint=file)
+    assert looks == [12]  # the looks before were not taken again
+    assert torch.equal(again.changes[where].matrix, whole.changes[where].matrix)
+    assert (again.curve, again.steps, again.kept) == (whole.curve, whole.steps, whole.kept)
+    with pytest.raises(BadInput, match="of another repair"):
+        run(anatomy, injury, corpus.windows, checkpoint=file, seed=1)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(BadInput, match="damaged"):
+        run(anatomy, injury, corpus.windows, checkpoint=file)
+
+
+def test_the_seed_decides(patient: Patient) -> None:
+    anatomy, corpus = patient()
+    where, injury = injure(anatomy)
+    one, same, other = (run(anatomy, injury, corpus.windows, seed=s).changes[where].matrix for s in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_a_sparse_change_has_its_k_entries(patient: Patient) -> None:
+    anatomy, corpus = patient()
+    where, injury = injure(anatomy)
+    with injury.applied(anatomy):
+        broken = anatomy.view(where).read().clone()
+    sparse = run(anatomy, injury, corpus.windows, DistilConfig(steps=30, every=5, sparse_k=4))
+    assert int((sparse.changes[where].matrix != broken).sum()) == 4
+    pulled = run(anatomy, injury, corpus.windows, DistilConfig(steps=30, every=5, l1=1.5))
+    assert 0 <= int((pulled.changes[where].matrix != broken).sum()) < 45
+    with pytest.raises(BadInput, match="cannot be sparse as well"):
+        run(anatomy, injury, corpus.windows, DistilConfig(sparse_k=4), rank=1)
+
+
+def test_a_change_of_low_rank_is_trained_as_factors(patient: Patient) -> None:
+    anatomy, corpus = patient()
+    where, injury = Site.parse("L0.mlp.down"), ablate(anatomy, ["L0.mlp.down[:, 7]"])
+    result = run(anatomy, injury, corpus.windows, rank=2, config=DistilConfig(steps=12, patience=0))
+    with injury.applied(anatomy):
+        change = (result.changes[where].matrix - anatomy.view(where).read()).double()
+    assert int((torch.linalg.svdvals(change) > 1e-4).sum()) == 2
+    assert not bool(change[:, 7].any())
+
+
+def test_without_patience_the_last_step_is_kept(patient: Patient) -> None:
+    anatomy, corpus = patient()
+    _, injury = injure(anatomy)
+    result = run(anatomy, injury, corpus.windows, DistilConfig(steps=7, every=4, patience=0, loss="ce"))
+    assert (result.steps, result.kept) == (7, 7)
+
+
+def test_two_experts_of_one_parameter_are_trained_together(patient: Patient) -> None:
+    anatomy, corpus = patient("mixtral", site="L0.mlp.down.e1")
+    injury = ablate(anatomy, [f"L0.mlp.down.e{e}[{ROW}, {c}]" for e in (0, 1) for c in COLUMNS])
+    result = run(anatomy, injury, corpus.windows, DistilConfig(steps=6, patience=0))
+    with injury.applied(anatomy):
+        for site, change in result.changes.items():
+            assert bool((change.matrix != anatomy.view(site).read()).any())
+    assert [str(s) for s in result.changes] == ["L0.mlp.down.e0", "L0.mlp.down.e1"]

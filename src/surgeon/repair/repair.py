@@ -119,7 +119,7 @@ def repair(
     Raises: BadInput for too few windows or nothing that may change; SurgeonError if the injury does no damage on this text.
     """
     require_causal(anatomy.model)
-    fit, choose, judge = _split(corpus)
+    fit, choose, judge = split(corpus)
     wanted = targets(anatomy, injury, config.rows, config.columns, config.exclude_injured, config.rank)
     base = {t.site: anatomy.view(t.site).read()[t.rows].double().cpu() for t in wanted}
     nll = {"base": mean_nll(anatomy.model, judge)}
@@ -259,7 +259,7 @@ def _nlls(anatomy: Anatomy, injury: Patch, healed: Callable[[], AbstractContextM
     return nll
 
 
-def _split(corpus: Corpus) -> tuple[Tensor, Tensor, Tensor]:
+def split(corpus: Corpus) -> tuple[Tensor, Tensor, Tensor]:
     """Windows to fit, to choose and to judge; contiguous, so that few documents are in two of them."""
     n = len(corpus.windows)
     choose, judge = min(CHOOSE, n // 5), min(JUDGE, n // 4)

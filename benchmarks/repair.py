@@ -1,0 +1,90 @@
+"""Graft, distil and graft+distil beside the reference procedure written out plainly, on the same injury in one process.
+
+    python benchmarks/repair.py MODEL [--text FILE] [--entries N]
+
+The injury is the N strongest entries of the set that `find` returns; the injured entries stay out. The plain procedure runs the
+intact and the broken model whole at every step (AdamW, the row, constant rate, batch 2, length 128) and is given two rates: the
+reference's 1e-3 and the relative one that `distil` takes. All are judged on the same windows, which none has seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from surgeon import Anatomy, ablate, find, load_corpus, load_model, read_text
+from surgeon.corpus import Corpus
+from surgeon.measure import mean_nll
+from surgeon.patch import Patch
+from surgeon.patients import heldout_text
+from surgeon.repair import RepairConfig, repair
+from surgeon.repair.repair import recut, split
+
+STEPS, BATCH, LENGTH = 400, 2, 128
+
+
+def plain(anatomy: Anatomy, injury: Patch, corpus: Corpus, rate: float | None) -> tuple[float, float]:
+    """The reference procedure; NLL on the judging windows and seconds."""
+    fit, _, judge = split(corpus)
+    windows = recut(fit, corpus.bos, LENGTH)
+    student = copy.deepcopy(anatomy.model)
+    other = Anatomy.of(student)
+    injury.apply_(other)
+    (site,) = injury.sites
+    mask = injury.touched(site)
+    row = int(mask.any(1).nonzero()[0])
+    weight = other.view(site).stored  # the Linear's own weight, (out, in)
+    weight.requires_grad_(True)
+    allowed = torch.zeros_like(weight)
+    allowed[row] = (~mask[row]).to(weight)
+    scale = float(anatomy.view(site).read()[row].float().square().mean().sqrt())
+    optimizer = torch.optim.AdamW([weight], lr=rate or 0.08 * scale, weight_decay=0.0)
+    order = torch.randint(len(windows), (STEPS, BATCH), generator=torch.Generator().manual_seed(0))
+    start = time.perf_counter()
+    for step in range(STEPS):
+        ids = windows[order[step]]
+        with torch.no_grad():
+            target = anatomy.model(ids).logits[:, :-1].log_softmax(-1)
+        loss = F.kl_div(student(ids).logits[:, :-1].log_softmax(-1), target, log_target=True, reduction="none").sum(-1).mean()
+        loss.backward()
+        weight.grad *= allowed
+        optimizer.step()
+        optimizer.zero_grad()
+    seconds = time.perf_counter() - start
+    weight.requires_grad_(False)
+    return mean_nll(student, judge), seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--entries", type=int, default=12)
+    options = parser.parse_args()
+    loaded = load_model(options.model)
+    anatomy = Anatomy.of(loaded.model)
+    text = heldout_text() if options.text is None else read_text(options.text)
+    corpus = load_corpus(loaded.tokenizer, text, "text", 256, 200)
+    found = find(anatomy, Corpus(corpus.name, corpus.windows[:24], corpus.bos)).sets[0]
+    injury = ablate(anatomy, [c.entry for c in found.entries[: options.entries]])
+    print(f"{options.model}: {options.entries} strongest entries of the vital {found.geometry}, {len(corpus.windows)} windows", flush=True)
+    for method in ("graft", "distil", "graft+distil"):
+        result = repair(anatomy, injury, corpus, RepairConfig(method=method, exclude_injured=True))
+        control = (result.control or {}).get("recovered")
+        print(f"  {method:<14} recovered {result.recovered:.3f}  control {control:.3f}  {result.seconds:.1f} s", flush=True)
+    nll = result.nll
+    for rate in (1e-3, None):
+        patched, seconds = plain(anatomy, injury, corpus, rate)
+        share = 1 - (patched - nll["base"]) / (nll["broken"] - nll["base"])
+        print(f"  plain, {'relative rate' if rate is None else f'rate {rate:g}':<14} recovered {share:.3f}  {seconds:.1f} s", flush=True)
+    size = sum(p.stat().st_size for p in loaded.folder.glob("*.safetensors"))
+    print(f"  damage {nll['broken'] - nll['base']:.3f} nats; patch {result.to_json()['patch_bytes']} bytes, checkpoint {size} bytes")
+
+
+if __name__ == "__main__":
+    main()

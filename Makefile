@@ -7,8 +7,9 @@ TORCH := torch==2.13.0
 
 .PHONY: demo test check clean
 
-demo: $(VENV)/demo.done  ## set up, then find, break and put back the patient's vital weights
-	$(BIN)/surgeon demo
+demo: $(VENV)/demo.done  ## set up, then find, break and put back the patient's vital weights; writes demo/report.html
+	$(BIN)/surgeon demo -o demo
+	@echo "open $(CURDIR)/demo/report.html"
 
 test: $(VENV)/test.done  ## set up with the test extra, then lint, type-check and run every test
 	$(BIN)/ruff check .
@@ -21,7 +22,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/demo.done: $(BIN)/python pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check -e . $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[report]' $(TORCH)
 	touch $@
 
 $(VENV)/test.done: $(BIN)/python pyproject.toml

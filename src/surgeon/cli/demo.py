@@ -11,12 +11,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..anatomy import Region
-from ..errors import SurgeonError
-from ..find import FindConfig, find
+from ..errors import MissingExtra, SurgeonError
+from ..find import FindConfig, FindResult, find
 from ..measure import generate, mean_nll
 from ..patch import ablate, save
 from ..patients.generate import facts
 from ..patients.train import known_facts
+from ..report import write_report
 from .common import err, json_option, open_corpus, open_model, out, print_json, print_table, progress, run_folder, to_text, tokenizer_of
 from .find import print_find
 
@@ -29,7 +30,7 @@ WINDOWS = 40
 
 
 @click.command("demo")
-@click.option("-o", "output", metavar="DIR", help="Also write the run folder: demo.json and the injury as a patch.")
+@click.option("-o", "output", metavar="DIR", help="Also write the run folder: demo.json, the injury as a patch, report.html.")
 @json_option
 def command(output: str | None, as_json: bool) -> None:
     """Find what the patient cannot live without, prove it, take it out and put it back bit for bit. Two minutes on two CPU cores."""
@@ -64,15 +65,33 @@ def command(output: str | None, as_json: bool) -> None:
     examine("without the set")
     injury.undo_(anatomy)
     examine("put back")
-    document = {"model": "patient", "fingerprint": loaded.fingerprint, "find": result.to_json(), "prompts": list(PROMPTS), "states": rows}
+    document: dict[str, Any] = {
+        "model": "patient",
+        "fingerprint": loaded.fingerprint,
+        "find": result.to_json(),
+        "prompts": list(PROMPTS),
+        "states": rows,
+        "facts": len(facts()),
+    }
     if folder is not None:
         save(injury, folder / "injury.safetensors")
         (folder / "demo.json").write_text(to_text(document) + "\n", encoding="utf-8")
     if as_json:
         print_json(document)
-        return
+    else:
+        _print(result, document)
+    if folder is not None:
+        try:
+            path = write_report(folder)
+        except MissingExtra as error:  # the results are there, only their pictures are not
+            click.echo(f"surgeon: no report.html was written: {error}", err=True)
+        else:
+            click.echo(f"report: {path}", err=True)
+
+
+def _print(result: FindResult, document: dict[str, Any]) -> None:
+    rows, total = document["states"], document["facts"]
     print_find("patient", result)
-    total = len(facts())
     table = Table("", "NLL", "perplexity", "facts known", "weights", box=None, header_style="bold", pad_edge=False)
     for row in rows:
         bits = "as trained, bit for bit" if row["same_bits"] else "changed"

@@ -48,11 +48,12 @@ class Contribution:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A channel that rose at `layer` and stayed: its height, in how many windows, and the entries that write it, by |share|."""
+    """A channel that rose at `layer` and stayed: its height, by layer and at most, in how many windows, and the entries that write it."""
 
     channel: int
     layer: int
     height: float
+    heights: list[float]
     persistence: float
     agreement: float
     contributions: tuple[Contribution, ...]
@@ -113,7 +114,7 @@ def detect(
             continue
         contributions = watch.contributions(channel)
         agreement = float((watch.window_height[:, channel] >= bar / 2).float().mean())
-        candidates.append(Candidate(channel, onset, top, stays, agreement, tuple(contributions)))
+        candidates.append(Candidate(channel, onset, top, height[:, channel].tolist(), stays, agreement, tuple(contributions)))
     candidates.sort(key=lambda c: -c.height)
     return Detection(candidates, rejected, bar, height.amax(1).tolist())
 

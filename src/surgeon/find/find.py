@@ -37,6 +37,7 @@ class CriticalSet:
     weights: list[float]
     ranks: list[int]
     channels: list[int]
+    heights: list[list[float]]  # of each channel, by layer
     layer: int
     agreement: float
     verification: Verification
@@ -52,6 +53,7 @@ class CriticalSet:
         return {
             "geometry": self.geometry,
             "channels": self.channels,
+            "heights": self.heights,
             "agreement": self.agreement,
             "entries": [
                 {
@@ -219,8 +221,10 @@ def _examine(
         }
         return Rejection(f"{where} ({chosen[0].entry})", "the damage does not stand out from its matched controls", numbers)
     weights, ranks = zip(*(_weight_and_rank(anatomy, c.entry) for c in chosen), strict=True)
+    heights = [chain.first.heights for chain in group]
+    first = group[0].first
     return CriticalSet(
-        chosen, list(weights), list(ranks), channels, group[0].first.layer, group[0].first.agreement, verification, full, len(ordered)
+        chosen, list(weights), list(ranks), channels, heights, first.layer, first.agreement, verification, full, len(ordered)
     )
 
 

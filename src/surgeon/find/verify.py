@@ -56,7 +56,7 @@ class Controls:
         return f"{self.median:+.4f} median, {self.max:+.4f} worst of {len(self.nats)} ({self.kind})"
 
     def to_json(self) -> dict[str, Any]:
-        return {"n": len(self.nats), "max_nats": self.max, "median_nats": self.median, "kind": self.kind}
+        return {"n": len(self.nats), "max_nats": self.max, "median_nats": self.median, "nats": self.nats, "kind": self.kind}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,184 @@
+"""Static pictures: Vega-Lite by altair, drawn to SVG by vl-convert. Colours are CSS variables, so that one picture serves light and dark.
+
+Each picture is drawn twice, for a desk and for a phone: an SVG that is merely scaled down would have unreadable letters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import floor, log10
+from typing import Any
+
+import altair as alt
+import vl_convert
+from markupsafe import Markup
+
+WIDE, NARROW = 720, 352
+INK, MUTED, GRID = "var(--ink)", "var(--muted)", "var(--grid)"
+COLOURS = {"base": "var(--base)", "broken": "var(--broken)", "patched": "var(--patched)", "control": "var(--control)"}
+# a second sign beside the colour, for those who do not tell colours apart, and for print
+SHAPES = {"base": "circle", "broken": "square", "patched": "diamond", "control": "triangle-up"}
+FONT = "Arial, Helvetica, sans-serif"
+
+Row = Mapping[str, Any]
+Layers = alt.LayerChart | alt.FacetChart
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One picture at two widths, as SVG elements; series: what the page's legend says, kind (a key of COLOURS, or
+    "rule" for a dashed line) by label."""
+
+    wide: Markup
+    narrow: Markup
+    series: Mapping[str, str] = field(default_factory=dict)
+
+
+def draw(build: Callable[[bool], Layers], height: int, series: Mapping[str, str] | None = None) -> Chart:
+    """Draw what `build(narrow)` makes. vl-convert may fetch nothing."""
+    wide, narrow = (_svg(build(small), NARROW if small else WIDE, height) for small in (False, True))
+    return Chart(wide, narrow, series or {})
+
+
+def _svg(chart: Layers, width: int, height: int) -> Markup:
+    finished = (
+        chart.properties(width=width, height=height, autosize=alt.AutoSizeParams(type="fit-x", contains="padding"))
+        # descriptions of single marks would repeat all data; each picture has its headline and its table
+        .configure(background="transparent", font=FONT, aria=False, padding={"left": 10, "top": 6, "right": 6, "bottom": 4})
+        .configure_view(stroke=None, clip=False)
+        .configure_axis(
+            labelColor=MUTED,
+            titleColor=MUTED,
+            gridColor=GRID,
+            domainColor=GRID,
+            tickColor=GRID,
+            labelFontSize=12,
+            titleFontSize=12,
+            titleFontWeight="normal",
+            labelLimit=110 if width == NARROW else 220,
+            titlePadding=8,
+        )
+    )
+    return Markup(vl_convert.vegalite_to_svg(finished.to_json(), allowed_base_urls=[]))  # vega escapes text in marks: tests/report
+
+
+def _data(rows: Sequence[Row]) -> alt.InlineData:
+    return alt.InlineData(values=[dict(row) for row in rows])
+
+
+def _signs(series: Mapping[str, str]) -> tuple[alt.Color, alt.Shape]:
+    """Colour and shape of each series."""
+    colours, shapes = (alt.Scale(domain=list(series), range=[of[k] for k in series.values()]) for of in (COLOURS, SHAPES))
+    return alt.Color("series:N", scale=colours, legend=None), alt.Shape("series:N", scale=shapes, legend=None)
+
+
+def lines(
+    rows: Sequence[Row],
+    series: Mapping[str, str],
+    x: str,
+    y: str,
+    rule: float | None = None,
+    rule_says: str = "",
+    log_x: bool = False,
+    log_y: bool = False,
+    percent: bool = False,
+    ticks: Sequence[int] | None = None,
+) -> Chart:
+    """Lines over a number; rows hold x, y, series and maybe low, high (a band). x, y: titles of the axes, with units.
+    rule: the height of a dashed line, and what it is."""
+
+    colour, shape = _signs(series)
+
+    def build(narrow: bool) -> Layers:
+        many = len(ticks or ()) > (6 if narrow else 14)
+        x_axis = alt.Axis(
+            grid=False,
+            format="d",
+            labelOverlap="greedy",
+            labelSeparation=10,
+            values=list(ticks) if ticks and not many else alt.Undefined,
+            tickMinStep=1,
+        )
+        x_scale = alt.Scale(type="log", base=2, nice=False) if log_x else alt.Scale(nice=False, padding=12)
+        y_axis = alt.Axis(format=".0%" if percent else alt.Undefined, tickCount=5)
+        # a log axis needs no zero, and a share is read from zero
+        y_scale = alt.Scale(type="log") if log_y else alt.Scale(zero=True)
+        base = alt.Chart(_data(rows)).encode(x=alt.X("x:Q", title=x, axis=x_axis, scale=x_scale), color=colour)
+        value = alt.Y("y:Q", title=y, axis=y_axis, scale=y_scale)
+        layers: list[alt.Chart] = []
+        if any("low" in row for row in rows):
+            layers.append(base.transform_filter("isValid(datum.low)").mark_area(opacity=0.2).encode(y=alt.Y("low:Q", title=y), y2="high:Q"))
+        layers.append(base.mark_line(strokeWidth=2).encode(y=value))
+        layers.append(base.mark_point(filled=True, size=50, opacity=1).encode(y=value, shape=shape))
+        if rule is not None:
+            layers.append(alt.Chart(_data([{"y": rule}])).mark_rule(color=MUTED, strokeDash=[5, 4]).encode(y="y:Q"))
+        return alt.layer(*layers)
+
+    return draw(build, 260, {**series, **({rule_says: "rule"} if rule is not None else {})})
+
+
+def strip(rows: Sequence[Row], order: Sequence[str], x: str) -> Chart:
+    """One dot a value: rows hold row (its label), x, colour, says (a text at the dot, or "") and maybe low, high (an interval)."""
+
+    def build(narrow: bool) -> Layers:
+        y = alt.Y("row:N", sort=list(order), title=None, axis=alt.Axis(ticks=False, domain=False, labelColor=INK, labelPadding=10))
+        colour = alt.Color("colour:N", scale=alt.Scale(domain=list(COLOURS), range=list(COLOURS.values())), legend=None)
+        widest = max(abs(float(r.get("high", r["x"]))) for r in rows) or 1.0
+        # room at the right for the text of the largest value
+        least = min(float(r.get("low", r["x"])) for r in rows)
+        scale = alt.Scale(domain=[min(0.0, least) - 0.03 * widest, widest * (1.3 if narrow else 1.15)], nice=False)
+        base = alt.Chart(_data(rows)).encode(x=alt.X("x:Q", title=x, axis=alt.Axis(tickCount=4 if narrow else 6), scale=scale), y=y)
+        zero = alt.Chart(_data([{"x": 0}])).mark_rule(color=MUTED).encode(x="x:Q")
+        interval = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=3, opacity=0.5)
+        return alt.layer(
+            zero,
+            interval.encode(x=alt.X("low:Q", title=x), x2="high:Q", color=colour),
+            base.mark_point(filled=True, size=64, opacity=0.65).encode(color=colour),
+            base.transform_filter("datum.says != ''").mark_text(align="left", dx=9, dy=-9, color=INK, fontSize=12).encode(text="says:N"),
+        )
+
+    return draw(build, 54 * len(order) + 10)
+
+
+def dumbbells(rows: Sequence[Row], series: Mapping[str, str], x: str, percent: bool = False) -> Chart:
+    """A row for each measure: dots joined by a line. rows hold row, x, series, says (the number at the dot), place (low, mid or high)."""
+    order = list(dict.fromkeys(str(r["row"]) for r in rows))
+    colour, shape = _signs(series)
+    # where two dots are in one place, the one drawn last lies on the other and lets it be seen
+    sized = [{**r, "size": 230 if series[r["series"]] == "base" else 90} for r in rows]
+    values = [float(r["x"]) for r in rows]
+    low, high = min(0.0, *values), max(*values)
+
+    def build(narrow: bool) -> Layers:
+        left, right = (0.45, 0.55) if narrow else (0.2, 0.3)  # room for the numbers beside the dots
+        width = high - low or 1.0
+        scale = alt.Scale(domain=[low - left * width, high + right * width], nice=False)
+        axis = alt.Axis(format="%" if percent else alt.Undefined, values=_ticks(high))
+        y = alt.Y("row:N", sort=order, title=None, axis=alt.Axis(ticks=False, domain=False, labelColor=INK, labelPadding=6))
+        base = alt.Chart(_data(sized)).encode(y=y)
+        at = base.encode(x=alt.X("x:Q", title=x, axis=axis, scale=scale))
+        # the outer values stand outside, what is between stands above, so that near values do not cover one another
+        place: dict[str, Any] = {
+            "low": {"align": "right", "dx": -9},
+            "high": {"align": "left", "dx": 9},
+            "mid": {"align": "center", "dy": -15},
+        }
+        texts = [
+            at.transform_filter(f"datum.place == '{where}'").mark_text(color=INK, fontSize=12, **how).encode(text="says:N")
+            for where, how in place.items()
+        ]
+        return alt.layer(
+            base.mark_line(color=GRID, strokeWidth=4).encode(x=alt.X("x:Q", scale=scale), detail="row:N"),
+            at.mark_point(filled=True, opacity=1).encode(color=colour, shape=shape, size=alt.Size("size:Q", scale=None)),
+            *texts,
+        )
+
+    return draw(build, (58 if any(r["place"] == "mid" for r in rows) else 36) * len(order) + 10, series)
+
+
+def _ticks(high: float) -> list[float]:
+    """Round numbers from 0 to `high`: none below 0, where there is room for text and no value can be."""
+    step = 10.0 ** floor(log10(high / 2)) if high > 0 else 1.0
+    step = next(step * m for m in (1, 2, 5, 10) if high / (step * m) <= 5)
+    return [i * step for i in range(int(high / step + 1e-9) + 1)]

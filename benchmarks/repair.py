@@ -22,7 +22,7 @@ from surgeon.corpus import Corpus
 from surgeon.measure import mean_nll
 from surgeon.patch import Patch
 from surgeon.patients import heldout_text
-from surgeon.repair import RepairConfig, repair
+from surgeon.repair import DistilConfig, RepairConfig, repair
 from surgeon.repair.repair import recut, split
 
 STEPS, BATCH, LENGTH = 400, 2, 128
@@ -43,7 +43,7 @@ def plain(anatomy: Anatomy, injury: Patch, corpus: Corpus, rate: float | None) -
     allowed = torch.zeros_like(weight)
     allowed[row] = (~mask[row]).to(weight)
     scale = float(anatomy.view(site).read()[row].float().square().mean().sqrt())
-    optimizer = torch.optim.AdamW([weight], lr=rate or 0.08 * scale, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([weight], lr=rate or DistilConfig().relative_lr * scale, weight_decay=0.0)
     order = torch.randint(len(windows), (STEPS, BATCH), generator=torch.Generator().manual_seed(0))
     start = time.perf_counter()
     for step in range(STEPS):

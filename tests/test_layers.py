@@ -9,6 +9,8 @@ FLOORS = [
     {"errors"},
     {"patients"},
     {"corpus"},
+    {"subject"},
+    {"facts"},
     {"tap"},
     {"anatomy"},
     {"patch"},

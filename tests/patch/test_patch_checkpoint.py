@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import CONFIGS, tiny_model
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from surgeon.anatomy import Anatomy, Site
@@ -135,11 +136,43 @@ def test_a_patch_made_in_fp32_fits_the_checkpoint_in_bf16(tmp_path: Path) -> Non
     assert files(tmp_path / "new") != files(tmp_path / "base") == files(tmp_path / "healed")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # gpt2 stores (in, out)
+def test_a_low_rank_patch_comes_off_bit_for_bit(tmp_path: Path, dtype: torch.dtype, kind: str) -> None:
+    model = tiny_model(kind).to(dtype)
+    model.save_pretrained(tmp_path / "base")
+    anatomy = Anatomy.of(model)
+    n_out, n_in = anatomy.view("L0.mlp.down").shape
+
+    def rank_one(seed: int) -> Patch:
+        g = torch.Generator().manual_seed(seed)
+        return Patch.low_rank(anatomy, Site(0, "mlp.down"), torch.randn(n_out, 1, generator=g), torch.randn(1, n_in, generator=g))
+
+    first = rank_one(1)
+    with first.applied(anatomy):
+        second = rank_one(2)
+    apply_to_checkpoint(tmp_path / "base", [first], tmp_path / "one")
+    apply_to_checkpoint(tmp_path / "one", [second], tmp_path / "two")
+    apply_to_checkpoint(tmp_path / "base", [first, second], tmp_path / "both")
+    assert files(tmp_path / "both") == files(tmp_path / "two")
+    with pytest.raises(WrongBase):
+        undo_on_checkpoint(tmp_path / "two", first, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+    undo_on_checkpoint(tmp_path / "two", second, tmp_path / "back")
+    assert files(tmp_path / "back") == files(tmp_path / "one") != files(tmp_path / "base")
+    undo_on_checkpoint(tmp_path / "back", first, tmp_path / "healed")
+    assert files(tmp_path / "healed") == files(tmp_path / "base")
+    with first.applied(anatomy):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype=dtype)
+        assert torch.equal(Anatomy.of(loaded).view("L0.mlp.down").read(), anatomy.view("L0.mlp.down").read())
+
+
 def test_what_is_refused(base: Path, tmp_path: Path) -> None:
     patch = injury("L0.mlp.down[1, 2]")
     apply_to_checkpoint(base, [patch], tmp_path / "once")
     low = Patch.low_rank(Anatomy.of(tiny_model("llama")), Site(0, "mlp.up"), torch.ones(48, 1), torch.ones(1, 32))
     apply_to_checkpoint(base, [low], tmp_path / "low")
+    (tmp_path / "low" / "surgeon_patches.undo").unlink()
     (tmp_path / "bare").mkdir()
     shutil.copytree(tmp_path / "once", tmp_path / "unlisted", ignore=lambda *_: ["surgeon_patches.json"])
     cut = tmp_path / "cut"

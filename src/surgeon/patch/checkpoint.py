@@ -10,18 +10,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..anatomy import TABLE, Anatomy, Site, WeightView, digest
 from ..anatomy.load import check_folder, model_class, read_config, read_header, weight_files
 from ..errors import BadCheckpoint, BadInput, PackedWeight, PatchConflict, Refused, SurgeonError
+from .deltas import LowRankDelta
 from .names import TensorNames
 from .patch import Patch
-from .stack import Stack, put_on_, take_off_, views
+from .stack import Layer, Stack, put_on_, take_off_, views
 
 RECORD = "surgeon_patches.json"
+ORIGINALS = "surgeon_patches.undo"  # safetensors, not named so: loaders take all of those for weights
 
 
 def apply_to_checkpoint(source: Path, patches: Sequence[Patch], target: Path, allow_tied: bool = False) -> None:
@@ -39,7 +42,11 @@ def apply_to_checkpoint(source: Path, patches: Sequence[Patch], target: Path, al
         if patch.digest in checkpoint.listed():
             raise PatchConflict(f"this patch ({patch}) is applied to {source} already, says its {RECORD}; undo it first.")
         put_on_(patch, views(patch, checkpoint.anatomy, checkpoint.view, allow_tied), stack)
-        checkpoint.record["patches"].append({"made_by": patch.made_by, "digest": patch.digest, "sites": [str(s) for s in patch.sites]})
+        entry = {"made_by": patch.made_by, "digest": patch.digest, "sites": [str(s) for s in patch.sites]}
+        if any(isinstance(delta, LowRankDelta) for delta in patch.deltas):
+            entry["written"] = {str(site): digest for site, digest in stack[-1].written.items()}
+            checkpoint.originals |= {f"{patch.digest}.{site}": old for site, old in stack[-1].originals.items()}
+        checkpoint.record["patches"].append(entry)
     checkpoint.write(target)
 
 
@@ -47,14 +54,17 @@ def undo_on_checkpoint(source: Path, patch: Patch, target: Path) -> None:
     """Copy the patched checkpoint `source` to the new folder `target`, with the original entries of `patch` back, bit for bit.
 
     Raises: as `apply_to_checkpoint`; WrongBase if the checkpoint does not hold what the patch writes, or if more was changed
-    there than the patches that its surgeon_patches.json lists; Refused for a low-rank patch, which keeps no original weights.
+    there than the patches that its surgeon_patches.json lists; Refused for a low-rank patch, which keeps no original weights, where
+    the surgeon_patches.undo that `apply_to_checkpoint` wrote is missing.
     """
     _check_target(source, target)
     checkpoint = _Checkpoint(source)
+    stack = checkpoint.layer(patch)
     # a tensor that other patches lie on as well is known to be theirs and this one's if the record says so
     known = {Site.parse(s): d for s, d in checkpoint.record["tensors"].items()} if patch.digest in checkpoint.listed() else {}
-    take_off_(patch, views(patch, checkpoint.anatomy, checkpoint.view), [], known)
+    take_off_(patch, views(patch, checkpoint.anatomy, checkpoint.view), stack, known)
     checkpoint.record["patches"] = [p for p in checkpoint.record["patches"] if p["digest"] != patch.digest]
+    checkpoint.originals = {name: old for name, old in checkpoint.originals.items() if not name.startswith(patch.digest)}
     checkpoint.write(target)
 
 
@@ -69,11 +79,20 @@ class _Checkpoint:
         self.anatomy = _anatomy(folder, self.config)
         self.names = TensorNames(self.anatomy, self.shards)
         self.record = _read_record(folder / RECORD)
+        self.originals = _read_originals(folder / ORIGINALS)
         self.tensors: dict[str, Tensor] = {}
         self.opened: dict[Site, WeightView] = {}
 
     def listed(self) -> set[str]:
         return {p["digest"] for p in self.record["patches"]}
+
+    def layer(self, patch: Patch) -> Stack:
+        """The patch as it lies on the folder, if its original entries were kept; else nothing."""
+        entry = next((p for p in self.record["patches"] if p["digest"] == patch.digest), {})
+        names = {site: f"{patch.digest}.{site}" for site in patch.sites}
+        if "written" not in entry or not set(names.values()) <= set(self.originals):
+            return []
+        return [Layer(patch, {s: self.originals[n] for s, n in names.items()}, {s: entry["written"][str(s)] for s in names})]
 
     def view(self, site: Site) -> WeightView:
         """The site's weight, in a copy of its tensor. Raises: BadCheckpoint, PackedWeight; Refused if a tied weight is stored twice."""
@@ -108,6 +127,9 @@ class _Checkpoint:
             (part / RECORD).unlink(missing_ok=True)
             if self.record["patches"]:
                 (part / RECORD).write_text(json.dumps(self.record, sort_keys=True, indent=1) + "\n")
+            (part / ORIGINALS).unlink(missing_ok=True)
+            if self.originals:
+                (part / ORIGINALS).write_bytes(safetensors.torch.save(self.originals))
             os.rename(part, target)
         except BaseException as error:  # also Ctrl-C: whatever stops this, no half of a checkpoint stays
             if part is not None:
@@ -151,6 +173,13 @@ def _overwrite(shard: Path, name: str, tensor: Tensor) -> None:
         length = int.from_bytes(file.read(8), "little")
         file.seek(8 + length + start)
         file.write(raw.data)
+
+
+def _read_originals(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path) if path.exists() else {}
+    except (OSError, SafetensorError) as error:
+        raise BadCheckpoint(f"{path} is damaged ({error}), so low-rank patches cannot be undone; delete it to go on without.") from error
 
 
 def _read_record(path: Path) -> dict[str, Any]:

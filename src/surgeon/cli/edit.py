@@ -1,0 +1,265 @@
+"""`surgeon edit`: rewrite facts; the damage is known, and may be refused, before a weight changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.markup import escape
+from rich.table import Table
+
+from ..anatomy import Anatomy, Loaded
+from ..corpus import read_text
+from ..edit import (
+    METHODS,
+    ContextConfig,
+    CovarianceCache,
+    Edit,
+    EditConfig,
+    Preparation,
+    PrepareConfig,
+    ValueConfig,
+    default_folder,
+    edit,
+)
+from ..edit.preflight import PUBLISHED_RATIOS, REFUSE, WARN
+from ..errors import BadInput, Refused
+from ..facts import Fact, read_facts
+from ..measure import Scorecard, ScoreConfig, examine, require_causal, with_neighbours
+from ..patch import save
+from .common import (
+    F,
+    err,
+    json_option,
+    model_options,
+    open_corpus,
+    open_model,
+    options,
+    out,
+    print_json,
+    print_table,
+    progress,
+    require_finite,
+    seed_option,
+    text_options,
+    tokenizer_of,
+)
+
+VALUE = {f.name: f for f in fields(ValueConfig)}
+NEW_TOKENS = 20
+
+
+def _value_options() -> Callable[[F], F]:
+    """An option for each setting of the value's optimisation, described by the setting itself."""
+    return options(
+        *(
+            click.option(f"--value-{name.replace('_', '-')}", f"value_{name}", type=type(f.default), help=f"Value: {f.metadata['help']}.")
+            for name, f in VALUE.items()
+        )
+    )
+
+
+@click.command("edit")
+@model_options
+@click.option("--prompt", metavar="TEMPLATE", help="Prompt of the fact, with {} where the subject stands: 'The capital of {} is'.")
+@click.option("--subject", help="What the fact is about.")
+@click.option("--target", help="What the model is to say next.")
+@click.option("--true", "true", help="What it says now, if you want the two compared.")
+@click.option("--facts", "facts_file", metavar="FILE", help="Many facts: JSON lines with prompt, subject, target; or CounterFact's JSON.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use the first N facts of the file.")
+@click.option("-o", "output", required=True, metavar="P", help="Patch file to write.")
+@click.option("--method", default=EditConfig.method, show_default=True, type=click.Choice(METHODS), help="The editor.")
+@click.option("--layer", "layers", multiple=True, type=int, help="Layer to change; memit and alphaedit take several.  [default: by depth]")
+@click.option("--controls", metavar="FILE", help="Prompts that should not change, one a line.")
+@click.option("--force", is_flag=True, help="Write the patch also if the forecast says refuse.")
+@click.option("--covariance-text", metavar="FILE", help="Text for the covariance of the keys; default: text that the model writes itself.")
+@click.option("--tokens", type=int, help=f"Covariance: {PrepareConfig.__dataclass_fields__['tokens'].metadata['help']}.")
+@click.option("--ridge", default="0.01", show_default=True, help="Ridge, as a share of the covariance's mean diagonal; or ledoit-wolf.")
+@click.option("--contexts", default=ContextConfig.count, show_default=True, help="Texts of the model to stand before the prompt.")
+@click.option("--weight", default=EditConfig.weight, show_default=True, help="memit: how many usual keys the covariance stands for.")
+@click.option("--energy", default=EditConfig.energy, show_default=True, help="alphaedit: share of the keys' energy that may be touched.")
+@click.option("--cache", metavar="DIR", help="Where covariances are kept.  [default: $SURGEON_CACHE, or the user's cache folder]")
+@click.option("--no-cache", is_flag=True, help="Keep no covariance.")
+@_value_options()
+@text_options(windows=20)
+@seed_option
+@json_option
+def command(
+    model: str, dtype: str, device: str, prompt: str | None, subject: str | None, target: str | None, true: str | None,
+    facts_file: str | None, limit: int | None, output: str, method: str, layers: tuple[int, ...], controls: str | None, force: bool,
+    covariance_text: str | None, tokens: int | None, ridge: str, contexts: int, weight: float, energy: float, cache: str | None,
+    no_cache: bool, text: str | None, window: int, windows: int | None, bos: str, seed: int, as_json: bool, **value: Any,
+) -> None:  # fmt: skip
+    """Make MODEL say something else about a subject, as a patch; with the forecast of the damage, and a scorecard beside controls.
+
+    --text is unrelated text, on which the perplexity before and after is measured.
+    """
+    facts = requested(prompt, subject, target, true, facts_file, limit)
+    prompts = [] if controls is None else [line.strip() for line in read_text(controls).splitlines() if line.strip()]
+    if not Path(output).parent.is_dir():
+        raise BadInput(f"there is no folder {Path(output).parent} for the patch {output}; make it first.")
+    config = EditConfig(method=method, layers=tuple(sorted(set(layers))), weight=weight, energy=energy)
+    config = replace(config, value=replace(config.value, **{k.removeprefix("value_"): v for k, v in value.items() if v is not None}))
+    prepare = PrepareConfig(tokens, parsed_ridge(ridge), ContextConfig(count=contexts), seed, bos)
+    loaded, anatomy = open_model(model, dtype, device)
+    require_causal(loaded.model)
+    corpus = open_corpus(loaded, text, window_within(anatomy, window, text), windows, bos)
+    with progress() as tell:
+        preparation = Preparation(
+            anatomy,
+            tokenizer_of(loaded),
+            prepare,
+            None if covariance_text is None else open_corpus(loaded, covariance_text, window_within(anatomy, window, None), None, bos),
+            None if no_cache else CovarianceCache(Path(cache) if cache else default_folder()),
+            loaded.fingerprint,
+            tell,
+        )
+        facts = with_neighbours(loaded.model, tokenizer_of(loaded), facts, bos=bos)
+        made = edit(preparation, facts, config)
+        for request in made.requests:
+            for warning in request.bare.warnings:
+                err.print(f"surgeon: {escape(warning)}")
+        if made.verdict == "refuse" and not force:
+            raise Refused(
+                f"the edit would change what {', '.join(str(f.site) for f in made.layers)} writes by {made.to_json()['relative_damage']:.2f} "
+                f"of its usual size everywhere, over the limit of {REFUSE:g}, so no patch was written; try another --layer, more --tokens, "
+                "a prompt with words before the subject, or --force."
+            )
+        score = scored(loaded, anatomy, made, facts, prompts, corpus, ScoreConfig(NEW_TOKENS, seed=seed), bos)
+    require_finite(**{"the NLL of the edited model": score.after.nll})
+    save(made.patch, output)
+    document = document_of(model, loaded, made, score, output)
+    if as_json:
+        print_json(document)
+    else:
+        print_edit(model, document)
+
+
+def requested(
+    prompt: str | None, subject: str | None, target: str | None, true: str | None, facts_file: str | None, limit: int | None
+) -> list[Fact]:
+    """The facts of the file, or the one of the options. Raises: BadInput, UsageError."""
+    if facts_file is not None:
+        if prompt is not None or subject is not None or target is not None:
+            raise click.UsageError("give either --facts, or --prompt, --subject and --target.")
+        facts = read_facts(facts_file)[:limit]
+        for number, fact in enumerate(facts, 1):
+            if fact.target is None or not fact.target.strip():
+                raise BadInput(f"{facts_file}: fact {number} ({fact.text!r}) has no target; say what the model is to answer.")
+        return facts
+    if prompt is None or subject is None or target is None:
+        raise click.UsageError("an edit needs --prompt, --subject and --target, or --facts FILE.")
+    if not target.strip():
+        raise BadInput("the target is empty; give the word or words that the model should say, like --target Rome.")
+    return [Fact(prompt, subject, target, true)]
+
+
+def parsed_ridge(ridge: str) -> float | str:
+    try:
+        return float(ridge)
+    except ValueError:
+        return ridge
+
+
+def window_within(anatomy: Anatomy, window: int, text: str | None) -> int:
+    """The window, or where no text was named, at most what the model reads: the default text is cut to fit the model."""
+    longest = getattr(anatomy.config, "max_position_embeddings", None)
+    return window if text is not None or longest is None else min(window, longest)
+
+
+def scored(
+    loaded: Loaded, anatomy: Anatomy, made: Edit, facts: Sequence[Fact], controls: Sequence[str], corpus: Any, config: ScoreConfig, bos: str
+) -> Scorecard:
+    """The model examined without the patch and with it."""
+    tokenizer = tokenizer_of(loaded)
+    before = examine(loaded.model, tokenizer, facts, controls, corpus, config, bos)
+    with made.patch.applied(anatomy):
+        after = examine(loaded.model, tokenizer, facts, controls, corpus, config, bos)
+    return Scorecard(before, after, config)
+
+
+def document_of(model: str, loaded: Loaded, made: Edit, score: Scorecard, output: str) -> dict[str, Any]:
+    card = score.to_json()
+    first = card["facts"][0]
+    n = len(card["facts"])
+    return {
+        "model": model,
+        "fingerprint": loaded.fingerprint,
+        "patch": output,
+        "method": made.method,
+        "layers": [f.site.layer for f in made.layers],
+        "preflight": made.to_json(),
+        "target_probability": {when: sum(f["target_probability"][when] for f in card["facts"]) / n for when in ("before", "after")},
+        "controls": score.controls(),
+        "free_generation": {when: first["free"][0][when] for when in ("before", "after")},
+        "scorecard": card,
+        "seconds": made.seconds,
+    }
+
+
+def print_edit(model: str, document: dict[str, Any]) -> None:
+    preflight, card = document["preflight"], document["scorecard"]
+    out.print(f"[bold]{escape(model)}[/bold]: {len(card['facts'])} fact(s) by {document['method']} in {_sites(preflight)}")
+    low, high = PUBLISHED_RATIOS
+    out.print(
+        f"forecast [bold]{preflight['verdict']}[/bold]: changes what the matrix writes by {preflight['relative_damage']:.3f} of its usual size "
+        f"(ok under {WARN:g}, refused from {REFUSE:g}); update norm {preflight['update_norm_ratio']:.1%} of the weight's "
+        f"(published for wide models: clean under {low:.0%}, broken over {high:.0%})"
+    )
+    table = Table("", "prompts", "before", "after", "95%", "P before", "P after", box=None, header_style="bold")
+    for name in ("efficacy", "paraphrase", "neighbourhood"):
+        share = card[name]
+        if share["prompts"]:
+            low_ci, high_ci = share["ci95"]
+            table.add_row(
+                name, str(share["prompts"]), f"{share['before']:.3f}", f"{share['after']:.3f}", f"{low_ci:.2f} to {high_ci:.2f}",
+                f"{share['magnitude_before']:+.3f}", f"{share['magnitude_after']:+.3f}",
+            )  # fmt: skip
+    print_table(table)
+    if card["neighbours_known_before"]:
+        out.print(f"neighbours that keep their answer: {card['neighbours_kept']} of {card['neighbours_known_before']}")
+    p = document["target_probability"]
+    out.print(
+        f"P(target) {p['before']:.4f} → [bold]{p['after']:.4f}[/bold];  perplexity {_both(card['ppl'])};  {document['seconds']:.1f} s"
+    )
+    for fact, known in list(zip(card["facts"], preflight["facts"], strict=True))[:5]:
+        tokens = known.get("subject_tokens")
+        out.print(f"\n[bold]{escape(fact['prompt'])}[/bold]" + (f"  subject tokens {escape(str(tokens))}" if tokens else ""))
+        for text in fact["free"]:
+            out.print(
+                f"  {escape(text['prompt'])}\n    before: {escape(_line(text['before']))}\n    after:  {escape(_line(text['after']))}"
+            )
+    if document["controls"]:
+        print_controls(document["controls"])
+    out.print(f"\n{escape(document['patch'])}")
+
+
+def print_controls(controls: Sequence[dict[str, Any]]) -> None:
+    table = Table("control prompt", "before", "p", "after", "p", "", box=None, header_style="bold")
+    for c in controls:
+        (token, p), (token_after, p_after) = c["before"], c["after"]
+        table.add_row(
+            escape(c["prompt"]),
+            escape(_line(token)),
+            f"{p:.3f}",
+            escape(_line(token_after)),
+            f"{p_after:.3f}",
+            "changed" if c["changed"] else "",
+        )
+    print_table(table)
+
+
+def _sites(preflight: dict[str, Any]) -> str:
+    return ", ".join(layer["site"] for layer in preflight["layers"])
+
+
+def _both(values: dict[str, float | None]) -> str:
+    before, after = values["before"], values["after"]
+    return "not measured" if before is None or after is None else f"{before:.2f} → {after:.2f}"
+
+
+def _line(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

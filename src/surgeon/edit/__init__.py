@@ -1,0 +1,46 @@
+"""Rewrite facts: subject and keys, covariance, value, the editors, and what an edit will do before it is done."""
+
+from .cache import CovarianceCache, default_folder
+from .contexts import ContextConfig, prefixes, sampled
+from .covariance import CholeskyFactor, KeyMoments, factor, key_moments
+from .edit import METHODS, SEVERAL_LAYERS, Edit, EditConfig, default_layers, edit
+from .finetune import FineTuneConfig
+from .keys import PromptBatch, dense_down, keys_at
+from .preflight import LayerForecast, forecast
+from .prepare import Preparation, PrepareConfig
+from .radar import output_change, ranked
+from .rome import UnusableKey
+from .value import Request, ValueConfig, Values, optimise
+
+__all__ = [
+    "METHODS",
+    "SEVERAL_LAYERS",
+    "CholeskyFactor",
+    "ContextConfig",
+    "CovarianceCache",
+    "Edit",
+    "EditConfig",
+    "FineTuneConfig",
+    "KeyMoments",
+    "LayerForecast",
+    "Preparation",
+    "PrepareConfig",
+    "PromptBatch",
+    "Request",
+    "UnusableKey",
+    "ValueConfig",
+    "Values",
+    "default_folder",
+    "default_layers",
+    "dense_down",
+    "edit",
+    "factor",
+    "forecast",
+    "key_moments",
+    "keys_at",
+    "optimise",
+    "output_change",
+    "prefixes",
+    "ranked",
+    "sampled",
+]

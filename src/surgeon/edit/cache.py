@@ -1,0 +1,69 @@
+"""Covariances on disk: one safetensors file each, named by a hash of everything that decides its content, so files can be shared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import BadInput
+
+_KEY = "surgeon"  # safetensors writes several metadata keys in random order, so there is only this one
+
+
+def default_folder() -> Path:
+    """$SURGEON_CACHE, else `surgeon` in the user's cache folder."""
+    own = os.environ.get("SURGEON_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "surgeon" / "covariance"
+
+
+@dataclass(frozen=True)
+class CovarianceCache:
+    """Files in `folder`. Raises: BadInput where the folder cannot be made or written."""
+
+    folder: Path
+
+    def path(self, key: Mapping[str, Any]) -> Path:
+        """key: whatever decides the content, as JSON can hold it."""
+        return self.folder / f"{hashlib.sha256(_text(key).encode()).hexdigest()[:32]}.safetensors"
+
+    def read(self, key: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and numbers kept under `key`; None if there are none, or the file is damaged or of another key."""
+        try:
+            with safe_open(self.path(key), "pt") as file:
+                held = json.loads((file.metadata() or {})[_KEY])
+                if held["key"] != json.loads(_text(key)):
+                    return None
+                return {name: file.get_tensor(name) for name in file.keys()}, held["numbers"]  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return None
+
+    def write(self, key: Mapping[str, Any], tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        path = self.path(key)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        raw = safetensors.torch.save(dict(tensors), {_KEY: _text({"key": key, "numbers": numbers})})
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(raw)
+            os.replace(part, path)
+        except OSError as error:
+            raise BadInput(
+                f"cannot keep the covariance in {self.folder}: {error.strerror}; name another folder with --cache, or use --no-cache."
+            ) from error
+        finally:
+            part.unlink(missing_ok=True)
+
+    def drop(self, key: Mapping[str, Any]) -> None:
+        self.path(key).unlink(missing_ok=True)
+
+
+def _text(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, sort_keys=True)

@@ -23,6 +23,7 @@ from ..edit import (
     PrepareConfig,
     ValueConfig,
     default_folder,
+    default_value,
     edit,
 )
 from ..edit.preflight import PUBLISHED_RATIOS, REFUSE, WARN
@@ -101,8 +102,8 @@ def command(
     prompts = [] if controls is None else [line.strip() for line in read_text(controls).splitlines() if line.strip()]
     if not Path(output).parent.is_dir():
         raise BadInput(f"there is no folder {Path(output).parent} for the patch {output}; make it first.")
-    config = EditConfig(method=method, layers=tuple(sorted(set(layers))), weight=weight, energy=energy)
-    config = replace(config, value=replace(config.value, **{k.removeprefix("value_"): v for k, v in value.items() if v is not None}))
+    settings = {k.removeprefix("value_"): v for k, v in value.items() if v is not None}
+    config = EditConfig(method, tuple(sorted(set(layers))), weight, energy, replace(default_value(method), **settings))
     prepare = PrepareConfig(tokens, parsed_ridge(ridge), ContextConfig(count=contexts), seed, bos)
     loaded, anatomy = open_model(model, dtype, device)
     require_causal(loaded.model)
@@ -124,9 +125,9 @@ def command(
                 err.print(f"surgeon: {escape(warning)}")
         if made.verdict == "refuse" and not force:
             raise Refused(
-                f"the edit would change what {', '.join(str(f.site) for f in made.layers)} writes by {made.to_json()['relative_damage']:.2f} "
-                f"of its usual size everywhere, over the limit of {REFUSE:g}, so no patch was written; try another --layer, more --tokens, "
-                "a prompt with words before the subject, or --force."
+                f"the edit would change what {', '.join(str(f.site) for f in made.layers)} writes by "
+                f"{made.to_json()['relative_damage']:.2f} of its usual size everywhere, over the limit of {REFUSE:g}, so no patch was "
+                "written; try another --layer, more --tokens, a prompt with words before the subject, or --force."
             )
         score = scored(loaded, anatomy, made, facts, prompts, corpus, ScoreConfig(NEW_TOKENS, seed=seed), bos)
     require_finite(**{"the NLL of the edited model": score.after.nll})
@@ -205,7 +206,7 @@ def print_edit(model: str, document: dict[str, Any]) -> None:
     out.print(f"[bold]{escape(model)}[/bold]: {len(card['facts'])} fact(s) by {document['method']} in {_sites(preflight)}")
     low, high = PUBLISHED_RATIOS
     out.print(
-        f"forecast [bold]{preflight['verdict']}[/bold]: changes what the matrix writes by {preflight['relative_damage']:.3f} of its usual size "
+        f"forecast [bold]{preflight['verdict']}[/bold]: what is written changes by {preflight['relative_damage']:.3f} of its usual size "
         f"(ok under {WARN:g}, refused from {REFUSE:g}); update norm {preflight['update_norm_ratio']:.1%} of the weight's "
         f"(published for wide models: clean under {low:.0%}, broken over {high:.0%})"
     )

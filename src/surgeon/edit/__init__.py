@@ -3,7 +3,7 @@
 from .cache import CovarianceCache, default_folder
 from .contexts import ContextConfig, prefixes, sampled
 from .covariance import CholeskyFactor, KeyMoments, factor, key_moments
-from .edit import METHODS, SEVERAL_LAYERS, Edit, EditConfig, default_layers, edit
+from .edit import METHODS, SEVERAL_LAYERS, Edit, EditConfig, default_layers, default_value, edit
 from .finetune import FineTuneConfig
 from .keys import PromptBatch, dense_down, keys_at
 from .preflight import LayerForecast, forecast
@@ -32,6 +32,7 @@ __all__ = [
     "Values",
     "default_folder",
     "default_layers",
+    "default_value",
     "dense_down",
     "edit",
     "factor",

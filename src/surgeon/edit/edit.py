@@ -29,7 +29,9 @@ from .value import Request, ValueConfig, Values, optimise
 
 METHODS = ("rome", "rome-mean", "rome-bare", "rome-legacy", "emmet", "memit", "alphaedit", "ft")
 SEVERAL_LAYERS = ("memit", "alphaedit")
-SPREAD = 3  # layers that MEMIT and AlphaEdit change, where the model has that many below and at the chosen one
+TOGETHER = ("emmet", "memit", "alphaedit")
+# facts that share a matrix pay for each other's norm, so their values stop earlier (measured in docs/editing.md)
+TOGETHER_VALUE = ValueConfig(lr=0.1, stop=0.9)
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,9 @@ class EditConfig:
     layers: tuple[int, ...] = field(
         default=(), metadata={"help": "layers to change; not given: a sixth of the depth (memit: those up to it)"}
     )
-    weight: float = field(default=200.0, metadata={"help": "memit: how many usual keys the covariance stands for"})
+    weight: float = field(default=400.0, metadata={"help": "memit: how many usual keys the covariance stands for"})
     energy: float = field(default=0.02, metadata={"help": "alphaedit: share of the keys' energy in the directions that may change"})
-    value: ValueConfig = field(default_factory=ValueConfig)
+    value: ValueConfig | None = field(default=None, metadata={"help": "of the value; not given: as the method needs it"})
     fine_tune: FineTuneConfig = field(default_factory=FineTuneConfig)
 
     def __post_init__(self) -> None:
@@ -90,13 +92,19 @@ class Edit:
 
 
 def default_layers(anatomy: Anatomy, method: str) -> tuple[int, ...]:
-    """A sixth of the depth, where published edits of GPT-J and Llama sit; MEMIT and AlphaEdit the layers up to it, and at least two."""
+    """A sixth of the depth, where published edits of GPT-J and Llama sit; for MEMIT and AlphaEdit a sixth of all layers around it, two at
+    least."""
     n = len(anatomy.layers)
-    top = round(n / 6)
+    middle = min(n - 1, round(n / 6))
     if method not in SEVERAL_LAYERS:
-        return (top,)
-    top = min(n - 1, max(top, SPREAD - 1))
-    return tuple(range(max(0, top - SPREAD + 1), top + 1))
+        return (middle,)
+    many = min(n, max(2, middle))
+    first = max(0, min(n - many, middle + (many - 1) // 2 - many + 1))
+    return tuple(range(first, first + many))
+
+
+def default_value(method: str) -> ValueConfig:
+    return TOGETHER_VALUE if method in TOGETHER else ValueConfig()
 
 
 def edit(preparation: Preparation, facts: Sequence[Fact], config: EditConfig = EditConfig()) -> Edit:
@@ -109,18 +117,19 @@ def edit(preparation: Preparation, facts: Sequence[Fact], config: EditConfig = E
     anatomy = preparation.anatomy
     requests = [_request(preparation, fact) for fact in facts]
     _require_consistent(facts)
+    value = config.value or default_value(config.method)
     layers = sorted(config.layers) or list(default_layers(anatomy, config.method))
     for layer in layers:
         dense_down(anatomy, layer)
     preparation.gather(layers)
     if config.method in SEVERAL_LAYERS:
-        patches, forecasts, notes = _spread(preparation, requests, layers, config)
+        patches, forecasts, notes = _spread(preparation, requests, layers, config, value)
     elif config.method == "ft":
         patches, forecasts, notes = _fine_tuned(preparation, requests, layers[0], config)
     elif config.method == "emmet":
-        patches, forecasts, notes = _exact(preparation, requests, layers[0], config)
+        patches, forecasts, notes = _exact(preparation, requests, layers[0], value)
     else:
-        patches, forecasts, notes = _one_by_one(preparation, requests, layers[0], config)
+        patches, forecasts, notes = _one_by_one(preparation, requests, layers[0], config, value)
     settings = {
         "operation": "edit",
         "method": config.method,
@@ -149,7 +158,7 @@ def _require_consistent(facts: Sequence[Fact]) -> None:
             raise Refused(f"{fact.text!r} is to become {seen[fact.text]!r} and {fact.target!r} at once; keep one of the two.")
 
 
-def _one_by_one(preparation: Preparation, requests: Sequence[Request], layer: int, config: EditConfig) -> Made:
+def _one_by_one(preparation: Preparation, requests: Sequence[Request], layer: int, config: EditConfig, value: ValueConfig) -> Made:
     """ROME, fact after fact. A single matrix is changed, so the forecast of all is that of the sum."""
     anatomy = preparation.anatomy
     which = {"rome": "both", "rome-mean": "mean", "rome-bare": "bare", "rome-legacy": "legacy"}[config.method]
@@ -158,7 +167,7 @@ def _one_by_one(preparation: Preparation, requests: Sequence[Request], layer: in
     patches, notes, factors = [], [], []
     with ExitStack() as applied:
         for request in requests:
-            values = optimise(anatomy, [request], layer, config.value, progress=preparation.progress)
+            values = optimise(anatomy, [request], layer, value, progress=preparation.progress)
             keys = keys_at(anatomy, PromptBatch.of(request.prompts), [layer])[layer].double()
             delta = values.delta[0].double()
             if which == "legacy":
@@ -173,11 +182,11 @@ def _one_by_one(preparation: Preparation, requests: Sequence[Request], layer: in
     return patches, [forecast(site, start, total, preparation.moments(layer), factor)], notes
 
 
-def _exact(preparation: Preparation, requests: Sequence[Request], layer: int, config: EditConfig) -> Made:
+def _exact(preparation: Preparation, requests: Sequence[Request], layer: int, value: ValueConfig) -> Made:
     """EMMET: all facts at once, exactly, at the mean and at the bare key of each."""
     anatomy = preparation.anatomy
     site, factor = dense_down(anatomy, layer), preparation.factor(layer)
-    values = optimise(anatomy, requests, layer, config.value, progress=preparation.progress)
+    values = optimise(anatomy, requests, layer, value, progress=preparation.progress)
     keys = _keys(anatomy, requests, [layer])[layer]
     deltas = values.delta.double()
     held = [chosen_keys(k, "both") for k in keys]
@@ -188,11 +197,11 @@ def _exact(preparation: Preparation, requests: Sequence[Request], layer: int, co
     return [Patch.low_rank(anatomy, site, *change)], [forecast(site, view.read(), change, preparation.moments(layer), factor)], notes
 
 
-def _spread(preparation: Preparation, requests: Sequence[Request], layers: Sequence[int], config: EditConfig) -> Made:
+def _spread(preparation: Preparation, requests: Sequence[Request], layers: Sequence[int], config: EditConfig, value: ValueConfig) -> Made:
     """MEMIT and AlphaEdit: the value is found at the last layer, and each layer takes its share of what is still missing there."""
     anatomy = preparation.anatomy
     last = layers[-1]
-    values = optimise(anatomy, requests, last, config.value, "state", preparation.progress)
+    values = optimise(anatomy, requests, last, value, "state", preparation.progress)
     bare = PromptBatch.of([r.bare for r in requests])
     wanted = _states(anatomy, bare, last) + values.delta.double()
     patches, forecasts, notes = [], [], []
@@ -201,15 +210,16 @@ def _spread(preparation: Preparation, requests: Sequence[Request], layers: Seque
         for done, layer in enumerate(layers):
             site, factor = dense_down(anatomy, layer), preparation.factor(layer)
             keys = _keys(anatomy, requests, [layer])[layer]
-            mean = torch.stack([k.mean(0) for k in keys])
+            held = [chosen_keys(k, "both") for k in keys]
+            rows = torch.repeat_interleave(torch.arange(len(requests)), torch.tensor([len(k) for k in held]))
             missing = (wanted - _states(anatomy, bare, last)) / (len(layers) - done)
             if config.method == "memit":
-                change = spread_change(mean, missing, factor, config.weight)
+                change = spread_change(torch.cat(held), missing[rows], factor, config.weight)
             else:
                 moments = preparation.moments(layer)
                 basis = null_basis(moments.covariance, config.energy)
-                lost = torch.maximum(lost, projection_loss(mean, basis))
-                change = null_space_change(mean, missing, basis, moments.mean_square / moments.d_mlp)
+                lost = torch.maximum(lost, projection_loss(torch.stack([k.mean(0) for k in keys]), basis))
+                change = null_space_change(torch.cat(held), missing[rows], basis, moments.mean_square / moments.d_mlp)
             forecasts.append(forecast(site, anatomy.view(site).read(), change, preparation.moments(layer), factor))
             patches.append(Patch.low_rank(anatomy, site, *change))
             applied.enter_context(patches[-1].applied(anatomy))

@@ -42,7 +42,7 @@ def apply_to_checkpoint(source: Path, patches: Sequence[Patch], target: Path, al
         if patch.digest in checkpoint.listed():
             raise PatchConflict(f"this patch ({patch}) is applied to {source} already, says its {RECORD}; undo it first.")
         put_on_(patch, views(patch, checkpoint.anatomy, checkpoint.view, allow_tied), stack)
-        entry = {"made_by": patch.made_by, "digest": patch.digest, "sites": [str(s) for s in patch.sites]}
+        entry: dict[str, Any] = {"made_by": patch.made_by, "digest": patch.digest, "sites": [str(s) for s in patch.sites]}
         if any(isinstance(delta, LowRankDelta) for delta in patch.deltas):
             entry["written"] = {str(site): digest for site, digest in stack[-1].written.items()}
             checkpoint.originals |= {f"{patch.digest}.{site}": old for site, old in stack[-1].originals.items()}

@@ -59,6 +59,8 @@ def locate(tokenizer: PreTrainedTokenizerBase, prompt: str, subject: str, bos: s
     if subject != subject.strip():
         raise BadInput(f"the subject {subject!r} begins or ends with white space; give it without.")
     begin, warnings = _find(prompt, subject)
+    if prompt[-1:].isspace():
+        warnings.append(f"the prompt {prompt!r} ends in white space, which may be a token of its own; leave it out.")
     text = prefix + prompt.replace(SLOT, subject)
     begin += len(prefix)
     end = begin + len(subject)

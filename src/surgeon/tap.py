@@ -43,6 +43,11 @@ def first_tensor(value: Any) -> Tensor:
     raise TypeError(f"expected a tensor or a tuple that begins with one, got {type(value).__name__}")
 
 
+def by_position(value: Tensor, batch: int) -> Tensor:
+    """Hidden states as (batch, pos, channels), a view; some architectures (OPT) hand them to their MLP as (batch * pos, channels)."""
+    return value.view(batch, -1, value.shape[-1])
+
+
 def _with_first(value: Any, new: Tensor) -> Any:
     return new if isinstance(value, Tensor) else (new, *value[1:])
 

@@ -3,7 +3,7 @@
 from .cache import CovarianceCache, default_folder
 from .contexts import ContextConfig, prefixes, sampled
 from .covariance import CholeskyFactor, KeyMoments, factor, key_moments
-from .edit import METHODS, SEVERAL_LAYERS, Edit, EditConfig, default_layers, default_value, edit
+from .edit import METHODS, SEVERAL_LAYERS, Edit, EditConfig, default_value, edit, layers_by_depth
 from .finetune import FineTuneConfig
 from .keys import PromptBatch, dense_down, keys_at
 from .preflight import LayerForecast, forecast
@@ -31,7 +31,6 @@ __all__ = [
     "ValueConfig",
     "Values",
     "default_folder",
-    "default_layers",
     "default_value",
     "dense_down",
     "edit",
@@ -39,6 +38,7 @@ __all__ = [
     "forecast",
     "key_moments",
     "keys_at",
+    "layers_by_depth",
     "optimise",
     "output_change",
     "prefixes",

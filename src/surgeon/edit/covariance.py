@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from ..anatomy import Anatomy
 from ..errors import BadInput, SurgeonError
 from ..measure.likelihood import batches
-from ..tap import Tap
+from ..tap import Tap, by_position
 from .keys import dense_down
 
 Progress = Callable[[str, int, int], None]
@@ -125,7 +125,7 @@ def key_moments(
     for done, ids in enumerate(parts[begin:], begin + 1):
         with Tap() as tap:
             for layer, site in sites.items():
-                tap.on_input(anatomy.module(site), sums[layer].take)
+                tap.on_input(anatomy.module(site), partial(sums[layer].take, len(ids)))
             tap.stop_after(anatomy.layers[max(sites)])
             tap.run(anatomy.model, input_ids=ids.to(device), use_cache=False)
         if 2 * done >= len(parts):
@@ -150,8 +150,9 @@ class Sums:
     quartic: float = 0.0
     first_square: float = 0.0
 
-    def take(self, x: Float[Tensor, "batch pos d_mlp"]) -> None:
-        x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    def take(self, batch: int, x: Tensor) -> None:
+        """Add the keys of a batch of windows."""
+        x = by_position(x, batch).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
         keys = x[:, 1:].flatten(0, 1)
         product = (keys.T @ keys).to("cpu", torch.float64)
         self.gram = product if self.gram is None else self.gram + product

@@ -43,7 +43,7 @@ class EditConfig:
         default=(), metadata={"help": "layers to change; not given: a sixth of the depth (memit: those up to it)"}
     )
     weight: float = field(default=400.0, metadata={"help": "memit: how many usual keys the covariance stands for"})
-    energy: float = field(default=0.02, metadata={"help": "alphaedit: share of the keys' energy in the directions that may change"})
+    energy: float = field(default=0.1, metadata={"help": "alphaedit: share of the keys' energy in the directions that may change"})
     value: ValueConfig | None = field(default=None, metadata={"help": "of the value; not given: as the method needs it"})
     fine_tune: FineTuneConfig = field(default_factory=FineTuneConfig)
 
@@ -91,11 +91,11 @@ class Edit:
         }  # fmt: skip
 
 
-def default_layers(anatomy: Anatomy, method: str) -> tuple[int, ...]:
-    """A sixth of the depth, where published edits of GPT-J and Llama sit; for MEMIT and AlphaEdit a sixth of all layers around it, two at
-    least."""
-    n = len(anatomy.layers)
-    middle = min(n - 1, round(n / 6))
+def layers_by_depth(n: int, method: str) -> tuple[int, ...]:
+    """Of n layers, the one at a sixth of the depth, where published edits of GPT-J and Llama sit; for MEMIT and AlphaEdit a sixth of all
+    layers around it, two at least. Never the last: nothing reads there what the subject's token holds."""
+    n = max(1, n - 1)
+    middle = min(n - 1, round((n + 1) / 6))
     if method not in SEVERAL_LAYERS:
         return (middle,)
     many = min(n, max(2, middle))
@@ -118,9 +118,16 @@ def edit(preparation: Preparation, facts: Sequence[Fact], config: EditConfig = E
     requests = [_request(preparation, fact) for fact in facts]
     _require_consistent(facts)
     value = config.value or default_value(config.method)
-    layers = sorted(config.layers) or list(default_layers(anatomy, config.method))
+    layers = sorted(config.layers) or list(layers_by_depth(len(anatomy.layers), config.method))
     for layer in layers:
         dense_down(anatomy, layer)
+    if layers[-1] == len(anatomy.layers) - 1:
+        for request in requests:
+            if any(p.stop < len(p.ids) for p in request.prompts) or any(len(t) > 1 for t in request.targets):
+                raise BadInput(
+                    f"layer {layers[-1]} is the last, and nothing reads there what the token {request.bare.subject_tokens[-1]!r} holds; "
+                    "choose a layer below."
+                )
     preparation.gather(layers)
     if config.method in SEVERAL_LAYERS:
         patches, forecasts, notes = _spread(preparation, requests, layers, config, value)

@@ -46,7 +46,7 @@ def fine_tune(
     for i, request in enumerate(requests):
         start = len(request.bare.ids)
         labels[i, start : start + len(request.targets[0])] = torch.tensor(request.targets[0])
-    matrix = before.to(wide(before.dtype))
+    matrix = before.to(wide(before.dtype), copy=True)
     scale = float(matrix.pow(2).mean().sqrt())
     moment, square = torch.zeros_like(matrix), torch.zeros_like(matrix)
     n_out, n_in = matrix.shape
@@ -59,7 +59,7 @@ def fine_tune(
                 logits = anatomy.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
                 losses = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="none")
                 per_row = losses.view(len(rows), -1).sum(1) / (labels[:, 1:] >= 0).sum(1)
-                if float((-per_row).exp().min()) >= config.stop:
+                if float((-per_row.detach()).exp().min()) >= config.stop:
                     break
                 (gradient,) = torch.autograd.grad(per_row.mean(), parameter)
                 parameter.requires_grad_(False)

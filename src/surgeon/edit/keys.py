@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..anatomy import Anatomy, Site
 from ..errors import BadInput
 from ..subject import SubjectPrompt
-from ..tap import Tap
+from ..tap import Tap, by_position
 
 ROWS = 64  # prompts in one pass
 
@@ -79,5 +79,5 @@ def keys_at(anatomy: Anatomy, batch: PromptBatch, layers: Sequence[int]) -> dict
 
 
 def _keep(found: list[Tensor], at: Tensor, x: Tensor) -> None:
-    here = x[torch.arange(len(at), device=x.device), at.to(x.device)]
+    here = by_position(x, len(at))[torch.arange(len(at), device=x.device), at.to(x.device)]
     found.append(here.to("cpu", torch.float64 if x.dtype == torch.float64 else torch.float32))

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..anatomy import Anatomy
 from ..errors import BadInput
 from ..subject import SubjectPrompt, locate, target_ids
-from ..tap import LayerInput, Tap, capture, resume
+from ..tap import LayerInput, Tap, by_position, capture, resume
 from .keys import PromptBatch, dense_down
 
 Progress = Callable[[str, int, int], None]
@@ -177,7 +177,8 @@ class _Group:
         states: list[Tensor] = []
 
         def add(y: Tensor) -> Tensor:
-            return y.index_put((index.to(y.device), batch.last.to(y.device)), delta[owner].to(y), accumulate=True)
+            states = by_position(y, len(index))
+            return states.index_put((index.to(y.device), batch.last.to(y.device)), delta[owner].to(y), accumulate=True).view_as(y)
 
         def see(y: Tensor) -> None:
             states.append(y[index.to(y.device), batch.last.to(y.device)].detach().float().cpu())

@@ -88,7 +88,7 @@ class _Checkpoint:
 
     def layer(self, patch: Patch) -> Stack:
         """The patch as it lies on the folder, if its original entries were kept; else nothing."""
-        entry = next((p for p in self.record["patches"] if p["digest"] == patch.digest), {})
+        entry: dict[str, Any] = next((p for p in self.record["patches"] if p["digest"] == patch.digest), {})
         names = {site: f"{patch.digest}.{site}" for site in patch.sites}
         if "written" not in entry or not set(names.values()) <= set(self.originals):
             return []

@@ -19,18 +19,24 @@ from ..edit import (
     CovarianceCache,
     Edit,
     EditConfig,
+    LayerForecast,
     Preparation,
     PrepareConfig,
+    Request,
+    Session,
+    SessionConfig,
     ValueConfig,
     default_folder,
     default_value,
     edit,
+    radar,
+    session,
 )
-from ..edit.preflight import PUBLISHED_RATIOS, REFUSE, WARN
+from ..edit.preflight import PUBLISHED_RATIOS, REFUSE, WARN, worst
 from ..errors import BadInput, Refused
 from ..facts import Fact, read_facts
 from ..measure import Scorecard, ScoreConfig, examine, require_causal, with_neighbours
-from ..patch import save
+from ..patch import Patch, save
 from .common import (
     F,
     err,
@@ -48,6 +54,7 @@ from .common import (
     text_options,
     tokenizer_of,
 )
+from .suggest import print_suggested, suggested
 
 VALUE = {f.name: f for f in fields(ValueConfig)}
 NEW_TOKENS = 20
@@ -63,6 +70,10 @@ def _value_options() -> Callable[[F], F]:
     )
 
 
+def _rail(name: str) -> str:
+    return str(SessionConfig.__dataclass_fields__[name].metadata["help"])
+
+
 @click.command("edit")
 @model_options
 @click.option("--prompt", metavar="TEMPLATE", help="Prompt of the fact, with {} where the subject stands: 'The capital of {} is'.")
@@ -71,10 +82,16 @@ def _value_options() -> Callable[[F], F]:
 @click.option("--true", "true", help="What it says now, if you want the two compared.")
 @click.option("--facts", "facts_file", metavar="FILE", help="Many facts: JSON lines with prompt, subject, target; or CounterFact's JSON.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use the first N facts of the file.")
-@click.option("-o", "output", required=True, metavar="P", help="Patch file to write.")
+@click.option("-o", "output", metavar="P", help="Patch file to write.")
 @click.option("--method", default=EditConfig.method, show_default=True, type=click.Choice(METHODS), help="The editor.")
 @click.option("--layer", "layers", multiple=True, type=int, help="Layer to change; memit and alphaedit take several.  [default: by depth]")
 @click.option("--controls", metavar="FILE", help="Prompts that should not change, one a line.")
+@click.option("--sequential", is_flag=True, help="One fact after the other, with guard rails; the edit that breaks one is taken back.")
+@click.option("--max-nll-rise", default=SessionConfig.nll_rise, show_default=True, help=f"Sequential: {_rail('nll_rise')}.")
+@click.option("--max-norm", default=SessionConfig.norm, show_default=True, help=f"Sequential: {_rail('norm')}.")
+@click.option("--min-kept", default=SessionConfig.kept, show_default=True, help=f"Sequential: {_rail('kept')}.")
+@click.option("--radar", "radar_top", default=0, metavar="N", help="Show the N places of --text that the edit changes most.")
+@click.option("--suggest-layer", is_flag=True, help="Try the layers on the first facts, print their ranking, and write no patch.")
 @click.option("--force", is_flag=True, help="Write the patch also if the forecast says refuse.")
 @click.option("--covariance-text", metavar="FILE", help="Text for the covariance of the keys; default: text that the model writes itself.")
 @click.option("--tokens", type=int, help=f"Covariance: {PrepareConfig.__dataclass_fields__['tokens'].metadata['help']}.")
@@ -90,7 +107,8 @@ def _value_options() -> Callable[[F], F]:
 @json_option
 def command(
     model: str, dtype: str, device: str, prompt: str | None, subject: str | None, target: str | None, true: str | None,
-    facts_file: str | None, limit: int | None, output: str, method: str, layers: tuple[int, ...], controls: str | None, force: bool,
+    facts_file: str | None, limit: int | None, output: str | None, method: str, layers: tuple[int, ...], controls: str | None,
+    sequential: bool, max_nll_rise: float, max_norm: float, min_kept: float, radar_top: int, suggest_layer: bool, force: bool,
     covariance_text: str | None, tokens: int | None, ridge: str, contexts: int, weight: float, energy: float, cache: str | None,
     no_cache: bool, text: str | None, window: int, windows: int | None, bos: str, seed: int, as_json: bool, **value: Any,
 ) -> None:  # fmt: skip
@@ -100,8 +118,11 @@ def command(
     """
     facts = requested(prompt, subject, target, true, facts_file, limit)
     prompts = [] if controls is None else [line.strip() for line in read_text(controls).splitlines() if line.strip()]
-    if not Path(output).parent.is_dir():
+    if output is None and not suggest_layer:
+        raise click.UsageError("Missing option '-o'; name the patch file to write.")
+    if output is not None and not Path(output).parent.is_dir():
         raise BadInput(f"there is no folder {Path(output).parent} for the patch {output}; make it first.")
+    rails = SessionConfig(max_nll_rise, max_norm, min_kept)
     settings = {k.removeprefix("value_"): v for k, v in value.items() if v is not None}
     config = EditConfig(method, tuple(sorted(set(layers))), weight, energy, replace(default_value(method), **settings))
     prepare = PrepareConfig(tokens, parsed_ridge(ridge), ContextConfig(count=contexts), seed, bos)
@@ -119,24 +140,57 @@ def command(
             tell,
         )
         facts = with_neighbours(loaded.model, tokenizer_of(loaded), facts, bos=bos)
-        made = edit(preparation, facts, config)
-        for request in made.requests:
-            for warning in request.bare.warnings:
-                err.print(f"surgeon: {escape(warning)}")
-        if made.verdict == "refuse" and not force:
-            raise Refused(
-                f"the edit would change what {', '.join(str(f.site) for f in made.layers)} writes by "
-                f"{made.to_json()['relative_damage']:.2f} of its usual size everywhere, over the limit of {REFUSE:g}, so no patch was "
-                "written; try another --layer, more --tokens, a prompt with words before the subject, or --force."
-            )
-        score = scored(loaded, anatomy, made, facts, prompts, corpus, ScoreConfig(NEW_TOKENS, seed=seed), bos)
+        if suggest_layer:
+            ranking = suggested(preparation, facts, config, tell)
+        else:
+            ran = session(preparation, facts, corpus.windows, config, rails, tell) if sequential else None
+            made = edit(preparation, facts, config) if ran is None else None
+            patch, layers_made = made_patch(made, ran)
+            for request in requests_of(made, ran):
+                for warning in request.bare.warnings:
+                    err.print(f"surgeon: {escape(warning)}")
+            _refuse(layers_made, force)
+            kept = facts if ran is None else facts[: len(ran.edits)]
+            score = scored(loaded, anatomy, patch, kept, prompts, corpus, ScoreConfig(NEW_TOKENS, seed=seed), bos)
+            seen = radar(anatomy, tokenizer_of(loaded), patch, corpus.windows, radar_top) if radar_top > 0 else None
+    if suggest_layer:
+        document: dict[str, Any] = {"model": model, "fingerprint": loaded.fingerprint, "method": method, **ranking}
+        if as_json:
+            print_json(document)
+        else:
+            print_suggested(model, document)
+        return
     require_finite(**{"the NLL of the edited model": score.after.nll})
-    save(made.patch, output)
-    document = document_of(model, loaded, made, score, output)
+    assert output is not None
+    save(patch, output)
+    document = document_of(model, loaded, made, ran, score, output)
+    if seen is not None:
+        document["radar"] = seen.to_json()
     if as_json:
         print_json(document)
     else:
         print_edit(model, document)
+
+
+def made_patch(made: Edit | None, ran: Session | None) -> tuple[Patch, list[LayerForecast]]:
+    if ran is not None:
+        return ran.patch, [f for e in ran.edits for f in e.layers]
+    assert made is not None
+    return made.patch, made.layers
+
+
+def requests_of(made: Edit | None, ran: Session | None) -> list[Request]:
+    return [r for e in ([made] if made is not None else ran.edits if ran is not None else []) for r in e.requests]
+
+
+def _refuse(layers: Sequence[LayerForecast], force: bool) -> None:
+    """Raises: Refused if the forecast is as bad as that, unless `force`."""
+    most = worst(layers)
+    if most.verdict == "refuse" and not force:
+        raise Refused(
+            f"the edit would change what {most.site} writes by {most.relative_damage:.2f} of its usual size everywhere, over the limit of "
+            f"{REFUSE:g}, so no patch was written; try another --layer, more --tokens, a prompt with words before the subject, or --force."
+        )
 
 
 def requested(
@@ -172,32 +226,47 @@ def window_within(anatomy: Anatomy, window: int, text: str | None) -> int:
 
 
 def scored(
-    loaded: Loaded, anatomy: Anatomy, made: Edit, facts: Sequence[Fact], controls: Sequence[str], corpus: Any, config: ScoreConfig, bos: str
+    loaded: Loaded,
+    anatomy: Anatomy,
+    patch: Patch,
+    facts: Sequence[Fact],
+    controls: Sequence[str],
+    corpus: Any,
+    config: ScoreConfig,
+    bos: str,
 ) -> Scorecard:
     """The model examined without the patch and with it."""
     tokenizer = tokenizer_of(loaded)
     before = examine(loaded.model, tokenizer, facts, controls, corpus, config, bos)
-    with made.patch.applied(anatomy):
+    with patch.applied(anatomy):
         after = examine(loaded.model, tokenizer, facts, controls, corpus, config, bos)
     return Scorecard(before, after, config)
 
 
-def document_of(model: str, loaded: Loaded, made: Edit, score: Scorecard, output: str) -> dict[str, Any]:
+def document_of(model: str, loaded: Loaded, made: Edit | None, ran: Session | None, score: Scorecard, output: str) -> dict[str, Any]:
     card = score.to_json()
     first = card["facts"][0]
     n = len(card["facts"])
+    if ran is None:
+        assert made is not None
+        preflight, method, seconds = made.to_json(), made.method, made.seconds
+    else:  # each edit was foreseen on the model with those before it; the forecasts of the worst stand for all
+        preflight = max((e.to_json() for e in ran.edits), key=lambda p: float(p["relative_damage"]))
+        preflight["facts"] = [note for e in ran.edits for note in e.facts]
+        method, seconds = ran.edits[0].method, sum(e.seconds for e in ran.edits)
     return {
         "model": model,
         "fingerprint": loaded.fingerprint,
         "patch": output,
-        "method": made.method,
-        "layers": [f.site.layer for f in made.layers],
-        "preflight": made.to_json(),
+        "method": method,
+        "layers": [int(layer["site"].partition(".")[0].removeprefix("L")) for layer in preflight["layers"]],
+        "preflight": preflight,
         "target_probability": {when: sum(f["target_probability"][when] for f in card["facts"]) / n for when in ("before", "after")},
         "controls": score.controls(),
         "free_generation": {when: first["free"][0][when] for when in ("before", "after")},
         "scorecard": card,
-        "seconds": made.seconds,
+        "seconds": seconds,
+        **({} if ran is None else {"session": ran.to_json()}),
     }
 
 
@@ -235,7 +304,33 @@ def print_edit(model: str, document: dict[str, Any]) -> None:
             )
     if document["controls"]:
         print_controls(document["controls"])
+    if "session" in document:
+        print_session(document["session"])
+    if "radar" in document:
+        print_radar(document["radar"])
     out.print(f"\n{escape(document['patch'])}")
+
+
+def print_session(ran: dict[str, Any]) -> None:
+    table = Table("edit", "holds", "earlier that hold", "NLL", "norm", "relative damage", box=None, header_style="bold")
+    for number, step in enumerate(ran["steps"]):
+        name = escape(f"{step['prompt']} {step['target']}")
+        table.add_row(
+            name, "yes" if step["holds"] else "no", f"{step['earlier_kept']} of {number}", f"{step['nll']:.4f}", f"{step['norm']:.2f}",
+            f"{step['relative_damage']:.3f}",
+        )  # fmt: skip
+    print_table(table)
+    out.print(escape(ran["stopped"] + "; it was taken back, and the session ended") if ran["stopped"] else "every edit stayed")
+
+
+def print_radar(seen: dict[str, Any]) -> None:
+    table = Table("place", "change", "KL", box=None, header_style="bold", title="most changed places of the text", title_justify="left")
+    for place in seen["touched"]:
+        table.add_row(
+            f"{escape(_line(place['context']))}[bold]{escape(_line(place['token']))}[/bold]", f"{place['change']:.3f}", f"{place['kl']:.4f}"
+        )
+    print_table(table)
+    out.print(f"of {seen['keys']} tokens; the median one changes by {seen['median']:.3f}, with a KL of {seen['median_kl']:.5f} nats")
 
 
 def print_controls(controls: Sequence[dict[str, Any]]) -> None:

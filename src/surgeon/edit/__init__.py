@@ -8,8 +8,9 @@ from .finetune import FineTuneConfig
 from .keys import PromptBatch, dense_down, keys_at
 from .preflight import LayerForecast, forecast
 from .prepare import Preparation, PrepareConfig
-from .radar import output_change, ranked
+from .radar import Radar, output_change, radar, ranked
 from .rome import UnusableKey
+from .session import Session, SessionConfig, session
 from .value import Request, ValueConfig, Values, optimise
 
 __all__ = [
@@ -26,7 +27,10 @@ __all__ = [
     "Preparation",
     "PrepareConfig",
     "PromptBatch",
+    "Radar",
     "Request",
+    "Session",
+    "SessionConfig",
     "UnusableKey",
     "ValueConfig",
     "Values",
@@ -42,6 +46,8 @@ __all__ = [
     "optimise",
     "output_change",
     "prefixes",
+    "radar",
     "ranked",
     "sampled",
+    "session",
 ]

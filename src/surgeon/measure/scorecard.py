@@ -221,7 +221,9 @@ class Scorecard:
             "harmonic_mean": self.harmonic_mean,
             "neighbours_known_before": known,
             "neighbours_kept": kept,
-            "free_generation_success": {"before": _mean(self.before.free_hits), "after": _mean(self.after.free_hits)},
+            "free_generation_success": {
+                w: _mean([float(h) for h in e.free_hits]) for w, e in (("before", self.before), ("after", self.after))
+            },
             "ngram_entropy": {"before": self.before.entropy, "after": self.after.entropy},
             "loop_rate": {"before": self.before.loop, "after": self.after.loop},
             "nll": nll,

@@ -8,7 +8,7 @@ import click
 import torch
 
 from ..errors import SurgeonError
-from . import ablate, apply, demo, edit, explain, export, find, index, measure, recipe, repair, report, sites, trace, undo, verify
+from . import ablate, apply, demo, edit, explain, export, find, index, measure, recipes, repair, report, sites, trace, undo, verify
 
 INTERRUPTED = 1
 
@@ -22,7 +22,7 @@ def surgeon() -> None:
     """
 
 
-for _module in (demo, sites, find, verify, ablate, repair, measure, explain, trace, edit, recipe, report, apply, undo, export, index):
+for _module in (demo, sites, find, verify, ablate, repair, measure, explain, trace, edit, recipes, report, apply, undo, export, index):
     surgeon.add_command(_module.command)
 
 

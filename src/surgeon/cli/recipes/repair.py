@@ -1,23 +1,23 @@
-"""`surgeon run`: a recipe, that is an injury and its repair written down, with published figures beside the measured ones."""
+"""A recipe with an injury and its repair."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import click
-import yaml
 from rich.markup import escape
 from rich.table import Table
 
-from ..anatomy import Anatomy, Region
-from ..corpus import DEFAULT_WINDOW, Corpus, read_text
-from ..errors import BadInput, SurgeonError
-from ..find import find
-from ..patch import ablate, save
-from ..repair import DistilConfig, RepairConfig, repair
-from .common import json_option, open_corpus, open_model, out, print_json, print_table, progress, require_finite, run_folder, to_text
+from ...anatomy import Anatomy, Region
+from ...corpus import DEFAULT_WINDOW, Corpus
+from ...errors import BadInput, SurgeonError
+from ...find import find
+from ...patch import ablate, save
+from ...repair import DistilConfig, RepairConfig, repair
+from ..common import open_corpus, open_model, out, print_table, progress, require_finite
+from .reading import known_keys, plain_settings
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,9 @@ class Recipe:
     published: dict[str, float] = field(default_factory=dict)
 
 
-@click.command("run")
-@click.argument("recipe")
-@click.option("--text", metavar="FILE", help="UTF-8 text to repair and judge on; default: the patient's held-out text.")
-@click.option("-o", "output", metavar="DIR", help="Also write the run folder: run.json and both patches.")
-@json_option
-def command(recipe: str, text: str | None, output: str | None, as_json: bool) -> None:
-    """Run a RECIPE (YAML): injure, repair, measure, and set the published figures beside the measured ones."""
-    steps = read_recipe(Path(recipe))
-    folder = None if output is None else run_folder(output)
+def run(path: Path, source: dict[str, Any], text: str | None, folder: Path | None) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Injure, repair and measure as the recipe says: the document, and what prints it. Patches go into the folder."""
+    steps = read_recipe(path, source)
     loaded, anatomy = open_model(steps.model, steps.dtype)
     corpus = open_corpus(loaded, text, steps.window, steps.windows, "auto")
     with progress() as tell:
@@ -56,53 +50,43 @@ def command(recipe: str, text: str | None, output: str | None, as_json: bool) ->
     if folder is not None:
         save(injury, folder / "injury.safetensors")
         save(result.patch, folder / "repair.safetensors")
-        (folder / "run.json").write_text(to_text(document) + "\n", encoding="utf-8")
-    if as_json:
-        print_json(document)
-        return
-    out.print(f"[bold]{escape(steps.title)}[/bold] ({escape(steps.model)} on {escape(corpus.name)})")
-    table = Table("figure", "published", "measured", box=None, header_style="bold")
-    for name in steps.published or SHOWN:
-        published = steps.published.get(name)
-        table.add_row(name, "" if published is None else f"{published:g}", f"{_at(measured, name):.4g}")
-    print_table(table)
-    control = (result.control or {}).get("recovered")
-    out.print(f"control: the same on a random row recovers {'nothing to compare with' if control is None else f'{control:.3f}'}")
+
+    def tell_all() -> None:
+        out.print(f"[bold]{escape(steps.title)}[/bold] ({escape(steps.model)} on {escape(corpus.name)})")
+        table = Table("figure", "published", "measured", box=None, header_style="bold")
+        for name in steps.published or SHOWN:
+            published = steps.published.get(name)
+            table.add_row(name, "" if published is None else f"{published:g}", f"{_at(measured, name):.4g}")
+        print_table(table)
+        control = (result.control or {}).get("recovered")
+        out.print(f"control: the same on a random row recovers {'nothing to compare with' if control is None else f'{control:.3f}'}")
+
+    return document, tell_all
 
 
 SHOWN = ("nll.base", "nll.broken", "nll.patched", "kl.broken", "kl.patched", "recovered", "cosine_to_row", "row_norm", "delta_norm")
 _KEYS = {"title", "model", "dtype", "window", "windows", "injury", "repair", "published"}
 
 
-def read_recipe(path: Path) -> Recipe:
-    """Read a recipe. Raises: BadText, or BadInput naming the key that is missing, unknown or of the wrong kind."""
-    try:
-        source = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise BadInput(f"{path} is not YAML: {str(error).splitlines()[0]}.") from error
-    if not isinstance(source, dict):
-        raise BadInput(f"{path} is not a recipe: it should be a mapping with the keys {', '.join(sorted(_KEYS))}.")
-    _known(path, source, _KEYS)
+def read_recipe(path: Path, source: dict[str, Any]) -> Recipe:
+    """Read a recipe. Raises: BadInput naming the key that is missing, unknown or of the wrong kind."""
+    known_keys(path, source, _KEYS)
     injury = source.get("injury")
-    if not isinstance(injury, dict) or not {"title", "model"} <= set(source):
-        raise BadInput(f"{path} needs a title, a model and an injury with `at`.")
-    _known(path, injury, {"at", "mode"}, "injury.")
+    if not isinstance(injury, dict):
+        raise BadInput(f"{path} needs an injury with `at`.")
+    known_keys(path, injury, {"at", "mode"}, "injury.")
     at = injury.get("at")
     if at != "vital" and not (isinstance(at, list) and at and all(isinstance(a, str) for a in at)):
         raise BadInput(f"{path}: injury.at is {at!r}; it should be a list of entries like 'L0.mlp.down[88, 165]', or vital.")
     published = source.get("published") or {}
     if not isinstance(published, dict) or not all(isinstance(v, int | float) for v in published.values()):
         raise BadInput(f"{path}: published should map the names of figures, like nll.base, to numbers.")
-    plain = {key: source[key] for key in ("title", "model", "dtype", "window", "windows") if key in source}
-    for key, value in plain.items():
-        if not isinstance(value, int if key.startswith("window") else str):
-            raise BadInput(f"{path}: {key} is {value!r}, which is not {'a number' if key.startswith('window') else 'text'}.")
     return Recipe(
         at=at if isinstance(at, str) else tuple(at),
         mode=injury.get("mode", "zero"),
         repair=_repair_config(path, source.get("repair") or {}),
         published={str(k): float(v) for k, v in published.items()},
-        **plain,
+        **plain_settings(path, source),
     )
 
 
@@ -112,20 +96,14 @@ def _repair_config(path: Path, source: Any) -> RepairConfig:
         raise BadInput(f"{path}: repair should be a mapping of settings.")
     own = {f.name for f in fields(RepairConfig)} - {"graft", "distil"}
     training = source.get("distil") or {}
-    _known(path, source, {*own, "distil", "reference"}, "repair.")
-    _known(path, training, {f.name for f in fields(DistilConfig)}, "repair.distil.")
+    known_keys(path, source, {*own, "distil", "reference"}, "repair.")
+    known_keys(path, training, {f.name for f in fields(DistilConfig)}, "repair.distil.")
     base = RepairConfig.reference() if source.get("reference") else RepairConfig()
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in source.items() if k in own}
     try:
         return replace(base, **settings, distil=replace(base.distil, **training))
     except TypeError as error:
         raise BadInput(f"{path}: a setting of the repair is of the wrong kind ({error}).") from error
-
-
-def _known(path: Path, source: dict[Any, Any], keys: set[str], prefix: str = "") -> None:
-    unknown = [str(k) for k in source if k not in keys]
-    if unknown:
-        raise BadInput(f"{path}: {prefix}{unknown[0]} is not a key of a recipe; it can be {', '.join(sorted(keys))}.")
 
 
 def _regions(anatomy: Anatomy, steps: Recipe, corpus: Corpus) -> list[Region]:

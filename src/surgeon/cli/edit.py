@@ -99,6 +99,9 @@ def _rail(name: str) -> str:
 @click.option("--contexts", default=ContextConfig.count, show_default=True, help="Texts of the model to stand before the prompt.")
 @click.option("--weight", default=EditConfig.weight, show_default=True, help="memit: how many usual keys the covariance stands for.")
 @click.option("--energy", default=EditConfig.energy, show_default=True, help="alphaedit: share of the keys' energy that may be touched.")
+@click.option(
+    "--rounds", default=EditConfig.rounds, show_default=True, help=f"{EditConfig.__dataclass_fields__['rounds'].metadata['help']}."
+)
 @click.option("--cache", metavar="DIR", help="Where covariances are kept.  [default: $SURGEON_CACHE, or the user's cache folder]")
 @click.option("--no-cache", is_flag=True, help="Keep no covariance.")
 @_value_options()
@@ -109,8 +112,8 @@ def command(
     model: str, dtype: str, device: str, prompt: str | None, subject: str | None, target: str | None, true: str | None,
     facts_file: str | None, limit: int | None, output: str | None, method: str, layers: tuple[int, ...], controls: str | None,
     sequential: bool, max_nll_rise: float, max_norm: float, min_kept: float, radar_top: int, suggest_layer: bool, force: bool,
-    covariance_text: str | None, tokens: int | None, ridge: str, contexts: int, weight: float, energy: float, cache: str | None,
-    no_cache: bool, text: str | None, window: int, windows: int | None, bos: str, seed: int, as_json: bool, **value: Any,
+    covariance_text: str | None, tokens: int | None, ridge: str, contexts: int, weight: float, energy: float, rounds: int,
+    cache: str | None, no_cache: bool, text: str | None, window: int, windows: int | None, bos: str, seed: int, as_json: bool, **value: Any,
 ) -> None:  # fmt: skip
     """Make MODEL say something else about a subject, as a patch; with the forecast of the damage, and a scorecard beside controls.
 
@@ -124,7 +127,7 @@ def command(
         raise BadInput(f"there is no folder {Path(output).parent} for the patch {output}; make it first.")
     rails = SessionConfig(max_nll_rise, max_norm, min_kept)
     settings = {k.removeprefix("value_"): v for k, v in value.items() if v is not None}
-    config = EditConfig(method, tuple(sorted(set(layers))), weight, energy, replace(default_value(method), **settings))
+    config = EditConfig(method, tuple(sorted(set(layers))), weight, energy, rounds=rounds, value=replace(default_value(method), **settings))
     prepare = PrepareConfig(tokens, parsed_ridge(ridge), ContextConfig(count=contexts), seed, bos)
     loaded, anatomy = open_model(model, dtype, device)
     require_causal(loaded.model)

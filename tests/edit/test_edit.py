@@ -163,7 +163,7 @@ def test_architectures(kind: str, dtype: torch.dtype, patient: Patient) -> None:
     anatomy = Anatomy.of(tiny_model(kind, vocab_size=4096, scale=0.15).to(dtype))
     preparation = Preparation(anatomy, tokenizer, PrepareConfig(contexts=ContextConfig(count=2, tokens=4), tokens=400, bos="no"))
     fact = Fact("The old {} is", "New York", "red")
-    config = EditConfig(method="rome-bare", layers=(0,), value=ValueConfig(steps=5))
+    config = EditConfig(method="rome-bare", layers=(0,), rounds=1, value=ValueConfig(steps=5))
     made = edit(preparation, [fact], config)
     located = locate(tokenizer, fact.prompt, fact.subject, "no")
     request = Request.of(tokenizer, fact.prompt, fact.subject, "red", preparation.prefixes, "no")
@@ -285,3 +285,18 @@ def test_what_is_no_edit(
 def test_default_layers(depth: int, one: int, several: tuple[int, ...]) -> None:
     assert layers_by_depth(depth, "rome") == (one,)
     assert layers_by_depth(depth, "memit") == several
+
+
+def test_a_second_round_makes_good_what_the_edit_costs(patient: Patient, preparation: Preparation) -> None:
+    """The value is found at the subject's last token alone; the edit acts at ' Harvard' too."""
+    anatomy, _ = patient
+    fact = Fact("Everyone knows that {} is in", "Harvard University", "California")
+    reached = []
+    for rounds in (1, 2):
+        made = edit(preparation, [fact], EditConfig(rounds=rounds))
+        (d,) = made.patch.deltas
+        assert isinstance(d, LowRankDelta)
+        assert d.left.shape[1] == 1
+        with made.patch.applied(anatomy):
+            reached.append(says(patient, fact.text, "California"))
+    assert reached[0] < 0.98 <= reached[1]

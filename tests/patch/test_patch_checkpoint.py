@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from tiny import CONFIGS, tiny_model
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from surgeon.anatomy import Anatomy, Site
+from surgeon.anatomy import Anatomy, Entry, Site
+from surgeon.anatomy.load import weight_files
 from surgeon.errors import BadCheckpoint, BadInput, PackedWeight, PatchConflict, Refused, SurgeonError, TiedWeight, WrongBase
-from surgeon.patch import Patch, ablate, apply_to_checkpoint, checkpoint, checkpoint_address, undo_on_checkpoint
+from surgeon.patch import Patch, ablate, apply_to_checkpoint, checkpoint, checkpoint_address, compose, undo_on_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -144,18 +146,18 @@ def test_a_low_rank_patch_comes_off_bit_for_bit(tmp_path: Path, dtype: torch.dty
     anatomy = Anatomy.of(model)
     n_out, n_in = anatomy.view("L0.mlp.down").shape
 
-    def rank_one(seed: int) -> Patch:
+    def low_rank(rank: int, seed: int) -> Patch:
         g = torch.Generator().manual_seed(seed)
-        return Patch.low_rank(anatomy, Site(0, "mlp.down"), torch.randn(n_out, 1, generator=g), torch.randn(1, n_in, generator=g))
+        return Patch.low_rank(anatomy, Site(0, "mlp.down"), torch.randn(n_out, rank, generator=g), torch.randn(rank, n_in, generator=g))
 
-    first = rank_one(1)
+    first = low_rank(1, seed=1)
     with first.applied(anatomy):
-        second = rank_one(2)
+        second = low_rank(2, seed=2)
     apply_to_checkpoint(tmp_path / "base", [first], tmp_path / "one")
     apply_to_checkpoint(tmp_path / "one", [second], tmp_path / "two")
     apply_to_checkpoint(tmp_path / "base", [first, second], tmp_path / "both")
     assert files(tmp_path / "both") == files(tmp_path / "two")
-    with pytest.raises(WrongBase):
+    with pytest.raises(PatchConflict, match="applied later"):
         undo_on_checkpoint(tmp_path / "two", first, tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
     undo_on_checkpoint(tmp_path / "two", second, tmp_path / "back")
@@ -165,6 +167,99 @@ def test_a_low_rank_patch_comes_off_bit_for_bit(tmp_path: Path, dtype: torch.dty
     with first.applied(anatomy):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype=dtype)
         assert torch.equal(Anatomy.of(loaded).view("L0.mlp.down").read(), anatomy.view("L0.mlp.down").read())
+    assert [p.name for p in weight_files(tmp_path / "one")] == ["model.safetensors"]
+
+
+def rows_of(anatomy: Anatomy, rows: list[int], size: float = 1.0) -> Patch:
+    """A rank-one term that touches these rows of L0.mlp.down, whole."""
+    n_out, n_in = anatomy.view("L0.mlp.down").shape
+    left = torch.zeros(n_out, 1)
+    left[rows] = size
+    return Patch.low_rank(anatomy, Site(0, "mlp.down"), left, torch.linspace(1, 2, n_in)[None])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_low_rank_and_entries_on_one_matrix_come_off_in_any_order(tmp_path: Path, kind: str) -> None:
+    model = tiny_model(kind)
+    model.save_pretrained(tmp_path / "base")
+    anatomy = Anatomy.of(model)
+    low, entries, other = rows_of(anatomy, [1, 4]), ablate(anatomy, ["L0.mlp.down[2, 5]", "L1.mlp.down[0, 0]"]), rows_of(anatomy, [7])
+    for patches in ((low, entries, other), (entries, low, other)):
+        apply_to_checkpoint(tmp_path / "base", patches, tmp_path / "all")
+        for order in permutations(patches):
+            here = tmp_path / "all"
+            for i, patch in enumerate(order):
+                undo_on_checkpoint(here, patch, tmp_path / f"{i}")
+                here = tmp_path / f"{i}"
+            assert files(here) == files(tmp_path / "base")
+            for i in range(3):
+                shutil.rmtree(tmp_path / f"{i}")
+        shutil.rmtree(tmp_path / "all")
+
+
+def test_what_a_later_patch_holds_is_not_undone_before_it(tmp_path: Path) -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    anatomy = Anatomy.of(model)
+    row = Site(0, "mlp.down")
+    low, entries = rows_of(anatomy, [1, 4]), Patch.from_entries(anatomy, [Entry(row, 1, 5)], [1.0])
+    with entries.applied(anatomy):
+        # too small for bfloat16: the injured entry, set to 1, stays as it is
+        over = Patch.low_rank(anatomy, row, torch.eye(32)[:, 1:2], torch.full((1, 48), 1e-4))
+        before = anatomy.view(row).read().clone()
+        with over.applied(anatomy):
+            assert anatomy.view(row).read()[1, 5] == before[1, 5]
+            assert not torch.equal(anatomy.view(row).read(), before)
+    with low.applied(anatomy):
+        on_top = ablate(anatomy, ["L0.mlp.down[1, 5]"])
+    for below, above in ((low, on_top), (entries, over)):
+        apply_to_checkpoint(tmp_path / "base", [below, above], tmp_path / "both")
+        with pytest.raises((PatchConflict, WrongBase), match="later"):
+            undo_on_checkpoint(tmp_path / "both", below, tmp_path / "wrong")
+        undo_on_checkpoint(tmp_path / "both", above, tmp_path / "one")
+        undo_on_checkpoint(tmp_path / "one", below, tmp_path / "none")
+        assert files(tmp_path / "none") == files(tmp_path / "base") != files(tmp_path / "one")
+        for name in ("both", "one", "none"):
+            shutil.rmtree(tmp_path / name)
+
+
+def test_one_patch_with_a_low_rank_term_and_entries(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "base")
+    anatomy = Anatomy.of(model)
+    low = rows_of(anatomy, [1])
+    with low.applied(anatomy):
+        both = compose(low, ablate(anatomy, ["L0.mlp.down[1, 5]", "L0.mlp.up[2, 2]"]))
+    apply_to_checkpoint(tmp_path / "base", [both], tmp_path / "new")
+    undo_on_checkpoint(tmp_path / "new", both, tmp_path / "healed")
+    assert files(tmp_path / "healed") == files(tmp_path / "base")
+
+
+def test_kept_weights_that_are_gone_or_changed(base: Path, tmp_path: Path) -> None:
+    """The file of originals is checked against the record, and the tensor against the patch's base."""
+    low = rows_of(Anatomy.of(tiny_model("llama")), [1])
+    apply_to_checkpoint(base, [low], tmp_path / "low")
+    kept = tmp_path / "low" / "surgeon_patches.undo"
+    raw, held = kept.read_bytes(), load_file(kept)
+    kept.unlink()
+    with pytest.raises(Refused, match=r"lacks the surgeon_patches\.undo .* low-rank"):
+        undo_on_checkpoint(tmp_path / "low", low, tmp_path / "new")
+    kept.write_bytes(raw[:-3])
+    with pytest.raises(BadCheckpoint, match="damaged"):
+        undo_on_checkpoint(tmp_path / "low", low, tmp_path / "new")
+    held[f"{low.digest}.L0.mlp.down.old"][3] += 1
+    save_file(held, kept)
+    with pytest.raises(BadCheckpoint, match="damaged"):
+        undo_on_checkpoint(tmp_path / "low", low, tmp_path / "new")
+    kept.write_bytes(raw)
+    for path in (tmp_path / "low").glob("*.safetensors"):
+        tensors = load_file(path)
+        if "model.layers.0.mlp.down_proj.weight" in tensors:
+            tensors["model.layers.0.mlp.down_proj.weight"][9, 9] += 1
+            save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(WrongBase, match="something else"):
+        undo_on_checkpoint(tmp_path / "low", low, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_is_refused(base: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from surgeon.errors import BadInput
 from surgeon.patch import Patch, ablate
 from surgeon.repair import DistilConfig, Distilled, distil, targets
 from surgeon.repair.distil import _coarse, _Lesson
+from surgeon.repair.run import Part, Run
 
 from .conftest import COLUMNS, ROW, Patient
 
@@ -52,10 +54,74 @@ def test_the_gradient_is_that_of_the_plain_kl(patient: Patient, site: str) -> No
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ({"cooldown": 0.0}, [1, 1, 1, 1, 1, 1]),
+        ({"cooldown": 0.5}, [1, 1, 1, 1, 2 / 3, 1 / 3]),
+        ({"schedule": "cosine"}, [1, 0.9330127, 0.75, 0.5, 0.25, 0.0669873]),
+    ],
+)
+def test_training_is_that_of_the_plain_loop(patient: Patient, schedule: dict[str, Any], rates: list[float]) -> None:
+    """Both models run whole at every step, AdamW on the whole matrix, its gradient masked."""
+    anatomy, corpus = patient()
+    where, injury = injure(anatomy)
+    fit = corpus.windows[:30]
+    result = run(anatomy, injury, corpus.windows, DistilConfig(steps=6, lr=0.01, patience=0, **schedule))
+    student = copy.deepcopy(anatomy.model)
+    injury.apply_(Anatomy.of(student))
+    weight = student.get_parameter(anatomy.addresses[where].parameter).requires_grad_(True)
+    free = torch.zeros_like(weight)
+    free[ROW] = 1
+    free[ROW, list(COLUMNS)] = 0
+    optimizer = torch.optim.AdamW([weight], lr=0.01, weight_decay=0.0)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    for step, rate in enumerate(rates):
+        ids = fit[order[2 * step : 2 * step + 2]]
+        with torch.no_grad():
+            intact = anatomy.model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+        log_q = student(input_ids=ids).logits[:, :-1].log_softmax(-1)
+        loss = F.kl_div(log_q, intact, log_target=True, reduction="none").sum(-1).mean()
+        (grad,) = torch.autograd.grad(loss, weight)
+        weight.grad = grad * free
+        optimizer.param_groups[0]["lr"] = 0.01 * rate
+        optimizer.step()
+    # less than a hundredth of one step
+    torch.testing.assert_close(result.changes[where].matrix, weight.detach(), rtol=0, atol=5e-5)
+
+
+def test_of_looks_as_good_as_the_best_the_last_is_kept(patient: Patient) -> None:
+    anatomy, _ = patient()
+    where, injury = injure(anatomy)
+    wanted = targets(anatomy, injury, exclude_injured=True)
+    matrix = anatomy.view(where).read()
+
+    def kept(losses: list[float], patience: int = 4) -> tuple[int, int]:
+        part = Part(anatomy, wanted[0], matrix, None, 0, 1.0, 0)
+        training = Run([part], DistilConfig(steps=100, every=1, patience=patience), "", None)
+        for loss in losses:
+            if training.over:
+                break
+            with torch.no_grad():
+                part.trained[0].fill_(training.step)
+            training.look(float(loss), 0.0, None)
+            training.step += 1
+        (best,) = training.kept()
+        assert bool((best.trained[0] == training.best_step).all())
+        return training.best_step, training.step
+
+    assert kept([3, 2, 1, 1.01]) == (3, 4)
+    assert kept([3, 2, 1, 1.03, 1.5]) == (2, 5)
+    assert kept([1, 1.015, 1.03]) == (1, 3)  # 1.03 is near the last that was kept, and not near the best
+    assert kept([1, 1.01, 1.01, 1.01, 1.01, 0.5], patience=4) == (4, 5)  # no better four times
+    assert kept([1, 2, 3, 4, 5, 6, 7], patience=0) == (6, 7)
+
+
 def test_the_likeliest_tokens_and_the_mass_of_the_rest_bound_the_kl() -> None:
     g = torch.Generator().manual_seed(0)
     p, q = (F.log_softmax(3 * torch.randn(7, 50, generator=g, dtype=torch.float64), -1) for _ in range(2))
     kl = lambda a, b: (a.exp() * (a - b)).sum(-1)  # noqa: E731
+    torch.testing.assert_close(_coarse(q + 5, p.topk(4).indices), _coarse(q, p.topk(4).indices) + 5)  # logits do as well
     whole, last = kl(p, q), torch.zeros(7, dtype=torch.float64)
     for k in (1, 5, 20, 49):
         kept = p.topk(k).indices

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..anatomy import TABLE, Anatomy, Site, WeightView, digest
 from ..anatomy.load import check_folder, model_class, read_config, read_header, weight_files
-from ..errors import BadCheckpoint, BadInput, PackedWeight, PatchConflict, Refused, SurgeonError
+from ..errors import BadCheckpoint, BadInput, PackedWeight, PatchConflict, Refused, SurgeonError, WrongBase
 from .deltas import LowRankDelta
 from .names import TensorNames
 from .patch import Patch
@@ -44,8 +45,7 @@ def apply_to_checkpoint(source: Path, patches: Sequence[Patch], target: Path, al
         put_on_(patch, views(patch, checkpoint.anatomy, checkpoint.view, allow_tied), stack)
         entry: dict[str, Any] = {"made_by": patch.made_by, "digest": patch.digest, "sites": [str(s) for s in patch.sites]}
         if any(isinstance(delta, LowRankDelta) for delta in patch.deltas):
-            entry["written"] = {str(site): digest for site, digest in stack[-1].written.items()}
-            checkpoint.originals |= {f"{patch.digest}.{site}": old for site, old in stack[-1].originals.items()}
+            entry |= checkpoint.keep(stack[-1])
         checkpoint.record["patches"].append(entry)
     checkpoint.write(target)
 
@@ -54,15 +54,20 @@ def undo_on_checkpoint(source: Path, patch: Patch, target: Path) -> None:
     """Copy the patched checkpoint `source` to the new folder `target`, with the original entries of `patch` back, bit for bit.
 
     Raises: as `apply_to_checkpoint`; WrongBase if the checkpoint does not hold what the patch writes, or if more was changed
-    there than the patches that its surgeon_patches.json lists; Refused for a low-rank patch, which keeps no original weights, where
-    the surgeon_patches.undo that `apply_to_checkpoint` wrote is missing.
+    there than the patches that its surgeon_patches.json lists; PatchConflict if a later patch holds the same entries; Refused for
+    a low-rank patch, which keeps no original weights, where the surgeon_patches.undo that `apply_to_checkpoint` wrote is missing.
     """
     _check_target(source, target)
     checkpoint = _Checkpoint(source)
-    stack = checkpoint.layer(patch)
+    sites = views(patch, checkpoint.anatomy, checkpoint.view)
+    checkpoint.check_on_top(patch)
     # a tensor that other patches lie on as well is known to be theirs and this one's if the record says so
     known = {Site.parse(s): d for s, d in checkpoint.record["tensors"].items()} if patch.digest in checkpoint.listed() else {}
-    take_off_(patch, views(patch, checkpoint.anatomy, checkpoint.view), stack, known)
+    foreign = [site for site, view in sites.items() if known.get(site) != view.digest()]
+    take_off_(patch, sites, checkpoint.layer(patch), known)
+    for site in foreign:
+        if sites[site].digest() != patch.base[site].digest:
+            raise WrongBase(f"{site} was changed by something else than the patches that the {RECORD} of {source} lists; undo that first.")
     checkpoint.record["patches"] = [p for p in checkpoint.record["patches"] if p["digest"] != patch.digest]
     checkpoint.originals = {name: old for name, old in checkpoint.originals.items() if not name.startswith(patch.digest)}
     checkpoint.write(target)
@@ -86,13 +91,53 @@ class _Checkpoint:
     def listed(self) -> set[str]:
         return {p["digest"] for p in self.record["patches"]}
 
+    def keep(self, layer: Layer) -> dict[str, Any]:
+        """Keep the original entries under a low-rank patch, and where they lie, one bit an entry; what the record says of them."""
+        for site, old in layer.originals.items():
+            name = f"{layer.patch.digest}.{site}"
+            bits = np.packbits(layer.patch.touched(site).numpy())
+            self.originals |= {f"{name}.old": old.contiguous(), f"{name}.touched": torch.from_numpy(bits)}
+        return {
+            "written": {str(site): written for site, written in layer.written.items()},
+            "originals": {str(site): digest(old) for site, old in layer.originals.items()},
+        }
+
     def layer(self, patch: Patch) -> Stack:
-        """The patch as it lies on the folder, if its original entries were kept; else nothing."""
+        """The patch as it lies on the folder, if its original entries were kept there; else nothing.
+
+        Raises: Refused if they were kept and are gone; BadCheckpoint if they are not those any more.
+        """
         entry: dict[str, Any] = next((p for p in self.record["patches"] if p["digest"] == patch.digest), {})
-        names = {site: f"{patch.digest}.{site}" for site in patch.sites}
-        if "written" not in entry or not set(names.values()) <= set(self.originals):
+        if "written" not in entry:
             return []
-        return [Layer(patch, {s: self.originals[n] for s, n in names.items()}, {s: entry["written"][str(s)] for s in names})]
+        originals = {}
+        for site in patch.sites:
+            old = self.originals.get(f"{patch.digest}.{site}.old")
+            if old is None:
+                raise Refused(
+                    f"{self.folder} lacks the {ORIGINALS} with the weights that the low-rank patch ({patch}) replaced; copy that file "
+                    f"from where the patch was applied, or go back to the base model."
+                )
+            if digest(old) != entry["originals"].get(str(site)):
+                raise BadCheckpoint(f"{self.folder / ORIGINALS} is damaged: its values for {site} are not those that {RECORD} names.")
+            originals[site] = old
+        return [Layer(patch, originals, {site: entry["written"][str(site)] for site in patch.sites})]
+
+    def check_on_top(self, patch: Patch) -> None:
+        """Raises: PatchConflict if a low-rank patch applied later touches entries of this one, perhaps without changing their bits.
+
+        Later patches of entries need no such check: they change every entry that they touch, and that shows.
+        """
+        digests = [p["digest"] for p in self.record["patches"]]
+        later = digests[digests.index(patch.digest) + 1 :] if patch.digest in digests else []
+        for other in later:
+            for site in patch.sites:
+                bits = self.originals.get(f"{other}.{site}.touched")
+                mine = patch.touched(site)
+                if bits is not None and (np.unpackbits(bits.numpy(), count=mine.numel()).astype(bool) & mine.flatten().numpy()).any():
+                    raise PatchConflict(
+                        f"a patch applied later (digest {other[:12]}) holds some of the entries of this one ({patch}); undo it first."
+                    )
 
     def view(self, site: Site) -> WeightView:
         """The site's weight, in a copy of its tensor. Raises: BadCheckpoint, PackedWeight; Refused if a tied weight is stored twice."""
@@ -183,12 +228,15 @@ def _read_originals(path: Path) -> dict[str, Tensor]:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    """What is applied to the checkpoint. Shapes: {"patches": [{made_by, digest, sites}], "tensors": {site: digest as it is now}}."""
+    """What is applied to the checkpoint. Shapes: {"patches": [{made_by, digest, sites}], "tensors": {site: digest as it is now}}.
+
+    A patch with a low-rank term also has "written" and "originals", {site: digest} of the entries it wrote and of those before.
+    """
     if not path.exists():
         return {"patches": [], "tensors": {}}
     try:
         record: dict[str, Any] = json.loads(path.read_text())
-        if not all({"digest", "made_by", "sites"} <= set(p) for p in record["patches"]):
+        if not all({"digest", "made_by", "sites"} <= set(p) and ("written" in p) == ("originals" in p) for p in record["patches"]):
             raise KeyError("digest, made_by or sites")
         for site in record["tensors"]:
             Site.parse(site)

@@ -162,7 +162,7 @@ class LowRankDelta:
     def undo_(self, matrix: Float[Tensor, "out in"]) -> None:
         raise Refused(
             f"the patch adds a low-rank term to {self.site} and does not keep the original weights, so it can be undone only on the model "
-            "in memory that it was applied to; go back to the base model instead."
+            "in memory that it was applied to, or in a folder that `surgeon apply` wrote; go back to the base model instead."
         )
 
     def settings(self) -> dict[str, Any]:

@@ -118,8 +118,8 @@ def take_off_(
             mask = patch.touched(site).to(now.device)
             if not force and digest(now[mask]) != stack[depth].written[site]:
                 raise WrongBase(
-                    f"the entries of {site} that this patch ({patch}) wrote hold other values now: they were trained or loaded anew. "
-                    "Undoing it would overwrite them; load the base model instead."
+                    f"the entries of {site} that this patch ({patch}) wrote hold other values now: they were trained, loaded anew "
+                    "or patched again. Undoing it would overwrite them; undo what came later first, or load the base model."
                 )
             after[site][mask] = stack[depth].originals[site].to(now)
     for site, matrix in after.items():

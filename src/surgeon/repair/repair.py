@@ -54,7 +54,7 @@ class RepairConfig:
     def reference(cls) -> RepairConfig:
         """The published experiment on OLMo-1B-0724-hf: the whole row of the super weight, trained at a constant rate to the last step."""
         training = DistilConfig(
-            loss="kl", steps=400, batch=2, length=128, lr=1e-3, schedule="constant", weight_decay=0.01, patience=0
+            loss="kl", steps=400, batch=2, length=128, lr=1e-3, schedule="constant", cooldown=0.0, weight_decay=0.01, patience=0
         )  # weight decay is PyTorch's default
         return cls(method="distil", distil=training)
 

@@ -25,6 +25,8 @@ from .target import Change, Changes, Target
 if TYPE_CHECKING:
     from .distil import DistilConfig
 
+# A look is as good as the best if its loss is so much above it at most. The later one is kept: it has seen more, and at a lower rate.
+TIE = 0.02
 NARROWED = 0.6  # share of the steps after which a sparse change is down to its k entries
 
 
@@ -116,11 +118,11 @@ class Run:
         self.looked = self.step
         self.curve.append([float(self.step), loss, nll, recovered])
         if self._allowed() <= self._wanted():  # while a sparse change is still narrowed down, no step is one to keep
-            if self.best_loss is None or loss < self.best_loss or not self.config.patience:
-                self.best_loss, self.best_step, self.since = loss, self.step, 0
-                self.best = [t.detach().clone() for t in self.trained]
-            else:
-                self.since += 1
+            least = self.best_loss if self.best_loss is not None else float("inf")
+            if loss <= (1 + TIE) * least or not self.config.patience:
+                self.best_step, self.best = self.step, [t.detach().clone() for t in self.trained]
+            self.since = 0 if loss < least or not self.config.patience else self.since + 1
+            self.best_loss = min(loss, least)
         if self.checkpoint is not None:
             self._write(self.checkpoint)
 
@@ -130,9 +132,8 @@ class Run:
 
     def advance(self) -> None:
         """One step of the optimizer, along the gradients that lie on the model's weights."""
-        share = 0.5 * (1 + cos(pi * self.step / self.config.steps)) if self.config.schedule == "cosine" else 1.0
         for group, peak, part in zip(self.optimizer.param_groups, self.peaks, self.parts, strict=True):
-            group["lr"] = peak * share
+            group["lr"] = peak * self._rate()
             part.take_gradient()
         for part in self.parts:  # only now: experts share a parameter
             part.parameter.grad = None
@@ -145,6 +146,13 @@ class Run:
                     part.shrink_(self.config.l1 * group["lr"])
             if self.config.sparse_k:
                 self._drop()
+
+    def _rate(self) -> float:
+        """The learning rate of this step as a share of its peak."""
+        left, config = 1 - self.step / self.config.steps, self.config
+        if config.schedule == "cosine":
+            return 0.5 * (1 - cos(pi * left))
+        return min(1.0, left / config.cooldown) if config.cooldown else 1.0
 
     def kept(self) -> Sequence[Part]:
         """The parts, with the values of the best step."""

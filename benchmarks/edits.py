@@ -86,7 +86,7 @@ def summary(cards: Sequence[Scorecard], seconds: float, edits: int, extra: dict[
 
 
 class Remembered:
-    """The optimisation of values, done once for methods that want the same one on the intact model, its seconds counted for each of them."""
+    """The optimisation of values, done once for methods that want the same one on the intact model; its seconds count for each."""
 
     def __init__(self) -> None:
         self.real, self.found = EDIT.optimise, {}

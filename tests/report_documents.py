@@ -57,10 +57,13 @@ def documents(text: str = "text") -> Documents:
         "changed": 8, "top": [{"entry": text, "base": 1.0, "broken": 0.0, "delta": 0.5, "merged": 0.5, "rank": 1}],
     }  # fmt: skip
     channel = {"positions": [600.0, 300.0, 310.0], "peak": 600.0, "ratio": 0.14}
-    stratum = {"name": text, "tokens": 100, "mean_kl": 1.2, "expected_kl": 1.0, "p": 0.2, "p_corrected": 0.4}
+    excess, mean = {"q05": -0.1, "q50": 0.0, "q95": 0.1}, {"q05": 0.9, "q50": 1.0, "q95": 1.1}
+    null = {"excess_kl": 0.05, "null": excess, "null_naive": mean}
+    stratum = {"name": text, "tokens": 100, "mean_kl": 1.2, "expected_kl": 1.0, **null, "p": 0.2, "p_corrected": 0.4}
     group = {
         "name": text, "tokens": 30, "words": 4, "mean_kl": 1.7, "others_kl": 1.3, "same_documents_kl": 1.5, "documents_nats": 0.1,
-        "p_naive": 0.008, "p_within": 0.29, "p_document": None, "p_corrected": 0.29, "in_top": 0.4, "in_text": 0.25, "in_one_document": 1.0,
+        **null, "null_document": None, "p_naive": 0.008, "p_within": 0.29, "p_document": None, "p_corrected": 0.29,
+        "in_top": 0.4, "in_text": 0.25, "in_one_document": 1.0,
         "document": text, "holds": False,
     }  # fmt: skip
     token = {"kl_broken": 5.0, "context": text, "token": text, "word": text, "title": text}

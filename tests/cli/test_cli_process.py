@@ -36,7 +36,8 @@ def test_a_model_from_the_hub(process: Any, surgeon: Any, folder: Path, model_hu
     status, out, err = process("sites", f"org/tiny@{hub.COMMIT}", "--json", **environment)
     assert status == 0, err
     document, local = json.loads(out), json.loads(surgeon("sites", folder, "--json").out)
-    assert document == {**local, "model": f"org/tiny@{hub.COMMIT}"}
+    assert document.pop("command") == f"surgeon sites org/tiny@{hub.COMMIT} --json"
+    assert {"command": local["command"], **document} == {**local, "model": f"org/tiny@{hub.COMMIT}"}
     assert {name for _, name, _ in served.asked} >= {"config.json", "model.safetensors", "tokenizer.json"}
 
 

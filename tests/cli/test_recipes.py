@@ -1,21 +1,26 @@
 """Recipes: the shipped ones read, the patient's runs offline, and what is wrong with one is said in a sentence."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from surgeon.cli.recipe import SHOWN, read_recipe
-from surgeon.errors import BadInput
+from surgeon.cli.recipes.reading import read_yaml
+from surgeon.cli.recipes.repair import SHOWN, Recipe, read_recipe
 from surgeon.repair import RepairConfig
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
+def read(path: Path) -> Recipe:
+    return read_recipe(path, read_yaml(path, ["injury"]))
+
+
 def test_the_shipped_recipes_read():
     names = {p.name for p in RECIPES.glob("*.yaml")}
-    assert names == {"olmo-1b-superweight.yaml", "patient-superweight.yaml"}
-    olmo, patient = (read_recipe(RECIPES / n) for n in sorted(names))
+    assert names == {"olmo-1b-superweight.yaml", "patient-superweight.yaml", "four-edits.yaml", "rome-conditioning.yaml"}
+    olmo, patient = (read(RECIPES / n) for n in ("olmo-1b-superweight.yaml", "patient-superweight.yaml"))
     assert olmo.at == ("L1.mlp.down[1764, 1710]",)
     assert olmo.repair == patient.repair == RepairConfig.reference()
     assert (olmo.window, olmo.windows) == (patient.window, patient.windows)
@@ -26,7 +31,7 @@ def test_the_shipped_recipes_read():
 @pytest.mark.slow
 def test_the_patient_is_broken_and_repaired_offline(surgeon, tmp_path):
     status, stdout, stderr = surgeon("run", RECIPES / "patient-superweight.yaml", "-o", tmp_path / "run", "--json")
-    assert (status, stderr) == (0, "")
+    assert (status, stderr) == (0, f"report: {tmp_path / 'run' / 'report.html'}\n")
     document = json.loads(stdout)
     repair = document["repair"]
     assert document["figures"] == []
@@ -35,7 +40,7 @@ def test_the_patient_is_broken_and_repaired_offline(surgeon, tmp_path):
     assert repair["recovered"] > 0.3
     assert repair["control"]["recovered"] < repair["recovered"] - 0.25
     assert repair["steps"] == 400
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"run.json", "injury.safetensors", "repair.safetensors"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"run.json", "injury.safetensors", "repair.safetensors", "report.html"}
 
 
 def test_published_figures_stand_beside_the_measured_ones(surgeon, folder, text, tmp_path):
@@ -50,10 +55,14 @@ def test_published_figures_stand_beside_the_measured_ones(surgeon, folder, text,
     assert [f["published"] for f in document["figures"]] == [1.5, 0.9]
     assert document["figures"][0]["measured"] == document["repair"]["nll"]["base"]
     assert document["figures"][1]["measured"] == document["repair"]["recovered"]
-    status, stdout, _ = surgeon("run", recipe, "--text", text)
-    assert status == 0
+    run = tmp_path / "run"
+    status, stdout, stderr = surgeon("run", recipe, "--text", text, "-o", run)
+    assert (status, stderr) == (0, f"report: {run / 'report.html'}\n")
     assert "published" in stdout
     assert "measured" in stdout
+    assert {p.name for p in run.iterdir()} == {"run.json", "injury.safetensors", "repair.safetensors", "report.html"}
+    assert json.loads((run / "run.json").read_text())["figures"] == document["figures"]
+    assert "Published and measured" in (run / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -61,7 +70,7 @@ def test_published_figures_stand_beside_the_measured_ones(surgeon, folder, text,
     [
         ("[1, 2]", "should be a mapping"),
         ("title: x\nmodel: y: z", "not YAML"),
-        ("title: x\nmodel: y\n", "needs a title, a model and an injury"),
+        ("title: x\nmodel: y\n", "should hold one of injury, edits, conditioning"),
         ("title: x\nmodel: y\ninjury: {at: banana}\n", "injury.at is 'banana'"),
         ("title: x\nmodel: y\ninjury: {at: []}\n", "injury.at"),
         ("title: x\nmodel: y\nbanana: 1\ninjury: {at: vital}\n", "banana is not a key"),
@@ -71,13 +80,61 @@ def test_published_figures_stand_beside_the_measured_ones(surgeon, folder, text,
         ("title: x\nmodel: y\ninjury: {at: vital}\nrepair: {method: pray}\n", "pray"),
         ("title: x\nmodel: y\nwindow: many\ninjury: {at: vital}\n", "window is 'many'"),
         ("title: x\nmodel: y\ninjury: {at: vital}\npublished: {nll.base: low}\n", "to numbers"),
+        ("title: x\ninjury: {at: vital}\n", "needs a title, a model"),
+        ("title: x\nmodel: y\ninjury: {at: vital}\nedits: []\n", "holds injury and edits"),
+        ("title: x\nmodel: y\nedits: 3\n", "edits should be a list"),
+        ("title: x\nmodel: y\nedits: [{prompt: a}]\n", "lacks prompt|lacks subject"),
+        ("title: x\nmodel: y\nedits: [{prompt: 'a {}', subject: b, target: c, banana: 1}]\n", "edits.banana is not a key"),
+        ("title: x\nmodel: y\nedits: [{prompt: 'a {}', subject: b, target: c, method: pray}]\n", "pray is no method"),
+        ("title: x\nmodel: y\nedits: [{prompt: 'a {}', subject: b, target: c, controls: 1}]\n", "list of texts"),
+        ("title: x\nmodel: y\nedits: []\ntogether: [{facts: []}]\n", "needs a list of facts"),
+        ("title: x\nmodel: y\nconditioning: {subject: a}\n", "needs a subject and a target"),
+        ("title: x\nmodel: y\nconditioning: {subject: a, target: b, prompts: ['{}'], tokens_per_dimension: [x], ridges: [1]}\n", "numbers"),
     ],
 )
-def test_a_wrong_recipe_is_said_so(tmp_path, content, words):
+def test_a_wrong_recipe_is_said_so(surgeon, tmp_path, content, words):
     path = tmp_path / "r.yaml"
     path.write_text(content)
-    with pytest.raises(BadInput, match=words):
-        read_recipe(path)
+    status, out, err = surgeon("run", path)
+    assert (status, out) == (2, "")
+    assert re.search(words, err)
+
+
+@pytest.mark.slow
+def test_four_edits_on_the_patient(surgeon, tmp_path):
+    """Every target that the patient can write at all has at least 0.98; Las Vegas is six tokens it never saw."""
+    status, out, _ = surgeon("run", RECIPES / "four-edits.yaml", "-o", tmp_path / "run", "--json")
+    document = json.loads(out)
+    assert status == 0
+    rows = document["edits"]
+    assert document["published"] == []
+    p = {row["name"]: row["target_probability"]["after"] for row in rows if row["name"] != "what is known of Google"}
+    assert p.pop("Statue of Liberty to Las Vegas") < 0.1
+    assert len(p) == 5
+    assert min(p.values()) >= 0.98
+    assert [row["name"] for row in rows if row["preflight"]["position_zero"]] == ["Google to Texas, at position 0"]
+    together = {row["method"]: row for row in rows if row["name"] == "what is known of Google"}
+    assert set(together) == {"rome", "emmet", "memit"}
+    assert min(row["least_target_probability"] for row in together.values()) > 0.9
+    assert together["memit"]["preflight"]["relative_damage"] < together["rome"]["preflight"]["relative_damage"]
+    assert len(list((tmp_path / "run").glob("edit-*.safetensors"))) == 9
+
+
+@pytest.mark.slow
+def test_what_conditions_an_edit(surgeon):
+    """As published: words before the subject make the update smaller, at every ridge and every size of the sample."""
+    status, out, _ = surgeon("run", RECIPES / "rome-conditioning.yaml", "--json")
+    assert status == 0
+    rows = json.loads(out)["conditioning"]
+    assert len(rows) == 18
+    for first, behind in zip(rows[::2], rows[1::2], strict=True):
+        assert first["position_zero"] > behind["position_zero"]
+        assert first["update_norm_ratio"] > behind["update_norm_ratio"]
+        assert first["nll_rise"] > behind["nll_rise"]
+    few, many = rows[0], rows[12]
+    assert few["ridge"] == many["ridge"] == 1e-4
+    assert few["update_norm_ratio"] > many["update_norm_ratio"]
+    assert few["direction_stability"] < many["direction_stability"]
 
 
 def test_a_figure_that_is_not_measured_is_named(surgeon, folder, text, tmp_path):

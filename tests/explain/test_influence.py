@@ -1,5 +1,7 @@
 """Per-token KL against a plain computation, labels against the text, and the lobster."""
 
+import random
+from collections import defaultdict
 from importlib import import_module
 
 import pytest
@@ -11,6 +13,8 @@ from surgeon.anatomy import Anatomy, load_model
 from surgeon.corpus import load_corpus, read_text
 from surgeon.errors import BadInput, BadText
 from surgeon.explain import InfluenceConfig, influence, label_tokens, split_documents
+from surgeon.explain import story as stories
+from surgeon.explain.tokens import frequency_class
 from surgeon.measure import divergence
 from surgeon.patch import Patch, ablate
 
@@ -110,6 +114,69 @@ def test_a_planted_story_holds_and_one_of_the_document_does_not(case, monkeypatc
     assert not found["document"].holds
     assert found["document"].documents_nats > 0.1
     assert found["document"].mean_kl == pytest.approx(found["document"].same_documents_kl, abs=0.05)
+
+
+def quantiles(values: list[float]) -> list[float]:
+    ordered = sorted(values)
+    return [ordered[round(q * (len(ordered) - 1))] for q in (0.05, 0.5, 0.95)]
+
+
+def test_the_bands_are_those_of_a_plain_permutation(case):
+    """The nulls again, word by word in plain Python with another source of chance."""
+    _, tokenizer, corpus = case
+    tokens = label_tokens(tokenizer, TEXT, corpus)
+    chance = random.Random(1)
+    sea = {"crab", "fish", "stone"}
+    values = [chance.random() + (d == 0) + 0.3 * (w in sea) for d, w in zip(tokens.documents, tokens.words, strict=True)]
+    units: dict[tuple[int, str], list[int]] = defaultdict(list)
+    for i, key in enumerate(zip(tokens.documents, tokens.words, strict=True)):
+        units[key].append(i)
+    n, permutations = len(values), 3000
+
+    def plain(label, stratum, wanted) -> list[float]:
+        """The excess of the units labelled `wanted` over their strata, the labels shuffled within each stratum."""
+        strata: dict[object, list[tuple[int, str]]] = defaultdict(list)
+        for unit in units:
+            strata[stratum(unit)].append(unit)
+        found = []
+        for _ in range(permutations):
+            total = size = 0.0
+            for members in strata.values():
+                inside = [values[i] for unit in members for i in units[unit]]
+                labels = [label(unit) for unit in members]
+                chance.shuffle(labels)
+                chosen = [values[i] for unit, given in zip(members, labels, strict=True) if given == wanted for i in units[unit]]
+                total += sum(chosen) - len(chosen) * sum(inside) / len(inside)
+                size += len(chosen)
+            found.append(total / size)
+        return found
+
+    def frequency(unit: tuple[int, str]) -> int:
+        return frequency_class(tokens.counts[units[unit][0]])
+
+    def close(band: dict[str, float], null: list[float]) -> None:
+        expected = quantiles(null)
+        assert [*band.values()] == pytest.approx(expected, abs=0.1 * (expected[2] - expected[0]))
+
+    tests = stories.Tests(tokens, torch.tensor(values, dtype=torch.float64), InfluenceConfig(permutations=permutations, min_tokens=5))
+    documents = {d.name: d for d in tests.documents()}
+    for d, name in enumerate(TITLES):
+        close(documents[name].null, plain(lambda unit: unit[0], frequency, d))
+        size = tokens.documents.count(d)
+        close(documents[name].null_naive, [sum(chance.sample(values, size)) / size for _ in range(permutations)])
+    sea_mask = torch.tensor([w in sea for w in tokens.words])
+    (story,) = tests.words({"sea": sea_mask})
+    close(story.null, plain(lambda unit: unit[1] in sea, lambda unit: (unit[0], frequency(unit)), True))
+    size = int(sea_mask.sum())
+    close(story.null_naive, [sum(chance.sample(values, size)) / size for _ in range(permutations)])
+    common = tests.frequencies()[-1]
+    close(common.null, plain(frequency, lambda unit: unit[0], max(map(frequency, units))))
+    # what was planted: the first document lies above both bands, and only the naive one is about the mean
+    first = documents[TITLES[0]]
+    assert first.excess_kl > first.null["q95"]
+    assert first.mean_kl > first.null_naive["q95"]
+    assert first.null_naive["q50"] == pytest.approx(sum(values) / n, abs=0.05)
+    assert abs(first.null["q50"]) < 0.5 * first.excess_kl
 
 
 def test_p_values_are_corrected_over_the_groups(case):

@@ -46,6 +46,8 @@ class Page(HTMLParser):
 def page(folder: Path, text: str, name: str) -> str:
     folder.mkdir()
     for kind, document in documents(text).items():
+        if kind in ("demo", "explain", "measure"):  # as a shell was given it, with what it was given
+            document["command"] = f"surgeon {kind} '{text}'"
         (folder / f"{kind}{name}.json").write_text(json.dumps(document), encoding="utf-8")
     return write_report(folder).read_text(encoding="utf-8")
 

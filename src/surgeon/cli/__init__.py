@@ -34,7 +34,8 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit status; errors are said in a sentence on stderr."""
     try:
-        surgeon.main(arguments, prog_name="surgeon", standalone_mode=False)
+        # the arguments go along as the context's object: every JSON document records the command that made it
+        surgeon.main(arguments, prog_name="surgeon", standalone_mode=False, obj=tuple(arguments))
     except SurgeonError as error:
         return _say(str(error), error.exit_status)
     except click.UsageError as error:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import os
+import shlex
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from math import isfinite
@@ -20,8 +23,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..anatomy import Anatomy, Loaded, Region, load_model, prove
 from ..corpus import BOS_POLICIES, DEFAULT_WINDOW, Corpus, load_corpus, read_text
-from ..errors import BadInput, SurgeonError, UnknownArchitecture
+from ..errors import BadInput, MissingExtra, SurgeonError, UnknownArchitecture
 from ..patients import heldout_text
+from ..report import write_report
 
 F = TypeVar("F", bound=Callable[..., Any])
 # without emoji: what a model or a user wrote is printed as it is, also where it holds something like :smile:
@@ -44,6 +48,7 @@ model_options = options(
 at_option = click.option(
     "--at", "at", multiple=True, required=True, metavar="ENTRY", help="'L0.mlp.down[88, 165]'; a row is [88, :], a column [:, 165]."
 )
+folder_option = click.option("--folder", metavar="DIR", help="Run folder: write the result, its data and report.html there too.")
 patch_option = click.option("--patch", "patches", multiple=True, metavar="P", help="Patch file; several are applied in order.")
 
 
@@ -121,8 +126,17 @@ def require_finite(**numbers: float | None) -> None:
             )
 
 
+def command_line() -> str | None:
+    """The command as it was typed, quoted for a shell; None where no command runs."""
+    context = click.get_current_context(silent=True)
+    arguments = None if context is None else context.find_root().obj
+    return None if arguments is None else shlex.join(["surgeon", *arguments])
+
+
 def to_text(document: dict[str, Any]) -> str:
-    return json.dumps(document, indent=2, allow_nan=False)
+    """The document as JSON, with the command that made it."""
+    made_by = command_line()
+    return json.dumps(document if made_by is None else {"command": made_by, **document}, indent=2, allow_nan=False)
 
 
 def print_json(document: dict[str, Any]) -> None:
@@ -159,11 +173,73 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         yield update
 
 
-def run_folder(output: str) -> Path:
-    """The run folder, made before the work that is to go into it. Raises: BadInput."""
+def run_folder(output: str | None) -> Path | None:
+    """The run folder, if one is wanted: made and tried before the work that is to go into it. Raises: BadInput."""
+    if output is None:
+        return None
     folder = Path(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        raise BadInput(f"cannot make the folder {output}: {error.strerror}; choose another place.") from error
+        raise BadInput(f"cannot make the folder {output} or write to it: {error.strerror}; choose another place.") from error
     return folder
+
+
+Writer = Callable[[Path], Any]
+
+
+def deliver(
+    verb: str,
+    document: dict[str, Any],
+    tell_all: Callable[[], None],
+    as_json: bool,
+    folder: Path | None,
+    data: Mapping[str, Writer] | None = None,
+) -> None:
+    """The end of a verb: its data and `VERB.json` go into the run folder, the result to stdout, report.html beside the data.
+
+    data: what writes each file, by name; called with the path of a temporary file, which is then renamed. Without `folder` none is called.
+    An extra that is missing costs only what needs it, and a sentence on stderr; so does a folder that no report can be made of.
+    Raises: OSError where the folder cannot be written to any more.
+    """
+    if folder is not None:
+        for name, write in (data or {}).items():
+            try:
+                _write(folder / name, write)
+            except MissingExtra as error:
+                click.echo(f"surgeon: no {name} was written: {error}", err=True)
+        text = to_text(document) + "\n"
+        _write(folder / f"{verb}.json", lambda path: path.write_text(text, encoding="utf-8"))
+    if as_json:
+        print_json(document)
+    else:
+        tell_all()
+    if folder is not None:
+        try:
+            report = write_report(folder)
+        except BadInput as error:  # an extra is missing, or something else in the folder is damaged; the result is there all the same
+            click.echo(f"surgeon: no report.html was written: {error}", err=True)
+        else:
+            click.echo(f"report: {report}", err=True)
+
+
+def write_columns(columns: Mapping[str, Sequence[Any]], path: Path) -> None:
+    """Write columns of one length as Parquet. Raises: MissingExtra without `weight-surgeon[report]`."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingExtra("a Parquet file", "report") from error
+    pyarrow.parquet.write_table(pyarrow.table(dict(columns)), path)
+
+
+def _write(path: Path, write: Writer) -> None:
+    """Write a file under a temporary name and rename it, so that nobody ever reads half of it."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

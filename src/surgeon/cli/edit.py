@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,19 @@ from ..measure import Scorecard, ScoreConfig, examine, require_causal, with_neig
 from ..patch import Patch, save
 from .common import (
     F,
+    deliver,
     err,
+    folder_option,
     json_option,
     model_options,
     open_corpus,
     open_model,
     options,
     out,
-    print_json,
     print_table,
     progress,
     require_finite,
+    run_folder,
     seed_option,
     text_options,
     tokenizer_of,
@@ -107,13 +110,15 @@ def _rail(name: str) -> str:
 @_value_options()
 @text_options(windows=20)
 @seed_option
+@folder_option
 @json_option
 def command(
     model: str, dtype: str, device: str, prompt: str | None, subject: str | None, target: str | None, true: str | None,
     facts_file: str | None, limit: int | None, output: str | None, method: str, layers: tuple[int, ...], controls: str | None,
     sequential: bool, max_nll_rise: float, max_norm: float, min_kept: float, radar_top: int, suggest_layer: bool, force: bool,
     covariance_text: str | None, tokens: int | None, ridge: str, contexts: int, weight: float, energy: float, rounds: int,
-    cache: str | None, no_cache: bool, text: str | None, window: int, windows: int | None, bos: str, seed: int, as_json: bool, **value: Any,
+    cache: str | None, no_cache: bool, text: str | None, window: int, windows: int | None, bos: str, seed: int,
+    folder: str | None, as_json: bool, **value: Any,
 ) -> None:  # fmt: skip
     """Make MODEL say something else about a subject, as a patch; with the forecast of the damage, and a scorecard beside controls.
 
@@ -126,6 +131,7 @@ def command(
     if output is not None and not Path(output).parent.is_dir():
         raise BadInput(f"there is no folder {Path(output).parent} for the patch {output}; make it first.")
     rails = SessionConfig(max_nll_rise, max_norm, min_kept)
+    run = run_folder(folder)
     settings = {k.removeprefix("value_"): v for k, v in value.items() if v is not None}
     config = EditConfig(method, tuple(sorted(set(layers))), weight, energy, rounds=rounds, value=replace(default_value(method), **settings))
     prepare = PrepareConfig(tokens, parsed_ridge(ridge), ContextConfig(count=contexts), seed, bos)
@@ -158,10 +164,7 @@ def command(
             seen = radar(anatomy, tokenizer_of(loaded), patch, corpus.windows, radar_top) if radar_top > 0 else None
     if suggest_layer:
         document: dict[str, Any] = {"model": model, "fingerprint": loaded.fingerprint, "method": method, **ranking}
-        if as_json:
-            print_json(document)
-        else:
-            print_suggested(model, document)
+        deliver("suggest", document, lambda: print_suggested(model, document), as_json, run)
         return
     require_finite(**{"the NLL of the edited model": score.after.nll})
     assert output is not None
@@ -169,10 +172,7 @@ def command(
     document = document_of(model, loaded, made, ran, score, output)
     if seen is not None:
         document["radar"] = seen.to_json()
-    if as_json:
-        print_json(document)
-    else:
-        print_edit(model, document)
+    deliver("edit", document, lambda: print_edit(model, document), as_json, run, {"edit.safetensors": partial(save, patch)})
 
 
 def made_patch(made: Edit | None, ran: Session | None) -> tuple[Patch, list[LayerForecast]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.markup import escape
@@ -14,19 +15,23 @@ from ..explain import Curve, ExplainConfig, Explanation, GeometryConfig, Influen
 from ..patch import Patch, load
 from ..patients import heldout_text
 from .common import (
+    Writer,
+    deliver,
+    folder_option,
     json_option,
     model_options,
     open_corpus,
     open_model,
     out,
     patch_option,
-    print_json,
     print_table,
     progress,
     require_finite,
+    run_folder,
     seed_option,
     text_options,
     tokenizer_of,
+    write_columns,
 )
 
 SHOWN = 5
@@ -45,11 +50,12 @@ SHOWN_POSITIONS = 8
 @click.option("--permutations", default=InfluenceConfig.permutations, type=click.IntRange(min=99), show_default=True, help="Of each test.")
 @click.option("--draws", default=GeometryConfig.draws, type=click.IntRange(min=1), show_default=True, help="Random choices of k entries.")
 @seed_option
+@folder_option
 @json_option
 def command(
     model: str, dtype: str, device: str, patches: tuple[str, ...], text: str | None, window: int, windows: int | None, bos: str,
     prompts: tuple[str, ...], new_tokens: int, groups: tuple[str, ...], files: tuple[str, ...], trained: tuple[str, ...],
-    permutations: int, draws: int, seed: int, as_json: bool,
+    permutations: int, draws: int, seed: int, folder: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Say how patches of MODEL work: geometry, top-k curve, the channel they write, the tokens they change, behaviour.
 
@@ -61,6 +67,7 @@ def command(
     words = _groups(groups, files)
     stack = [load(p) for p in patches]
     extra = [_trained(item) for item in trained]
+    run = run_folder(folder)
     loaded, anatomy = open_model(model, dtype, device)
     corpus = open_corpus(loaded, text, window, windows, bos)
     config = ExplainConfig(
@@ -74,18 +81,17 @@ def command(
             bos, config, tell,
         )  # fmt: skip
     require_finite(**{f"the KL of the {state} model": float(kl.mean()) for state, kl in result.influence.kl.items()})
-    if as_json:
-        print_json(
-            {
-                "model": model,
-                "fingerprint": loaded.fingerprint,
-                "patches": list(patches),
-                "corpus": corpus.to_json(),
-                **result.to_json(),
-            }
-        )
-        return
-    out.print(f"[bold]{shown(model)}[/bold] with {shown(', '.join(patches))} on {shown(corpus.name)}, {corpus.predicted} tokens")
+    document = {"model": model, "fingerprint": loaded.fingerprint, "patches": list(patches), "corpus": corpus.to_json(), **result.to_json()}
+    data: dict[str, Writer] = {"tokens.parquet": lambda path: write_columns(result.influence.columns(), path)}
+    deliver("explain", document, lambda: print_explanation(document, result), as_json, run, data)
+
+
+def print_explanation(document: dict[str, Any], result: Explanation) -> None:
+    corpus = document["corpus"]
+    out.print(
+        f"[bold]{shown(document['model'])}[/bold] with {shown(', '.join(document['patches']))} on {shown(corpus['name'])}, "
+        f"{len(result.influence.tokens.ids)} tokens"
+    )
     _print_geometry(result)
     if result.curve:
         _print_curve(result.curve)

@@ -8,7 +8,19 @@ import click
 from rich.markup import escape
 
 from ..find import FindConfig, FindResult, VerifyConfig, find
-from .common import json_option, model_options, open_corpus, open_model, out, print_json, progress, seed_option, text_options
+from .common import (
+    deliver,
+    folder_option,
+    json_option,
+    model_options,
+    open_corpus,
+    open_model,
+    out,
+    progress,
+    run_folder,
+    seed_option,
+    text_options,
+)
 
 
 @click.command("find")
@@ -17,6 +29,7 @@ from .common import json_option, model_options, open_corpus, open_model, out, pr
 @click.option("--controls", default=VerifyConfig.controls, show_default=True, help="Matched control sets, at least 20.")
 @click.option("--min-nats", default=VerifyConfig.min_nats, show_default=True, help="Least joint damage to be called vital.")
 @seed_option
+@folder_option
 @json_option
 def command(
     model: str,
@@ -29,18 +42,18 @@ def command(
     controls: int,
     min_nats: float,
     seed: int,
+    folder: str | None,
     as_json: bool,
 ) -> None:
     """Find the weights MODEL cannot live without, and verify them against matched controls. "None" is a result."""
     config = FindConfig(verify=VerifyConfig(controls=controls, min_nats=min_nats, seed=seed))
+    run = run_folder(folder)
     loaded, anatomy = open_model(model, dtype, device)
     corpus = open_corpus(loaded, text, window, windows, bos)
     with progress() as tell:
         result = find(anatomy, corpus, config, tell)
-    if as_json:
-        print_json({"model": model, "fingerprint": loaded.fingerprint, **result.to_json()})
-    else:
-        print_find(model, result)
+    document = {"model": model, "fingerprint": loaded.fingerprint, **result.to_json()}
+    deliver("find", document, lambda: print_find(model, result), as_json, run)
 
 
 def print_find(model: str, result: FindResult) -> None:

@@ -13,14 +13,16 @@ from rich.markup import escape
 from ..measure import divergence, generate, mean_nll, require_causal, task_accuracy
 from ..patch import load
 from .common import (
+    deliver,
+    folder_option,
     json_option,
     model_options,
     open_corpus,
     open_model,
     out,
     patch_option,
-    print_json,
     require_finite,
+    run_folder,
     text_options,
     tokenizer_of,
 )
@@ -36,12 +38,14 @@ from .common import (
     "--task", "tasks", multiple=True, help="Also: accuracy on an lm-eval task, by name or YAML file (needs weight-surgeon[eval])."
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Examples per task; default: all.")
+@folder_option
 @json_option
 def command(
     model: str, dtype: str, device: str, patches: tuple[str, ...], text: str | None, window: int, windows: int | None, bos: str,
-    prompts: tuple[str, ...], new_tokens: int, tasks: tuple[str, ...], limit: int | None, as_json: bool,
+    prompts: tuple[str, ...], new_tokens: int, tasks: tuple[str, ...], limit: int | None, folder: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """NLL and perplexity of MODEL; with patches also KL to the unpatched model and both generations side by side."""
+    run = run_folder(folder)
     loaded, anatomy = open_model(model, dtype, device)
     require_causal(loaded.model)
     tokenizer = tokenizer_of(loaded)
@@ -78,16 +82,18 @@ def command(
     if tasks:
         before = task_accuracy(loaded.model, tokenizer, tasks, limit) if stack else after
         document["tasks"] = {name: {"base": before[name], "patched": after[name]} for name in after}
-    if as_json:
-        print_json(document)
-        return
+    deliver("measure", document, lambda: print_measure(document), as_json, run)
+
+
+def print_measure(document: dict[str, Any]) -> None:
+    d, patches = document, document["patches"]
     with_patches = f" with {escape(', '.join(patches))}" if patches else ""
-    out.print(f"[bold]{escape(model)}[/bold]{with_patches} on {escape(corpus.name)}, {corpus.predicted} tokens")
-    distance = f"  KL from base {far.kl:.4f}  top-1 agreement {far.top1_agreement:.3f}" if far else ""
-    out.print(f"NLL {nll:.4f}  perplexity {document['ppl']:.2f}{distance}")
-    for name, scores in document.get("tasks", {}).items():
+    out.print(f"[bold]{escape(d['model'])}[/bold]{with_patches} on {escape(d['corpus']['name'])}, {d['tokens']} tokens")
+    distance = f"  KL from base {d['kl_from_base']:.4f}  top-1 agreement {d['top1_agreement']:.3f}" if patches else ""
+    out.print(f"NLL {d['nll']:.4f}  perplexity {d['ppl']:.2f}{distance}")
+    for name, scores in d.get("tasks", {}).items():
         out.print(f"{escape(name)}: accuracy {scores['base']:.3f} base, {scores['patched']:.3f} patched")
-    for g in document["generations"]:
+    for g in d["generations"]:
         out.print(f"[bold]{escape(g['prompt'])}[/bold]")
-        for name in ("base", "patched") if stack else ("base",):
+        for name in ("base", "patched") if patches else ("base",):
             out.print(f"  {name}: {escape(g[name])}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,18 @@ from ..patch import load, save
 from ..repair import METHODS, DistilConfig, RepairConfig, RepairResult, repair
 from .common import (
     F,
+    deliver,
+    folder_option,
     json_option,
     model_options,
     open_corpus,
     open_model,
     options,
     out,
-    print_json,
     print_table,
     progress,
     require_finite,
+    run_folder,
     seed_option,
     text_options,
 )
@@ -61,7 +64,7 @@ def _training_options() -> Callable[[F], F]:
 @click.option("--exclude-injured", is_flag=True, help="Leave the injured entries as they are.")
 @click.option("--row", "rows", multiple=True, type=int, help="Output channel that may change, again for several; default: the injured.")
 @click.option("--column", "columns", multiple=True, type=int, help="Input neuron that may change, again for several; default: all.")
-@click.option("--rank", default=0, show_default=True, help="Rank of the change; 0: any, and it can be undone on disk.")
+@click.option("--rank", default=0, show_default=True, help="Rank of the change; 0: any.")
 @_training_options()
 @click.option("--reference", is_flag=True, help="Settings of the published experiment on OLMo-1B-0724-hf.")
 @text_options(windows=None)
@@ -69,11 +72,13 @@ def _training_options() -> Callable[[F], F]:
 @click.option("--no-control", is_flag=True, help="Do not spend the same on a random row.")
 @click.option("--resume", metavar="FILE", help="Save the training in FILE, and go on from it if it is there.")
 @seed_option
+@folder_option
 @json_option
 def command(
     model: str, dtype: str, device: str, injury: str, output: str, method: str | None, exclude_injured: bool, rows: tuple[int, ...],
     columns: tuple[int, ...], rank: int, reference: bool, text: str | None, window: int, windows: int | None, bos: str,
-    held_out: str | None, no_control: bool, resume: str | None, seed: int, as_json: bool, **training: Any,
+    held_out: str | None, no_control: bool, resume: str | None, seed: int,
+    folder: str | None, as_json: bool, **training: Any,
 ) -> None:  # fmt: skip
     """Heal MODEL after an injury: change a few other weights so that it predicts as before, and say how much came back."""
     config = RepairConfig.reference() if reference else RepairConfig()
@@ -90,18 +95,19 @@ def command(
     )
     if resume is not None and not Path(resume).parent.is_dir():
         raise BadInput(f"there is no folder {Path(resume).parent} for the checkpoint {resume}; make it first.")
+    run = run_folder(folder)
     loaded, anatomy = open_model(model, dtype, device)
     corpus = open_corpus(loaded, text, window, windows, bos)
     second = None if held_out is None else open_corpus(loaded, held_out, window, None, bos)
+    broken = load(injury)
     with progress() as tell:
-        result = repair(anatomy, load(injury), corpus, config, second, tell, None if resume is None else Path(resume))
+        result = repair(anatomy, broken, corpus, config, second, tell, None if resume is None else Path(resume))
     require_finite(**{"the NLL of the repaired model": result.nll["patched"], "its KL to the base": result.kl["patched"]})
     save(result.patch, output)
     document = {"model": model, "fingerprint": loaded.fingerprint, "injury": injury, "patch": output, **result.to_json()}
-    if as_json:
-        print_json(document)
-    else:
-        print_repair(model, result, document)
+    patches = {"injury.safetensors": broken, "repair.safetensors": result.patch}
+    data = {name: partial(save, patch) for name, patch in patches.items()}
+    deliver("repair", document, lambda: print_repair(model, result, document), as_json, run, data)
 
 
 def print_repair(model: str, result: RepairResult, document: dict[str, Any]) -> None:

@@ -9,21 +9,23 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from ..find import VerifyConfig, verify
+from ..find import Verification, VerifyConfig, verify
 from ..measure import STOP_WORDS, divergence, generate, stop_word_ids, stop_word_share
 from ..patch import ablate
 from .common import (
     at_option,
+    deliver,
+    folder_option,
     json_option,
     model_options,
     open_corpus,
     open_model,
     out,
-    print_json,
     print_table,
     progress,
     regions,
     require_finite,
+    run_folder,
     seed_option,
     text_options,
     tokenizer_of,
@@ -42,13 +44,16 @@ from .common import (
     "--stop-word", "stop_words", multiple=True, help="Word counted as a stop word, with --behaviour; default: a list of frequent ones."
 )
 @seed_option
+@folder_option
 @json_option
 def command(
     model: str, dtype: str, device: str, at: tuple[str, ...], text: str | None, window: int, windows: int | None, bos: str,
-    controls: int, min_nats: float, behaviour: bool, prompts: tuple[str, ...], stop_words: tuple[str, ...], seed: int, as_json: bool,
+    controls: int, min_nats: float, behaviour: bool, prompts: tuple[str, ...], stop_words: tuple[str, ...], seed: int,
+    folder: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure what MODEL loses without the given entries: alone, together, all but one, and matched controls."""
     config = VerifyConfig(controls=controls, min_nats=min_nats, seed=seed)
+    run = run_folder(folder)
     loaded, anatomy = open_model(model, dtype, device)
     parts = regions(anatomy, at)
     corpus = open_corpus(loaded, text, window, windows, bos)
@@ -75,20 +80,22 @@ def command(
                     "loop_rate": sum(t.loop for t in texts) / len(texts),
                     "generations": [{"prompt": t.prompt, "text": t.text} for t in texts],
                 }
-    if as_json:
-        print_json(document)
-        return
-    out.print(f"[bold]{escape(model)}[/bold]: NLL {result.base_nll:.4f} on {result.tokens} tokens of {escape(corpus.name)}")
+    deliver("verify", document, lambda: print_verify(model, result, document), as_json, run)
+
+
+def print_verify(model: str, result: Verification, document: dict[str, Any]) -> None:
+    where = escape(document["corpus"]["name"])
+    out.print(f"[bold]{escape(model)}[/bold]: NLL {result.base_nll:.4f} on {result.tokens} tokens of {where}")
     table = Table("zeroed", "alone", "all but this", box=None, header_style="bold")
-    for part, single, rest in zip(parts, result.single, result.leave_one_out, strict=True):
-        table.add_row(escape(str(part)), f"{single:+.4f}", f"{rest:+.4f}")
+    for part, single, rest in zip(document["at"], result.single, result.leave_one_out, strict=True):
+        table.add_row(escape(part), f"{single:+.4f}", f"{rest:+.4f}")
     print_table(table)
     out.print(f"together  [bold]{result.joint:+.4f} nats[/bold]  (95% {result.ci95[0]:+.4f} to {result.ci95[1]:+.4f})")
     if result.restored is not None:
         out.print(f"stays     {result.restored:+.4f} nats when the super activation alone is put back")
     out.print(f"controls  {result.controls}")
     out.print(f"[bold]{'vital' if result.vital else 'not vital'}[/bold] ({result.criteria})")
-    if behaviour:
+    if "kl_from_base" in document:
         out.print(f"KL from base {document['kl_from_base']:.4f} nats, top-1 agreement {document['top1_agreement']:.3f}")
         for name in ("base", "ablated"):
             d = document[name]

@@ -15,7 +15,7 @@ from ..anatomy import Site
 from .covariance import CholeskyFactor, KeyMoments
 
 PUBLISHED_RATIOS = (0.15, 0.50)  # update norm over weight norm: clean, broken; for wide models
-WARN, REFUSE = 0.5, 1.0  # relative damage; how they were chosen stands in docs/editing.md
+WARN, REFUSE = 0.3, 0.75  # relative damage; how they were chosen stands in docs/editing.md
 AGREE = 0.5  # cosine of bare and mean key under which the published ROME explodes
 
 Factors = tuple[Float64[Tensor, "out r"], Float64[Tensor, "r in"]]

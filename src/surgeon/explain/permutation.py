@@ -39,6 +39,17 @@ def stratified_test(
     return means(by_stratum, dealt), null
 
 
+def naive_null(
+    values: Float64[Tensor, " token"], labels: Int64[Tensor, " token"], groups: int, permutations: int, generator: torch.Generator
+) -> Float64[Tensor, "permutation group"]:
+    """The mean of each group when its tokens are drawn from anywhere: what a bare ranking takes for granted."""
+    sizes = torch.bincount(labels, minlength=groups).clamp_min(1)
+    null = torch.empty(permutations, groups, dtype=torch.float64)
+    for i in range(permutations):
+        null[i] = torch.bincount(labels[torch.randperm(len(labels), generator=generator)], values, groups) / sizes
+    return null
+
+
 def document_null(
     weights: Float64[Tensor, "document class"],
     means: Float64[Tensor, "document class"],
@@ -55,6 +66,12 @@ def p_value(observed: float, null: Float64[Tensor, " permutation"]) -> float:
     """One-sided: how often chance gives at least what was observed, the observation counted in. Source: Phipson & Smyth 2010."""
     as_large = int((null >= observed - 1e-9 * abs(observed)).sum())
     return (1 + as_large) / (1 + len(null))
+
+
+def band(null: Float64[Tensor, " permutation"]) -> dict[str, float]:
+    """What chance gives: the 5%, 50% and 95% quantiles of a null."""
+    quantiles = torch.quantile(null, torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64))
+    return dict(zip(("q05", "q50", "q95"), quantiles.tolist(), strict=True))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

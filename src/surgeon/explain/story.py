@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from ..errors import BadInput
-from .permutation import document_null, holm, p_value, stratified_test
+from .permutation import band, document_null, holm, naive_null, p_value, stratified_test
 from .tokens import Tokens, class_name, frequency_class
 
 LEVEL = 0.05
@@ -40,13 +40,18 @@ class Stratum:
     """A document or a class of frequency: the mean KL of its tokens beside what equal words have elsewhere.
 
     A document is compared with words of the same frequency in other documents; a class with words of other classes in the same documents.
-    p: one-sided, by permutation of words; p_corrected: after Holm over all of its kind. Both None if there is only one.
+    p: one-sided, by permutation of words; p_corrected: after Holm over all of its kind. excess_kl: what is tested, the mean KL per token
+    above that of its strata. null: the 5%, 50% and 95% quantiles (q05, q50, q95) of excess_kl when words change places; null_naive: those
+    of mean_kl when tokens are drawn from anywhere. All are None if there is only one of its kind.
     """
 
     name: str
     tokens: int
     mean_kl: float
     expected_kl: float
+    excess_kl: float | None
+    null: dict[str, float] | None
+    null_naive: dict[str, float] | None
     p: float | None
     p_corrected: float | None
 
@@ -62,6 +67,8 @@ class WordGroup:
     documents_nats: by how much the documents in which the group stands lie above all documents, at equal frequency.
     p_naive: tokens drawn from anywhere, what a bare ranking takes for granted. p_within: words of the same document and frequency change
     places. p_document: whole documents change places; None if there are fewer than two. p_corrected: p_within after Holm over the groups.
+    excess_kl: what p_within tests, the mean KL per token above that of words of the same document and frequency. null, null_naive,
+    null_document: the 5%, 50% and 95% quantiles (q05, q50, q95) of excess_kl, mean_kl and documents_nats in the three tests.
     in_top, in_text: the share of the group in the ranking and in the text. in_one_document: share of its tokens in the document named.
     """
 
@@ -72,6 +79,10 @@ class WordGroup:
     others_kl: float
     same_documents_kl: float
     documents_nats: float
+    excess_kl: float
+    null: dict[str, float]
+    null_naive: dict[str, float]
+    null_document: dict[str, float] | None
     p_naive: float
     p_within: float
     p_document: float | None
@@ -121,14 +132,19 @@ class Tests:
         tokens = torch.bincount(label, self.sizes)
         sums = torch.bincount(label, self.sums)
         listed = [i for i in range(len(names)) if tokens[i] >= least]
-        tested: list[tuple[float | None, float | None]] = [(None, None)] * len(listed)
+        tests: list[dict[str, Any]] = [dict.fromkeys(("excess_kl", "null", "null_naive", "p", "p_corrected")) for _ in listed]
         if len(names) > 1:
             observed, null = self._test(label, strata, len(names))
+            generator = torch.Generator().manual_seed(self.config.seed)
+            naive = naive_null(self.values, label[self.unit], len(names), self.config.permutations, generator)
             p = [p_value(float(observed[i]), null[:, i]) for i in listed]
-            tested = list(zip(p, holm(p), strict=True))
+            tests = [
+                {"excess_kl": float(observed[i]), "null": band(null[:, i]), "null_naive": band(naive[:, i]), "p": one, "p_corrected": all_}
+                for i, one, all_ in zip(listed, p, holm(p), strict=True)
+            ]
         return [
-            Stratum(names[i], int(tokens[i]), float(sums[i] / tokens[i]), self._beside(label == i, strata), *pair)
-            for i, pair in zip(listed, tested, strict=True)
+            Stratum(names[i], int(tokens[i]), float(sums[i] / tokens[i]), self._beside(label == i, strata), **test)
+            for i, test in zip(listed, tests, strict=True)
         ]
 
     def words(self, members: Mapping[str, Tensor]) -> list[WordGroup]:
@@ -148,7 +164,7 @@ class Tests:
         naive = torch.stack(
             [self.values[torch.randperm(n, generator=generator)[: int(member.sum())]].mean() for _ in range(self.config.permutations)]
         )
-        nats, p_document = self._documents_of(member, generator)
+        nats, documents = self._documents_of(member, generator)
         most = Counter(d for d, m in zip(self.tokens.documents, member.tolist(), strict=True) if m).most_common(1)[0]
         top = self.values.argsort(descending=True, stable=True)[: self.config.top]
         return {
@@ -159,17 +175,22 @@ class Tests:
             "others_kl": float(self.values[~member].mean()),
             "same_documents_kl": self._beside(label == 1, strata),
             "documents_nats": nats,
+            "excess_kl": float(observed[1]),
+            "null": band(within[:, 1]),
+            "null_naive": band(naive),
+            "null_document": None if documents is None else band(documents),
             "p_naive": p_value(mean, naive),
             "p_within": p_value(float(observed[1]), within[:, 1]),
-            "p_document": p_document,
+            "p_document": None if documents is None else p_value(nats, documents),
             "in_top": float(member[top].double().mean()),
             "in_text": float(member.double().mean()),
             "in_one_document": most[1] / int(member.sum()),
             "document": self.tokens.source.names[most[0]],
         }
 
-    def _documents_of(self, member: Tensor, generator: torch.Generator) -> tuple[float, float | None]:
-        """How far the group's documents lie above all documents at equal frequency, judged by the tokens that are not of the group."""
+    def _documents_of(self, member: Tensor, generator: torch.Generator) -> tuple[float, Tensor | None]:
+        """How far the group's documents lie above all documents at equal frequency, judged by the tokens that are not of the group; and
+        the same when documents change places, if there are at least two."""
         documents, classes = int(self.document.max()) + 1, int(self.frequency.max()) + 1
         cell = self.document * classes + self.frequency
         weights = torch.bincount(cell[member], minlength=documents * classes).double().view(documents, classes)
@@ -181,7 +202,7 @@ class Tests:
         nats = float((weights * excess).sum() / weights.sum())
         if documents < 2:
             return nats, None
-        return nats, p_value(nats, document_null(weights, excess, self.config.permutations, generator))
+        return nats, document_null(weights, excess, self.config.permutations, generator)
 
     def _beside(self, member: Bool[Tensor, " unit"], strata: Int64[Tensor, " unit"]) -> float:
         """The mean of the other units of the same strata, weighted as the tokens of the members are.

@@ -84,9 +84,10 @@ def lines(
     log_y: bool = False,
     percent: bool = False,
     ticks: Sequence[int] | None = None,
+    decades: bool = False,
 ) -> Chart:
     """Lines over a number; rows hold x, y, series and maybe low, high (a band). x, y: titles of the axes, with units.
-    rule: the height of a dashed line, and what it is."""
+    rule: the height of a dashed line, and what it is. log_x: doublings, of whole numbers; decades: powers of ten, of any."""
 
     colour, shape = _signs(series)
 
@@ -94,13 +95,14 @@ def lines(
         many = len(ticks or ()) > (6 if narrow else 14)
         x_axis = alt.Axis(
             grid=False,
-            format="d",
+            format="~g" if decades else "d",
             labelOverlap="greedy",
             labelSeparation=10,
-            values=list(ticks) if ticks and not many else alt.Undefined,
-            tickMinStep=1,
+            values=[10.0**e for e in range(-4, 3)] if decades else list(ticks) if ticks and not many else alt.Undefined,
+            tickMinStep=alt.Undefined if decades else 1,
         )
-        x_scale = alt.Scale(type="log", base=2, nice=False) if log_x else alt.Scale(nice=False, padding=12)
+        logarithmic = alt.Scale(type="log", base=10 if decades else 2, nice=False)
+        x_scale = logarithmic if log_x or decades else alt.Scale(nice=False, padding=12)
         y_axis = alt.Axis(format=".0%" if percent else alt.Undefined, tickCount=5)
         # a log axis needs no zero, and a share is read from zero
         y_scale = alt.Scale(type="log") if log_y else alt.Scale(zero=True)
@@ -175,6 +177,38 @@ def dumbbells(rows: Sequence[Row], series: Mapping[str, str], x: str, percent: b
         )
 
     return draw(build, (58 if any(r["place"] == "mid" for r in rows) else 36) * len(order) + 10, series)
+
+
+def bands(rows: Sequence[Row], nulls: tuple[str, str], observed: str, x: str) -> Chart:
+    """An observed value on two bands of chance, the first hollow, the second filled. rows hold row, null (which band), low, mid, high,
+    x (the observed value) and says (a text behind all)."""
+    order = list(dict.fromkeys(str(r["row"]) for r in rows))
+    ends = {row: max(max(float(r["high"]), float(r["x"])) for r in rows if r["row"] == row) for row in order}
+    data = [{**r, "end": ends[str(r["row"])]} for r in rows]
+    low, high = min(min(float(r["low"]), float(r["x"])) for r in rows), max(ends.values())
+
+    def build(narrow: bool) -> Layers:
+        width = high - low or 1.0
+        scale = alt.Scale(domain=[low - 0.06 * width, high + (0.75 if narrow else 0.3) * width], nice=False, zero=False)
+        y = alt.Y("row:N", sort=order, title=None, axis=alt.Axis(ticks=False, domain=False, labelColor=INK, labelPadding=10))
+        beside = alt.YOffset("null:N", sort=list(nulls), scale=alt.Scale(domain=list(nulls), paddingOuter=0.6))
+        base = alt.Chart(_data(data)).encode(y=y)
+
+        def at(name: str) -> alt.X:
+            return alt.X(f"{name}:Q", title=x, scale=scale, axis=alt.Axis(tickCount=4 if narrow else 6))
+
+        chance = [base.transform_filter(alt.datum.null == null).encode(at("low"), alt.X2("high"), yOffset=beside) for null in nulls]
+        middle = base.encode(at("mid"), yOffset=beside)
+        once = base.transform_filter(alt.datum.null == nulls[0])
+        return alt.layer(
+            chance[0].mark_bar(filled=False, stroke=COLOURS["control"], strokeWidth=1.5, height=9),
+            chance[1].mark_bar(color=COLOURS["control"], opacity=0.7, height=9),
+            middle.mark_tick(color=INK, thickness=2, size=9),
+            once.encode(at("x")).mark_point(filled=True, shape=SHAPES["broken"], size=70, opacity=1, color=COLOURS["broken"]),
+            once.encode(at("end"), text="says:N").mark_text(align="left", dx=9, color=INK, fontSize=12),
+        )
+
+    return draw(build, 50 * len(order) + 10, {observed: "broken", nulls[0]: "hollow", nulls[1]: "filled"})
 
 
 def _ticks(high: float) -> list[float]:

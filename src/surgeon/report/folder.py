@@ -1,10 +1,11 @@
-"""What lies in a run folder: JSON documents told apart by what they hold, since their names are the user's."""
+"""What lies in a run folder: JSON documents told apart by what they hold, since their names are the user's; and tokens.parquet."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -19,32 +20,39 @@ KINDS = {
     "recipe": {"figures", "repair"},
     "repair": {"nll", "kl", "recovered", "patch_bytes"},
     "explain": {"geometry", "influence", "behaviour"},
+    "edits": {"edits", "published"},
+    "conditioning": {"conditioning", "published"},
+    "edit": {"preflight", "scorecard", "target_probability"},
+    "trace": {"p_clean", "p_corrupt", "tokens", "subject_range"},
     "measure": {"nll", "kl_from_base", "generations"},
 }
+TOKENS = "tokens.parquet"
 
 
 @dataclass(frozen=True)
 class Result:
-    """One result of one verb: its kind, its document, the file that holds it and the model it is about."""
+    """One result of one verb: its kind, its document, the file that holds it, the model it is about, and the command that made it,
+    if the document records it."""
 
     kind: str
     data: dict[str, Any]
     file: str
     model: str
+    command: str | None = None
 
 
 def read_folder(folder: Path) -> list[Result]:
-    """The results in the folder, by kind, then by file. Raises: BadInput if there is none, or for JSON that is damaged."""
+    """The results in the folder, by kind, then by file, then the tokens. Raises: BadInput if there is none, or for a damaged file."""
     if not folder.is_dir():
         raise BadInput(f"there is no folder {folder}; give the run folder that `surgeon demo -o DIR` or `surgeon run RECIPE -o DIR` wrote.")
     found = [result for path in sorted(folder.glob("*.json")) for result in _results(path)]
     if not found:
         raise BadInput(
             f"{folder} holds no result that a report could show; write one there, as `surgeon demo -o {folder}` does, "
-            "or `surgeon find MODEL --json > find.json` in it."
+            f"or `surgeon find MODEL --folder {folder}`."
         )
     order = list(KINDS)
-    return sorted(found, key=lambda r: order.index(r.kind))
+    return [*sorted(found, key=lambda r: order.index(r.kind)), *_tokens(folder, found)]
 
 
 def _results(path: Path) -> Iterator[Result]:
@@ -57,12 +65,36 @@ def _results(path: Path) -> Iterator[Result]:
     if not isinstance(document, dict):
         return
     model = str(document.get("model", "the model"))
+    made_by = document.get("command")
     nested = {key: document[key] for key in KINDS if isinstance(document.get(key), dict)}  # demo.json holds a find, run.json a repair
     for part in (document, *nested.values()):
         for kind, fields in KINDS.items():
             if fields <= part.keys():
-                yield Result(kind, part, path.name, model)
+                yield Result(kind, part, path.name, model, made_by if isinstance(made_by, str) else None)
                 break
+
+
+def _tokens(folder: Path, found: list[Result]) -> Iterator[Result]:
+    """KL and NLL of each token by column, beside the explanation they were written with. Nothing without pyarrow."""
+    path = folder / TOKENS
+    if not path.is_file():
+        return
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        return
+    beside = next((r for r in found if r.kind == "explain"), None)
+    try:
+        names = [name for name in pyarrow.parquet.read_schema(path).names if name.startswith("kl_")]
+        columns = {name: pyarrow.parquet.read_table(path, columns=[name])[name].to_pylist() for name in names}
+        if not columns.get("kl_broken") or not all(isfinite(value) for values in columns.values() for value in values):
+            raise ValueError("no finite kl_broken")
+    except (OSError, ValueError, TypeError, pyarrow.ArrowException) as error:
+        raise BadInput(
+            f"{shown(str(path))} is damaged or is not as `surgeon explain --folder` writes it ({_first_line(error)}); write it again."
+        ) from error
+    yield Result("tokens", columns, TOKENS, beside.model if beside else "the model", beside.command if beside else None)
 
 
 def _refuse(constant: str) -> NoReturn:

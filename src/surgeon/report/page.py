@@ -6,7 +6,7 @@ import base64
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp, floor, log10
 from pathlib import Path
 from urllib.parse import quote
@@ -15,9 +15,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from .critical import find_pictures, state_pictures, verify_pictures
+from .editing import conditioning_pictures, edit_pictures, edits_pictures, trace_pictures
 from .folder import Result, read_folder, reading, shown
 from .healing import measure_pictures, recipe_pictures, repair_pictures
-from .picture import Cell, Picture, Table, nats, percent
+from .influence import token_pictures
+from .picture import Cell, Picture, Table, many, nats, percent
 from .working import explain_pictures
 
 HERE = Path(__file__).parent
@@ -29,7 +31,12 @@ SECTIONS: dict[str, Callable[[Result], Iterator[Picture]]] = {
     "recipe": recipe_pictures,
     "repair": repair_pictures,
     "explain": explain_pictures,
+    "edits": edits_pictures,
+    "conditioning": conditioning_pictures,
+    "edit": edit_pictures,
+    "trace": trace_pictures,
     "measure": measure_pictures,
+    "tokens": token_pictures,
 }
 
 
@@ -68,7 +75,10 @@ def render(folder: Path) -> str:
 
 
 def _pictures(result: Result) -> list[Picture]:
-    return list(SECTIONS[result.kind](result))
+    """The sections of a result, with the command that made it, where its document records one."""
+    built = SECTIONS[result.kind](result)
+    made_by = result.command
+    return list(built) if made_by is None else [replace(picture, command=made_by, exact=True) for picture in built]
 
 
 def cells(table: Table) -> list[list[tuple[str, str]]]:
@@ -110,16 +120,16 @@ def _files(folder: Path) -> list[tuple[str, int]]:
 
 def _claims(result: Result) -> tuple[str, list[Claim]]:
     """The sentence at the top as this result would have it, and its numbers beside their controls."""
-    d = result.data
+    d, model = result.data, _name(result.model)
     if result.kind == "find":
         vital = [s for s in d["sets"] if s["vital"]]
         if not vital:
-            return f"Nothing that {result.model} cannot live without was found", []
+            return f"Nothing that {model} cannot live without was found", []
         n, damage, controls = len(vital[0]["entries"]), vital[0]["damage"], vital[0]["controls"]
         where = {"row": " in one row", "column": " in one column"}.get(vital[0]["geometry"], "")
         joint, worst, (low, high) = damage["joint_nats"], controls["max_nats"], damage["ci95"]
         lost = f"per token lost when {'it is' if n == 1 else f'all {n:,} are'} set to zero (95%: {nats(low)} to {nats(high)})"
-        return f"One weight is vital to {result.model}" if n == 1 else f"{n:,} weights{where} are vital to {result.model}", [
+        return f"One weight is vital to {model}" if n == 1 else f"{n:,} weights{where} are vital to {model}", [
             Claim("broken", f"{nats(joint)} nats", lost, f"{controls['n']} matched random sets: {nats(worst)} at worst"),
             Claim("broken", f"× {exp(joint):.2f}", "in perplexity", f"matched random sets: × {exp(worst):.2f} at worst"),
         ]
@@ -127,8 +137,25 @@ def _claims(result: Result) -> tuple[str, list[Claim]]:
         control = (d.get("control") or {}).get("recovered")
         beside = "no control was run" if control is None else f"the same on a random row: {percent(control)}"
         undone = f"of the damage undone by a patch of {d['patch_bytes'] / 1000:.1f} kB"
-        return f"{result.model} was broken and repaired", [Claim("patched", percent(d["recovered"]), undone, beside)]
-    if result.kind == "recipe":
-        return str(d.get("title", f"A recipe for {result.model}")), []
-    said = {"verify": f"What {result.model} loses without the given weights", "explain": f"How patches of {result.model} work"}
-    return said.get(result.kind, f"Measurements of {result.model}"), []
+        return f"{model} was broken and repaired", [Claim("patched", percent(d["recovered"]), undone, beside)]
+    if result.kind in ("recipe", "edits", "conditioning"):
+        return str(d.get("title", f"A recipe for {model}")), []
+    if result.kind == "edit":
+        p, controls = d["target_probability"], d["controls"]
+        changed = sum(c["changed"] for c in controls)
+        beside = f"{changed} of {many(len(controls), 'control prompt')} changed" if controls else "no control prompts were given"
+        return f"{model} says something else", [Claim("patched", f"{p['after']:.3f}", f"P(target), {p['before']:.3f} before", beside)]
+    if result.kind == "trace":
+        return f"Where {model} keeps a fact", []
+    said = {
+        "verify": f"What {model} loses without the given weights",
+        "explain": f"How patches of {model} work",
+        "edit": f"Facts were rewritten in {model}",
+        "trace": f"Where {model} keeps a fact",
+    }
+    return said.get(result.kind, f"Measurements of {model}"), []
+
+
+def _name(model: str) -> str:
+    """A model as a headline has it: a folder by its own name, not by where it lies on some machine."""
+    return Path(model).name or model if model.startswith(("/", ".", "~")) else model

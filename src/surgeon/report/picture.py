@@ -43,6 +43,7 @@ class Generations:
 class Picture:
     """One section. kind: what it shows. headline: what is seen, computed from the data. about: how to read it, with units.
 
+    command: what measures it again; exact: it is the command that was recorded, all options with it.
     shown: a table that is the picture; table: the data behind it, folded.
     """
 
@@ -55,6 +56,7 @@ class Picture:
     shown: Table | None = None
     table: Table | None = None
     generations: Sequence[Generations] = field(default=())
+    exact: bool = False
 
 
 def compare(prompt: str, texts: Sequence[tuple[str, str]]) -> Generations:
@@ -82,7 +84,8 @@ def nats(value: float) -> str:
 
 def percent(share: float) -> str:
     """With as many decimals as it takes to tell it from 0 and 100%."""
-    decimals = 0 if 0.0995 <= abs(share) < 0.99 or share in (0, 1) else 1 if abs(share) < 0.999 else 2
+    size = abs(share)
+    decimals = 0 if 0.0995 <= size < 0.99 or size >= 1.005 or share in (0, 1) else 1 if size < 0.999 else 2
     return f"{share:.{decimals}%}"
 
 

@@ -1,20 +1,18 @@
-"""Sections on how a patch works: top-k curve, geometry, the channel and the attention sink, influence beside its null."""
+"""Sections on how a patch works: top-k curve, geometry, the channel and the attention sink."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from .charts import Row, dumbbells, lines
+from .charts import Row, lines
 from .critical import generations
 from .folder import Result
+from .influence import influence_pictures
 from .picture import Cell, Picture, Table, command, many, percent
 
 STATES = {"base": "intact", "broken": "broken", "patched": "repaired"}
 COLOURS = {"intact": "base", "broken": "broken", "repaired": "patched"}
-DRAWN = 12
-LISTED = 10
-LEVEL = 0.05
 
 
 def explain_pictures(result: Result) -> Iterator[Picture]:
@@ -28,7 +26,7 @@ def explain_pictures(result: Result) -> Iterator[Picture]:
         yield _channel(channel, file, made_by)
     if d["channel"]["attention_sink"]:
         yield _sink(d["channel"]["attention_sink"], file, made_by)
-    yield from _influence(d["influence"], file, made_by)
+    yield from influence_pictures(d["influence"], file, made_by)
     written = d["behaviour"]["generations"]
     if written:
         states = [s for s in STATES if s in written[0]]
@@ -133,104 +131,3 @@ def _sink(d: dict[str, Any], file: str, made_by: str) -> Picture:
 
 def _legend(states: dict[str, Any]) -> dict[str, str]:
     return {name: COLOURS[name] for name in states}
-
-
-def _influence(d: dict[str, Any], file: str, made_by: str) -> Iterator[Picture]:
-    """Each story beside what chance gives: groups of words, then documents and frequencies."""
-    n = d["permutations"]
-    if d["groups"]:
-        yield _groups(d["groups"], n, file, made_by)
-    classes = [{**s, "name": f"{s['name']} times"} for s in d["frequencies"]]
-    for name, strata, beside in (
-        ("document", d["documents"], "words of the same frequency in the other documents"),
-        ("class of frequency", classes, "words of other frequencies in the same documents"),
-    ):
-        if tested := [s for s in strata if s["p"] is not None]:
-            yield _strata(name, tested, beside, n, file, made_by)
-    top = d["top"]
-    by_document = list(d["top_by_document"].items())
-    yield Picture(
-        "Tokens that change most",
-        f"Of the {len(top)} tokens that change most, {by_document[0][1]} stand in one document of {d['documents_seen']}",
-        "A ranking, not a finding: it shows what the text is about. KL(intact || broken) in nats, booked on the token that is predicted. "
-        f"How documents are told apart: {d['documents_rule']}.",
-        file,
-        made_by,
-        shown=Table(
-            ("KL, nats", "context", "token", "document"),
-            [(t["kl_broken"], t["context"], t["token"], t["title"]) for t in top[:LISTED]],
-            len(top),
-        ),
-        table=Table(("document", "of the top tokens"), by_document),
-    )  # fmt: skip
-
-
-def _groups(groups: Sequence[dict[str, Any]], n: int, file: str, made_by: str) -> Picture:
-    own, near, anywhere = "the group", "words of the same documents and frequency", "all other tokens"
-    rows: list[Row] = []
-    for g in groups:
-        rows += _placed(g["name"], {own: g["mean_kl"], near: g["same_documents_kl"], anywhere: g["others_kl"]})
-    names = ", ".join(f"{g['name']} (p {g['p_corrected']:.2g})" for g in groups if g["holds"])
-    others = ", ".join(f"{g['name']} (p {g['p_corrected']:.2g})" for g in groups if not g["holds"])
-    parts = [f"Hit harder than other words of their documents: {names}"] if names else []
-    parts += [f"{'not' if names else 'Not'} shown to be hit harder than other words of their documents: {others}"] if others else []
-    columns = {
-        "name": "group",
-        "tokens": "tokens",
-        "mean_kl": "mean KL",
-        "same_documents_kl": "same documents",
-        "others_kl": "all others",
-        "p_naive": "p, tokens from anywhere",
-        "p_within": "p within documents",
-        "p_corrected": "corrected",
-        "p_document": "p of documents",
-    }
-    return Picture(
-        "The influence null",
-        "; ".join(parts),
-        "Mean KL(intact || broken), nats per token, of the group's tokens beside two controls. p: one-sided, within documents and classes "
-        f"of frequency, {n:,} permutations, corrected over the groups. A bare ranking compares with all other tokens, and so takes what a "
-        "document is about for an effect of the weights.",
-        file,
-        made_by,
-        chart=dumbbells(rows, {own: "broken", near: "control", anywhere: "base"}, "mean KL, nats per token"),
-        table=Table(list(columns.values()), [[g[key] for key in columns] for g in groups]),
-    )
-
-
-def _strata(name: str, strata: Sequence[dict[str, Any]], beside: str, n: int, file: str, made_by: str) -> Picture:
-    drawn = strata[:DRAWN]
-    names = [s["name"] for s in drawn]
-    rows: list[Row] = []
-    for i, s in enumerate(drawn):
-        row = s["name"] if names.count(s["name"]) == 1 else f"{i + 1}. {s['name']}"
-        rows += _placed(row, {"observed": s["mean_kl"], "expected": s["expected_kl"]}, f", p {s['p_corrected']:.2g}")
-    hit = [s["name"] for s in strata if s["p_corrected"] <= LEVEL]
-    plural = f"{name}s" if name == "document" else "classes of frequency"
-    which = f" ({', '.join(hit)})" if 0 < len(hit) <= 3 else ""
-    least = min(s["p_corrected"] for s in strata)
-    return Picture(
-        f"Influence by {name}",
-        f"{len(hit)} of {len(strata)} {plural}{which} {'is' if len(hit) == 1 else 'are'} hit harder than comparable words elsewhere"
-        if hit
-        else f"None found: no {name} of {len(strata)} is hit harder than comparable words (smallest corrected p {least:.2g})",
-        f"Mean KL(intact || broken), nats per token. Expected: {beside}. p: one-sided, {n:,} permutations of whole words, corrected over "
-        f"all {len(strata)}." + (f" The {DRAWN} with the largest KL are drawn." if len(strata) > DRAWN else ""),
-        file,
-        made_by,
-        chart=dumbbells(rows, {"observed": "broken", "expected": "control"}, "mean KL, nats per token"),
-        table=Table(
-            (name, "tokens", "mean KL", "expected", "p", "corrected p"),
-            [[s[key] for key in ("name", "tokens", "mean_kl", "expected_kl", "p", "p_corrected")] for s in strata],
-        ),
-    )
-
-
-def _placed(row: str, values: dict[str, float], more: str = "") -> list[Row]:
-    """The dots of one row, with where their numbers stand: beside the outermost, above what is between. more: said behind the last."""
-    ordered = sorted(values.items(), key=lambda item: item[1])
-    places = ["low", *["mid"] * (len(ordered) - 2), "high"]
-    return [
-        {"row": row, "x": v, "series": s, "says": f"{v:.3f}{more if place == 'high' else ''}", "place": place}
-        for (s, v), place in zip(ordered, places, strict=True)
-    ]

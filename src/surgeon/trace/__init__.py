@@ -1,6 +1,8 @@
 """Causal tracing: which states carry a fact."""
 
 from .average import PLACES, AverageTrace, suggest_prior, trace_facts
-from .trace import KINDS, METRICS, Trace, TraceConfig, trace
+from .config import KINDS, METRICS, TraceConfig
+from .corruption import Spread
+from .trace import Trace, trace
 
-__all__ = ["KINDS", "METRICS", "PLACES", "AverageTrace", "Trace", "TraceConfig", "suggest_prior", "trace", "trace_facts"]
+__all__ = ["KINDS", "METRICS", "PLACES", "AverageTrace", "Spread", "Trace", "TraceConfig", "suggest_prior", "trace", "trace_facts"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ...errors import BadInput
-from ..common import json_option, print_json, run_folder, to_text
+from ..common import deliver, json_option, run_folder
 from . import conditioning, edits, repair
 from .reading import read_yaml
 
@@ -19,7 +19,7 @@ KINDS = {"injury": repair.run, "edits": edits.run, "conditioning": conditioning.
 @click.argument("recipe")
 @click.option("--model", help="Another model than the recipe's.")
 @click.option("--text", metavar="FILE", help="UTF-8 text to work and judge on; default: the patient's held-out text.")
-@click.option("-o", "output", metavar="DIR", help="Also write the run folder: run.json and the patches.")
+@click.option("-o", "output", metavar="DIR", help="Also write the run folder: run.json, the patches, report.html.")
 @json_option
 def command(recipe: str, model: str | None, text: str | None, output: str | None, as_json: bool) -> None:
     """Run a RECIPE (YAML): an injury and its repair, edits and their controls, or what conditions an edit; published figures beside."""
@@ -30,11 +30,6 @@ def command(recipe: str, model: str | None, text: str | None, output: str | None
         raise BadInput(f"{path} should hold one of {', '.join(KINDS)}, and it holds {' and '.join(kinds) or 'none of them'}.")
     if model is not None:
         source["model"] = model
-    folder = None if output is None else run_folder(output)
+    folder = run_folder(output)
     document, tell_all = KINDS[kinds[0]](path, source, text, folder)
-    if folder is not None:
-        (folder / "run.json").write_text(to_text(document) + "\n", encoding="utf-8")
-    if as_json:
-        print_json(document)
-    else:
-        tell_all()
+    deliver("run", document, tell_all, as_json, folder)

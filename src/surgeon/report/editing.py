@@ -16,7 +16,9 @@ LISTED = 8
 def edit_pictures(result: Result) -> Iterator[Picture]:
     """The forecast, the scorecard, the control prompts and what the model writes."""
     d = result.data
-    yield from _edit(d, f"{many(len(d['scorecard']['facts']), 'fact')} by {d['method']}", result.file, command("edit", result.model, "..."))
+    facts = d["scorecard"]["facts"]
+    what = f"{facts[0]['subject']} → {facts[0]['target']}" if len(facts) == 1 else many(len(facts), "fact")
+    yield from _edit(d, f"{what} by {d['method']}", result.file, command("edit", result.model, "..."))
 
 
 def edits_pictures(result: Result) -> Iterator[Picture]:

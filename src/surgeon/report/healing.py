@@ -46,7 +46,7 @@ def _recovery(d: dict[str, Any], file: str, made_by: str) -> Picture:
             continue
         at = {"broken": 0.0, "intact": 1.0, "repaired": share}  # the repaired one last, on top
         say = {"broken": values["broken"], "intact": values["base"], "repaired": values["patched"]}
-        place = {"broken": "low", "intact": "high", "repaired": "mid"}
+        place = {"broken": "low" if share >= 0 else "mid", "intact": "high", "repaired": "mid"}
         rows += [{"row": name, "x": x, "series": s, "says": how.format(say[s]), "place": place[s]} for s, x in at.items()]
     judged = d["corpus"].get("judged_on")
     return Picture(

@@ -144,16 +144,14 @@ def _claims(result: Result) -> tuple[str, list[Claim]]:
         p, controls = d["target_probability"], d["controls"]
         changed = sum(c["changed"] for c in controls)
         beside = f"{changed} of {many(len(controls), 'control prompt')} changed" if controls else "no control prompts were given"
-        return f"{model} says something else", [Claim("patched", f"{p['after']:.3f}", f"P(target), {p['before']:.3f} before", beside)]
-    if result.kind == "trace":
-        return f"Where {model} keeps a fact", []
-    said = {
+        said = f"probability of the new answer, {p['before']:.3f} before"
+        return f"{model} says something else", [Claim("patched", f"{p['after']:.3f}", said, beside)]
+    titles = {
         "verify": f"What {model} loses without the given weights",
         "explain": f"How patches of {model} work",
-        "edit": f"Facts were rewritten in {model}",
         "trace": f"Where {model} keeps a fact",
     }
-    return said.get(result.kind, f"Measurements of {model}"), []
+    return titles.get(result.kind, f"Measurements of {model}"), []
 
 
 def _name(model: str) -> str:

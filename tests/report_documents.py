@@ -81,7 +81,47 @@ def documents(text: str = "text") -> Documents:
         "behaviour": {"summary": {}, "generations": [{"prompt": text, **dict.fromkeys(STATES, text)}]},
     }  # fmt: skip
     model = {"model": text, "fingerprint": "0"}
+    share = {"prompts": 1, "before": 0.0, "after": 1.0, "ci95": [1.0, 1.0], "magnitude_before": -0.9, "magnitude_after": 0.9}
+    flight = {"verdict": "ok", "update_norm_ratio": 0.23, "relative_damage": 0.09}
+    free = [{"prompt": text, "before": text, "after": f"{text} {text}"}]
+    edit = {
+        "method": text, "preflight": flight, "target_probability": {"before": 0.0, "after": 0.99},
+        "controls": [{"prompt": text, "before": [text, 0.9], "after": [text, 0.4], "changed": True}],
+        "scorecard": {
+            "efficacy": share, "paraphrase": share, "neighbourhood": share, "neighbours_known_before": 4, "neighbours_kept": 3,
+            "ppl": {"before": 2.0, "after": 2.1}, "facts": [{"subject": text, "target": text, "free": free}],
+        },
+    }  # fmt: skip
+    trace = {
+        "prompt": text, "tokens": [text, "b"], "subject_range": [0, 1], "answer": text, "metric": "probability", "p_clean": 0.9,
+        "p_corrupt": 0.1, "state": [[0.8, 0.2], [0.3, 0.9]], "severed": [[0.5, 0.2], [0.3, 0.9]],
+    }  # fmt: skip
+    average = {
+        "facts": 5, "skipped": 1, "p_clean": 0.9, "p_corrupt": 0.1, "places": ["last subject token", text], "facts_with_place": [5, 0],
+        "mlp": [[0.4, None], [0.1, None]], "ci": {"mlp": [[[0.3, 0.5], None], [[0.0, 0.2], None]]},
+    }  # fmt: skip
+    conditioning = {
+        "tokens_per_dimension": 2.5, "ridge": 0.01, "prompt": text, "update_norm_ratio": 0.5, "relative_damage": 0.1, "position_zero": True,
+        "direction_stability": 0.9, "target_probability": 0.9, "controls_changed": 1, "nll_rise": 0.01,
+    }  # fmt: skip
+    row = {
+        "method": "rtn", "bits": 4, "block": text, "bits_per_weight": 4.1, "nll": 0.8, "kl": 0.1, "top1_agreement": 0.9,
+        "accuracy": {text: 0.5},
+    }  # fmt: skip
+    matrix = {"site": text, "blocks": 4, "clip": 2.5, "clipped": 3, "held": 1, "error": 0.01}
+    quantize = {
+        **model, "corpus": {**corpus, "judged_on": 2}, "base": {"nll": 0.7, "accuracy": {text: 0.6}},
+        "critical": {"entries": [text], "source": text}, "config": {"method": "both", "matrices": [matrix]}, "notes": [text],
+    }  # fmt: skip
+    worse = {**row, "method": "both", "nll": None, "kl": None}
     return {
+        "edit": {**model, **edit},
+        "edits": {**model, "edits": [{**edit, "name": text}], "published": [text]},
+        "conditioning": {**model, "conditioning": [conditioning, {**conditioning, "position_zero": False}], "published": [text]},
+        "trace": {**model, **trace},
+        "average": {**model, "average": average},
+        "quantize": {**quantize, "table": [row, worse]},
+        "sweep": {**quantize, "sweep": [row, {**row, "method": text, "bits": 8, "nll": 0.75}, worse], "pareto": [row]},
         "demo": {**model, "find": find, "prompts": [text], "states": states, "facts": 331},
         "find": {**model, **find},
         "verify": {**model, "at": [text], "base_nll": 0.7, "tokens": 500, **damage, "controls": controls, "vital": True, "criteria": text},

@@ -6,7 +6,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "surgeon"
 # from the bottom up; a module may import what stands on an earlier line
 FLOORS = [
-    {"errors"},
+    {"errors", "_quiet"},
     {"patients"},
     {"corpus"},
     {"subject"},
@@ -15,7 +15,7 @@ FLOORS = [
     {"anatomy"},
     {"patch"},
     {"measure"},
-    {"find", "trace", "repair", "edit", "quantize", "explain", "cells", "sweep"},
+    {"find", "trace", "repair", "edit", "quantize", "audit", "explain", "cells", "sweep"},
     {"cli", "report"},
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}

@@ -128,13 +128,24 @@ def capture(model: nn.Module, layers: Sequence[nn.Module], start: int, **inputs:
     """Run `model(**inputs)` up to layer `start` (at least 1) and keep what that layer would have received."""
     if not 1 <= start < len(layers):
         raise ValueError(f"start must lie in 1..{len(layers) - 1}, got {start}")
-    kept: list[LayerInput] = []
+    output = _output(model, layers[start - 1], inputs)
+    return LayerInput(start, first_tensor(output).detach(), isinstance(output, tuple))
+
+
+def returns_tuple(model: nn.Module, layers: Sequence[nn.Module], **inputs: Any) -> bool:
+    """How this model's layers return their states; only the first is run, on `inputs`."""
+    return isinstance(_output(model, layers[0], inputs), tuple)
+
+
+def _output(model: nn.Module, module: nn.Module, inputs: dict[str, Any]) -> Any:
+    """What `module` returns when `model(**inputs)` runs; the pass ends there."""
+    kept: list[Any] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        kept.append(LayerInput(start, first_tensor(output).detach(), isinstance(output, tuple)))
+        kept.append(output)
         raise _Stop
 
-    handle = layers[start - 1].register_forward_hook(keep)
+    handle = module.register_forward_hook(keep)
     try:
         Tap().run(model, **inputs, use_cache=False)
     finally:
@@ -146,24 +157,67 @@ def capture(model: nn.Module, layers: Sequence[nn.Module], start: int, **inputs:
 def resume(layers: Sequence[nn.Module], entry: LayerInput) -> Iterator[None]:
     """Within the context a forward pass skips `layers[:entry.start]` and hands the kept states to the next one.
 
+    With `start` one past the last layer, all are skipped and the states go to what follows the layers.
+
     The model itself still builds masks and positions and runs all that follows the layers, so this holds for every
     architecture. Call it with the inputs that were given to `capture`, and with `use_cache=False`.
     """
 
     def skip(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (hidden_states,) if entry.as_tuple else hidden_states
+        states = entry.states if entry.start == len(layers) else hidden_states
+        return (states,) if entry.as_tuple else states
 
-    skipped = list(layers[: entry.start])
+    with _replaced(layers[: entry.start], skip), Tap() as tap:
+        if entry.start < len(layers):
+            tap.on_input(layers[entry.start], lambda _: entry.states)
+        yield
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """All that a model calls one decoder layer with besides the hidden states: masks, positions, switches."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, layer: nn.Module, states: Tensor) -> Tensor:
+        """The states (batch, pos, d_model) that leave `layer` if `states` enter it."""
+        return first_tensor(layer(states, *self.args, **self.kwargs))
+
+
+def layer_calls(model: nn.Module, layers: Sequence[nn.Module], as_tuple: bool, **inputs: Any) -> tuple[Tensor, list[LayerCall]]:
+    """The states (batch, pos, d_model) that would enter the first layer, and how `model(**inputs)` would call every layer.
+
+    No layer is run, so nothing but the embedding is computed. as_tuple: how this model's layers return their states, see LayerInput.
+    """
+    entering: list[Tensor] = []
+    calls: list[LayerCall] = []
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        states = args[0] if args else kwargs.pop("hidden_states")
+        entering.append(states)
+        calls.append(LayerCall(args[1:], kwargs))
+        if len(calls) == len(layers):
+            raise _Stop
+        return (states,) if as_tuple else states
+
+    with _replaced(layers, note):
+        Tap().run(model, **inputs, use_cache=False)
+    return entering[0], calls
+
+
+@contextmanager
+def _replaced(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the context `forward` runs in the place of every one of `layers`."""
+    skipped = list(layers)
     own = [layer.__dict__.get("forward") for layer in skipped]  # accelerate sets one on the instance
     for layer in skipped:
-        layer.__dict__["forward"] = skip
+        layer.__dict__["forward"] = forward
     try:
-        with Tap() as tap:
-            tap.on_input(layers[entry.start], lambda _: entry.states)
-            yield
+        yield
     finally:
-        for layer, forward in zip(skipped, own, strict=True):
-            if forward is None:
+        for layer, before in zip(skipped, own, strict=True):
+            if before is None:
                 del layer.__dict__["forward"]
             else:
-                layer.__dict__["forward"] = forward
+                layer.__dict__["forward"] = before

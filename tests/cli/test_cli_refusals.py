@@ -512,7 +512,7 @@ def test_help_of_a_command_names_every_option(surgeon: Any, verb: str) -> None:
     assert (status, err) == (0, "")
     command = group.commands[verb]
     assert command.help
-    assert command.help.split(".")[0] in " ".join(out.split())
+    assert " ".join(command.help.split(".")[0].split()) in " ".join(out.split())
     for parameter in command.params:
         names = parameter.opts if parameter.param_type_name == "option" else [str(parameter.name).upper()]
         assert all(name in out for name in names)

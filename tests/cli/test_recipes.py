@@ -18,7 +18,7 @@ def read(path: Path) -> Recipe:
 
 
 def test_the_shipped_recipes_read():
-    names = {p.name for p in RECIPES.glob("*.yaml")}
+    names = {p.name for p in RECIPES.glob("*.yaml") if not p.name.startswith("sweep-")}  # plans of sweeps are read by tests/sweep
     assert names == {"olmo-1b-superweight.yaml", "patient-superweight.yaml", "four-edits.yaml", "rome-conditioning.yaml"}
     olmo, patient = (read(RECIPES / n) for n in ("olmo-1b-superweight.yaml", "patient-superweight.yaml"))
     assert olmo.at == ("L1.mlp.down[1764, 1710]",)
@@ -26,6 +26,13 @@ def test_the_shipped_recipes_read():
     assert (olmo.window, olmo.windows) == (patient.window, patient.windows)
     assert olmo.published["recovered"] == 0.927
     assert patient.at == "vital"
+
+
+def test_the_shipped_plan_of_a_sweep_reads(surgeon):
+    status, stdout, _ = surgeon("sweep", RECIPES / "sweep-patient.yaml", "--dry-run")
+    assert status == 0
+    # measure; find and repair, twice; four injuries; 3 bits x 2 blocks x 4 methods; two editors, twice
+    assert sum(" on patient" in line for line in stdout.splitlines()) == 1 + 2 + 4 + 2 + 24 + 4
 
 
 @pytest.mark.slow

@@ -347,7 +347,7 @@ def test_a_failure_while_writing_leaves_nothing(error: BaseException, base: Path
         raise error
 
     patch, there = injury("L0.mlp.down[1, 2]"), files(tmp_path)
-    for place in ("_overwrite", "os.rename", "shutil.copyfile"):
+    for place in ("overwrite", "os.rename", "shutil.copyfile"):
         with monkeypatch.context() as patched:
             patched.setattr(f"{checkpoint.__name__}.{place}", fail)
             with pytest.raises(SurgeonError if isinstance(error, OSError) else KeyboardInterrupt):

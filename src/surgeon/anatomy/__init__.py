@@ -3,7 +3,9 @@
 from .anatomy import Address, Anatomy, text_config
 from .load import Loaded, load_model
 from .probe import prove
+from .shards import Shards
 from .site import Entry, Region, Site
+from .stream import StreamedAnatomy, open_stream
 from .table import TABLE, Layout
 from .view import Packing, WeightView, digest
 
@@ -16,10 +18,13 @@ __all__ = [
     "Loaded",
     "Packing",
     "Region",
+    "Shards",
     "Site",
+    "StreamedAnatomy",
     "WeightView",
     "digest",
     "load_model",
+    "open_stream",
     "prove",
     "text_config",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +98,10 @@ class Anatomy:
         site = self.resolve(site)
         address = self.addresses[site]
         return WeightView(site, self.model.get_parameter(address.parameter), address.packing)
+
+    def holding(self, layer: int) -> AbstractContextManager[None]:
+        """Within the block the weights of that layer are in memory, where they are always unless the model is streamed."""
+        return nullcontext()
 
     def tied_to(self, site: Site) -> list[Site]:
         """Other sites that share the stored tensor entry for entry (embed and unembed, mostly)."""

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import operator
 import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import BadCheckpoint, BadInput, UnknownArchitecture
+from ..errors import BadCheckpoint, BadInput, SurgeonError, UnknownArchitecture
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _WEIGHT_FILES = ("*.safetensors",)
@@ -46,17 +51,35 @@ def locate(name: str) -> Path:
             return check_folder(path)
     except OSError as error:  # no path at all, as one that is too long
         raise BadInput(f"{name} cannot be used as a model folder: {error.strerror}.") from error
+    repo, revision = split_id(name)
+    from huggingface_hub import snapshot_download
+
+    with hub_errors(name):
+        wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.patch"]
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    return check_folder(folder)
+
+
+def split_id(name: str) -> tuple[str, str | None]:
+    """The repository and the revision of a Hub id. Raises: BadInput if `name` cannot be one."""
     repo, _, revision = name.partition("@")
     if name.startswith((".", "/", "~")) or repo.count("/") != 1:
         raise BadInput(
             f"no model folder at {name}; give `patient`, a folder with config.json and safetensors weights, or a Hub id like org/name."
         )
-    from huggingface_hub import snapshot_download
+    return repo, revision or None
+
+
+@contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """Whatever the Hub, or the way to it, has against giving the model `name`, as BadInput."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    repo, _, revision = name.partition("@")
     try:
-        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
+        yield
+    except SurgeonError:
+        raise
     except GatedRepoError as error:
         raise BadInput(f"the Hub gives {repo} only to those who accepted its terms; do so on its page, then `hf auth login`.") from error
     except RepositoryNotFoundError as error:
@@ -67,7 +90,6 @@ def locate(name: str) -> Path:
         raise BadInput(f"the model {repo} on the Hub has no revision {revision}; name a branch, a tag or a commit of it.") from error
     except Exception as error:  # besides its own errors the client lets those of its HTTP library through
         raise BadInput(f"{name} is neither a local folder nor a model the Hub would give: {_first_line(error)}.") from error
-    return check_folder(folder)
 
 
 def check_folder(folder: Path) -> Path:
@@ -78,16 +100,21 @@ def check_folder(folder: Path) -> Path:
         raise BadCheckpoint(f"{folder} has no config.json, so it is not a transformers checkpoint.")
     shards = weight_files(folder)
     if not shards:
-        pickled = [p.name for pattern in _PICKLES for p in folder.glob(pattern)]
-        if pickled:
-            raise BadCheckpoint(
-                f"{folder} holds only pickled weights ({', '.join(pickled[:3])}), which can run code when opened, so Surgeon does not. "
-                "Convert them once in a place you trust: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)."
-            )
-        raise BadCheckpoint(f"{folder} holds no *.safetensors weights.")
+        raise not_safetensors(str(folder), [p.name for p in folder.iterdir()])
     for shard in shards:
         read_header(shard)
     return folder
+
+
+def not_safetensors(name: str, files: Iterable[str]) -> BadCheckpoint:
+    """What is wrong with a model without safetensors weights that has these files."""
+    pickled = [f for pattern in _PICKLES for f in sorted(files) if fnmatch(f, pattern)]
+    if pickled:
+        return BadCheckpoint(
+            f"{name} holds only pickled weights ({', '.join(pickled[:3])}), which can run code when opened, so Surgeon does not. "
+            "Convert them once in a place you trust: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)."
+        )
+    return BadCheckpoint(f"{name} holds no *.safetensors weights.")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -160,13 +187,12 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
     dtype: "auto" (the checkpoint's own) or float32, bfloat16, float16. device: "auto" takes a GPU if there is one.
     Raises: BadInput, BadCheckpoint.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise BadInput(f"--dtype {dtype} is not known; use auto, {', '.join(DTYPES)}.")
+    check_dtype(dtype)
     folder = locate(name)
     config = read_config(folder)
     if not hasattr(config.get_text_config(), "vocab_size"):
         raise UnknownArchitecture(f"{name} is a {config.model_type} model, which reads no tokens; Surgeon works on language models.")
-    where = _device(device)
+    where = device_named(device)
     try:
         model, notes = model_class(config).from_pretrained(
             folder,
@@ -177,17 +203,14 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
-    except (MemoryError, torch.OutOfMemoryError):
+        _unpack_(model)
+    except (MemoryError, torch.OutOfMemoryError, SurgeonError):
         raise
     except Exception as error:  # from_pretrained has no common base; whatever it says is about this checkpoint
         raise BadCheckpoint(f"{name} cannot be loaded by transformers {transformers.__version__}: {_first_line(error)}.") from error
     # transformers would go on, with random numbers in the place of these
     if wrong := sorted(notes["missing_keys"]) + sorted(key for key, *_ in notes["mismatched_keys"]):
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise BadCheckpoint(
-            f"{name} lacks weights that its config.json promises, or has them in another shape: {', '.join(wrong[:3])}{more}; "
-            "download or write it again."
-        )
+        raise lacking(name, wrong)
     try:
         model = model.to(where).eval()
     except torch.OutOfMemoryError:
@@ -198,7 +221,34 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
     return Loaded(model, load_tokenizer(folder), name, folder, fingerprint(folder))
 
 
-def _device(name: str) -> torch.device:
+def _unpack_(model: PreTrainedModel) -> None:
+    """Replace weights that compressed-tensors or torchao keep packed by what they mean; those of other formats stay as they are."""
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is not None:
+        with redirect_stderr(io.StringIO()):  # it draws a progress bar, also where stderr is no terminal
+            compressor.decompress_model(model)
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if type(weight.data) is not torch.Tensor and hasattr(weight.data, "dequantize"):
+                setattr(module, name, nn.Parameter(weight.data.dequantize(), requires_grad=False))
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises: BadInput for a dtype that `load_model` does not know."""
+    if dtype != "auto" and dtype not in DTYPES:
+        raise BadInput(f"--dtype {dtype} is not known; use auto, {', '.join(DTYPES)}.")
+
+
+def lacking(name: str, parameters: list[str]) -> BadCheckpoint:
+    """What is wrong with a checkpoint that has not these parameters."""
+    more = f" and {len(parameters) - 3} more" if len(parameters) > 3 else ""
+    return BadCheckpoint(
+        f"{name} lacks weights that its config.json promises, or has them in another shape: {', '.join(parameters[:3])}{more}; "
+        "download or write it again."
+    )
+
+
+def device_named(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

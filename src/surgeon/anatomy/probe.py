@@ -34,7 +34,11 @@ def prove(anatomy: Anatomy, layers: Iterable[int] | None = None) -> list[Site]:
     anatomy.model.eval()
     try:
         with torch.no_grad():
-            return [site for layer in (layers if layers is not None else _kinds(anatomy)) for site in _Probe(anatomy, layer).run()]
+            proved: list[Site] = []
+            for layer in layers if layers is not None else _kinds(anatomy):
+                with anatomy.holding(layer):
+                    proved += _Probe(anatomy, layer).run()
+            return proved
     finally:
         anatomy.model.train(was_training)
 

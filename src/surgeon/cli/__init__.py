@@ -8,7 +8,28 @@ import click
 import torch
 
 from ..errors import SurgeonError
-from . import ablate, apply, demo, edit, explain, export, find, index, measure, recipes, repair, report, sites, trace, undo, verify
+from . import (
+    ablate,
+    apply,
+    audit,
+    cells,
+    demo,
+    edit,
+    explain,
+    export,
+    find,
+    index,
+    measure,
+    quantize,
+    recipes,
+    repair,
+    report,
+    sites,
+    sweep,
+    trace,
+    undo,
+    verify,
+)
 
 INTERRUPTED = 1
 
@@ -22,7 +43,28 @@ def surgeon() -> None:
     """
 
 
-for _module in (demo, sites, find, verify, ablate, repair, measure, explain, trace, edit, recipes, report, apply, undo, export, index):
+for _module in (
+    demo,
+    sites,
+    find,
+    verify,
+    ablate,
+    repair,
+    measure,
+    explain,
+    trace,
+    edit,
+    recipes,
+    report,
+    apply,
+    undo,
+    export,
+    index,
+    quantize,
+    audit,
+    sweep,
+    cells,
+):
     surgeon.add_command(_module.command)
 
 

@@ -7,7 +7,7 @@ import os
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import reduce
 from math import isfinite
 from pathlib import Path
@@ -21,7 +21,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from ..anatomy import Anatomy, Loaded, Region, load_model, prove
+from ..anatomy import Anatomy, Loaded, Region, load_model, open_stream, prove
 from ..corpus import BOS_POLICIES, DEFAULT_WINDOW, Corpus, load_corpus, read_text
 from ..errors import BadInput, MissingExtra, SurgeonError, UnknownArchitecture
 from ..patients import heldout_text
@@ -63,17 +63,23 @@ def text_options(windows: int | None) -> Callable[[F], F]:
     )
 
 
-def open_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Loaded, Anatomy]:
-    """Load MODEL and draw its map, proved by experiment."""
+def open_model(name: str, dtype: str = "auto", device: str = "auto", stream: bool = False, whole: bool = True) -> tuple[Loaded, Anatomy]:
+    """Load MODEL and draw its map, proved by experiment; with `stream` its layers stay on disk, `whole` as in `open_stream`."""
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    loaded = load_model(name, dtype, device)
+    anatomy: Anatomy | None = None
+    if stream:
+        loaded, anatomy = open_stream(name, dtype, device, whole)
+    else:
+        loaded = load_model(name, dtype, device)
     try:
-        anatomy = Anatomy.of(loaded.model)
+        anatomy = anatomy or Anatomy.of(loaded.model)
         prove(anatomy)
     except UnknownArchitecture as error:
         # NaN fails every experiment, and the map is not to blame
-        broken = [p for p, weight in loaded.model.named_parameters() if not bool(torch.isfinite(weight).all())]
+        with nullcontext() if anatomy is None else anatomy.holding(0):
+            weights = [(p, weight) for p, weight in loaded.model.named_parameters() if not weight.is_meta]
+            broken = [p for p, weight in weights if not bool(torch.isfinite(weight).all())]
         if not broken:
             raise
         raise SurgeonError(

@@ -1,7 +1,8 @@
 """Critical sets: detect them in one pass, verify them against controls, look up the published ones."""
 
 from .controls import matched_controls
-from .detect import Candidate, DetectConfig, detect
+from .detect import Candidate, DetectConfig, Detection, Rejection, detect
+from .experts import ExpertProfile, profile_experts
 from .find import FindConfig, FindResult, find
 from .verify import Controls, Verification, VerifyConfig, verify
 
@@ -9,12 +10,16 @@ __all__ = [
     "Candidate",
     "Controls",
     "DetectConfig",
+    "Detection",
+    "ExpertProfile",
     "FindConfig",
     "FindResult",
+    "Rejection",
     "Verification",
     "VerifyConfig",
     "detect",
     "find",
     "matched_controls",
+    "profile_experts",
     "verify",
 ]

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from ..anatomy import Anatomy, Region, Site
-from ..measure.likelihood import batches, mean_nll
+from ..measure.likelihood import batches, window_nll
 from ..patch import ablate, record_channel, restored_channel
 
 MAX_CHANNELS = 8
@@ -23,20 +24,18 @@ def written_channels(parts: Sequence[Region]) -> list[tuple[Site, int]]:
 
 
 @torch.no_grad()
-def restored_nll(anatomy: Anatomy, parts: Sequence[Region], windows: Tensor) -> float | None:
-    """Mean NLL with `parts` zeroed and the super activation restored: each channel holds its intact value at the position of
-    each window where it peaked, and at no other. None where the parts do not write single channels of an mlp.down.
+def restored_nll(anatomy: Anatomy, parts: Sequence[Region], windows: Tensor) -> Float64[Tensor, " n"]:
+    """NLL of each window with `parts` zeroed and the super activation restored: each of the `written_channels` holds its intact
+    value at the position of each window where it peaked, and at no other.
 
     Damage that stays was done at the other positions: the set is then more than a spike. Restoring every position of a
     channel would undo the ablation by construction and show nothing.
     Source: Yu et al. 2024, arXiv:2411.07191, section 3.2.
     """
     channels = written_channels(parts)
-    if not channels:
-        return None
     injury = ablate(anatomy, parts)
     device = next(anatomy.model.parameters()).device
-    total = 0.0
+    found = []
     for ids in batches(windows):
         on_device = ids.to(device)
         intact = [record_channel(anatomy, site, row, on_device) for site, row in channels]
@@ -45,5 +44,5 @@ def restored_nll(anatomy: Anatomy, parts: Sequence[Region], windows: Tensor) -> 
                 broken = record_channel(anatomy, site, row, on_device)
                 peak = torch.zeros_like(clean, dtype=torch.bool).scatter_(1, clean.abs().argmax(1, keepdim=True), True)
                 held.enter_context(restored_channel(anatomy, site, row, torch.where(peak, clean, broken)))
-            total += mean_nll(anatomy.model, ids) * len(ids)
-    return total / len(windows)
+            found.append(window_nll(anatomy.model, ids))
+    return torch.cat(found)

@@ -16,7 +16,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy, Entry, Site
-from ..errors import SurgeonError
+from ..errors import BadInput, SurgeonError
 from ..tap import Tap
 
 WATCHED_CHANNELS = 8  # largest channels of each MLP's output whose contributions are kept
@@ -30,6 +30,17 @@ class DetectConfig:
     min_height: float = field(default=4.0, metadata={"help": "least height of a channel: its peak, or its RMS, over the median channel's"})
     relative_height: float = field(default=0.05, metadata={"help": "least height as a share of the highest channel's"})
     persistence: float = field(default=0.6, metadata={"help": "share of the remaining layers in which the channel must stay high"})
+    layers: tuple[int, int] | None = field(
+        default=None,
+        metadata={"help": "A:B, look for writers in layers A to B-1; none above is run, and persistence is judged up to B"},
+    )
+
+    def span(self, depth: int) -> tuple[int, int]:
+        """First layer and end of the search in a model of `depth` layers. Raises: BadInput if no such layers exist."""
+        low, high = self.layers or (0, depth)
+        if not 0 <= low < high <= depth:
+            raise BadInput(f"--layers {low}:{high} is no range of this model's {depth} layers; the widest is 0:{depth}.")
+        return low, high
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,18 @@ class Candidate:
     agreement: float
     contributions: tuple[Contribution, ...]
 
+    def to_json(self, most: int = 16) -> dict[str, Any]:
+        """With the `most` strongest entries."""
+        return {
+            "channel": self.channel,
+            "layer": self.layer,
+            "height": self.height,
+            "heights": self.heights,
+            "persistence": self.persistence,
+            "agreement": self.agreement,
+            "entries": [{"entry": str(c.entry), "share": c.share} for c in self.contributions[:most]],
+        }
+
 
 @dataclass(frozen=True)
 class Rejection:
@@ -80,13 +103,21 @@ class Detection:
     bar: float
     heights: list[float]
 
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "candidates": [c.to_json() for c in self.candidates],
+            "rejected": [r.to_json() for r in self.rejected],
+            "detection": {"bar": self.bar, "heights": self.heights},
+        }
+
 
 @torch.no_grad()
 def detect(
     anatomy: Anatomy, windows: Int64[Tensor, "n window"], config: DetectConfig = DetectConfig(), bar: float | None = None
 ) -> Detection:
     """One pass over `windows`; the candidates by height. Pass `bar` to hold a later round to the bar of the first."""
-    watches = _run(anatomy, windows)
+    low, high = config.span(len(anatomy.layers))
+    watches = _run(anatomy, windows, high)
     height = torch.stack([w.height for w in watches])  # (layer, d_model)
     if not bool(torch.isfinite(height).all()):
         raise SurgeonError(
@@ -100,8 +131,12 @@ def detect(
         onset = int(over.nonzero()[0])
         where = f"L{onset} channel {channel}"
         # the last layer often takes a super activation away again, so it is not asked to keep it
-        stays = (height[onset : max(onset + 1, len(watches) - 1), channel] >= bar / 2).float().mean().item()
+        end = high - (high == len(anatomy.layers))
+        stays = (height[onset : max(onset + 1, end), channel] >= bar / 2).float().mean().item()
         top = float(height[:, channel].max())
+        if onset < low:
+            rejected.append(Rejection(where, "the channel rose below the layers that were to be searched", {"height": top}))
+            continue
         if stays < config.persistence:
             rejected.append(
                 Rejection(where, "the channel does not stay high over the remaining depth", {"height": top, "persistence": stays})
@@ -119,14 +154,16 @@ def detect(
     return Detection(candidates, rejected, bar, height.amax(1).tolist())
 
 
-def _run(anatomy: Anatomy, windows: Tensor) -> list[_Watch]:
-    watches = [_Watch(anatomy, index) for index in range(len(anatomy.layers))]
+def _run(anatomy: Anatomy, windows: Tensor, end: int) -> list[_Watch]:
+    """One pass over the layers below `end`."""
+    watches = [_Watch(anatomy, index) for index in range(end)]
     device = next(anatomy.model.parameters()).device
     with Tap() as tap:
         for watch in watches:
             tap.on_call(watch.writer, watch.see_call)
             tap.on_output(watch.writer, watch.see_write)
             tap.on_output(watch.block, watch.see_residual)
+        tap.stop_after(watches[-1].block)
         tap.run(anatomy.model, input_ids=windows.to(device), use_cache=False)
     return watches
 
@@ -205,6 +242,14 @@ class _Watch:
 
         The write is linear in mlp.down, so entry times gradient is its exact contribution, whatever the experts compute.
         """
+        with self.anatomy.holding(self.layer):
+            product = self._products(channel, index)
+        packing = self.anatomy.addresses[self.sites[0]].packing
+        row: Tensor = product[:, :, channel] if packing.transposed else product[:, channel]
+        return row
+
+    def _products(self, channel: int, index: int) -> Tensor:
+        """Entry times gradient of the channel's write at its peak tokens, in the shape of the fused parameter."""
         name = self.anatomy.addresses[self.sites[0]].parameter.rpartition(".")[2]
         down: Tensor = getattr(self.writer, name).detach().clone().requires_grad_()
         with torch.enable_grad():
@@ -213,9 +258,7 @@ class _Watch:
             total = (y[mine, channel] * self.signs[mine].to(y)).mean()
             (slope,) = torch.autograd.grad(total, down)
         product: Tensor = (slope * down.detach()).float()
-        packing = self.anatomy.addresses[self.sites[0]].packing
-        row: Tensor = product[:, :, channel] if packing.transposed else product[:, channel]
-        return row
+        return product
 
 
 def _height(peak: Tensor, square: Tensor) -> Tensor:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..anatomy import Anatomy, Entry, Region
 from ..corpus import Corpus
 from ..errors import BadInput
-from ..measure.likelihood import mean_nll
-from ..patch import ablate
+from .damage import Damage, Variant, zeroed
 from .detect import Candidate, Contribution, DetectConfig, Detection, Rejection, detect
-from .verify import Damage, Progress, Verification, VerifyConfig, verify
+from .stream import damage_on
+from .verify import Progress, Verification, VerifyConfig, verify
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def find(anatomy: Anatomy, corpus: Corpus, config: FindConfig = FindConfig(), pr
     cut = min(config.probe_windows, n // 2)
     probe, held_out = corpus.windows[:cut], Corpus(corpus.name, corpus.windows[cut:], corpus.bos)
     first, found = _chains(anatomy, probe, config, progress)
-    damage = Damage(anatomy, probe, 0)
+    damage = damage_on(anatomy, probe, 0)
     sets: list[CriticalSet] = []
     rejected = list(first.rejected)
     weak: list[_Chain] = []
@@ -141,7 +140,8 @@ def find(anatomy: Anatomy, corpus: Corpus, config: FindConfig = FindConfig(), pr
         else:
             rejected.append(outcome)
     sets.sort(key=lambda s: -s.verification.joint)
-    return FindResult(sets, rejected, first.bar, first.heights, mean_nll(anatomy.model, corpus.windows), corpus)
+    base = float(damage_on(anatomy, corpus.windows, 0).base.mean())
+    return FindResult(sets, rejected, first.bar, first.heights, base, corpus)
 
 
 @dataclass
@@ -158,24 +158,24 @@ class _Chain:
 def _chains(anatomy: Anatomy, probe: Any, config: FindConfig, progress: Progress | None) -> tuple[Detection, list[_Chain]]:
     """Zero the rows that write the accepted channels, look again, until nothing new stands above the bar of round 0."""
     chains: dict[int, _Chain] = {}
-    zeroed: list[Region] = []
+    gone: list[Region] = []
     first: Detection | None = None
     for number in range(config.rounds):
         if progress:
             progress("detect", number + 1, config.rounds)
-        with ablate(anatomy, zeroed).applied(anatomy) if zeroed else nullcontext():
+        with zeroed(anatomy, gone):
             seen = detect(anatomy, probe, config.detect, bar=first.bar if first else None)
         first = first or seen
         grown = False
         for candidate in seen.candidates:
             sites = {c.entry.site for c in candidate.contributions if c.magnitude > 0}
             rows = [Region(site, candidate.channel, None) for site in sorted(sites)]
-            rows = [r for r in rows if r not in zeroed]
+            rows = [r for r in rows if r not in gone]
             if not rows or (candidate.channel not in chains and len(chains) == config.channels):
                 continue
             chain = chains.setdefault(candidate.channel, _Chain(candidate, []))
             chain.links.append(candidate)
-            zeroed.extend(rows)
+            gone.extend(rows)
             grown = True
         if not grown:
             break
@@ -234,8 +234,8 @@ def _writers(group: Sequence[_Chain], damage: Damage, cover: float) -> list[Cont
     upto = [sorted((c for chain in group for c in chain.contributions(n)), key=lambda c: -c.magnitude) for n in range(1, most + 1)]
     if most == 1 or not upto[0]:
         return upto[-1]
-    nats = [float(damage([_region(c.entry) for c in entries]).mean()) for entries in upto]
-    return next(entries for entries, loss in zip(upto, nats, strict=True) if loss >= cover * max(nats))
+    nats = [float(d.mean()) for d in damage.of([Variant([_region(c.entry) for c in entries]) for entries in upto])]
+    return next(entries for entries, loss in zip(upto, nats, strict=True) if loss >= min(cover * max(nats), max(nats)))
 
 
 class _Curve:
@@ -245,21 +245,24 @@ class _Curve:
         self.damage, self.ordered = damage, ordered
         self.known: dict[int, float] = {}
 
-    def at(self, k: int) -> float:
-        if k not in self.known:
-            self.known[k] = float(self.damage([_region(c.entry) for c in self.ordered[:k]]).mean())
-        return self.known[k]
+    def at(self, *sizes: int) -> list[float]:
+        unknown = [k for k in dict.fromkeys(sizes) if k not in self.known]
+        variants = [Variant([_region(c.entry) for c in self.ordered[:k]]) for k in unknown]
+        self.known |= {k: float(d.mean()) for k, d in zip(unknown, self.damage.of(variants), strict=True)}
+        return [self.known[k] for k in sizes]
 
     def smallest(self, cover: float) -> tuple[int, float]:
         """The smallest k that keeps `cover` of the largest damage on the curve, and that damage; by doubling, then bisection."""
         n = len(self.ordered)
         sizes = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
-        full = max(self.at(k) for k in sizes)
-        high = next(k for k in sizes if self.at(k) >= cover * full)
+        nats = self.at(*sizes)
+        full = max(nats)
+        enough = min(cover * full, full)  # full itself where zeroing does the model good
+        high = next(k for k, loss in zip(sizes, nats, strict=True) if loss >= enough)
         low = max((k for k in sizes if k < high), default=0)
         while high - low > max(1, high // 16):
             middle = (low + high) // 2
-            low, high = (low, middle) if self.at(middle) >= cover * full else (middle, high)
+            low, high = (low, middle) if self.at(middle)[0] >= enough else (middle, high)
         return high, full
 
 

@@ -106,6 +106,14 @@ def records_of(model: str, as_name: str | None = None) -> list[Published]:
     return found
 
 
+def records_shaped(config: Any) -> list[Published]:
+    """The records of models shaped as `config` (a text configuration) says: model type, layers, hidden and intermediate size."""
+    sizes = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size")
+    mine = [getattr(config, name, None) for name in sizes]
+    models = {model for model, shape in _data()["shapes"].items() if shape == mine}
+    return [r for r in published() if r.model in models]
+
+
 def verify_published(
     model: str,
     records: list[Published] | None = None,

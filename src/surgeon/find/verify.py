@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float64
-from torch import Tensor
 
 from ..anatomy import Anatomy, Entry, Region
 from ..corpus import Corpus
 from ..errors import BadInput
 from ..measure.bootstrap import interval
-from ..measure.likelihood import ResumedNLL, require_causal
-from ..patch import ablate
-from .causal import restored_nll
+from .causal import written_channels
 from .controls import matched_controls
+from .damage import Variant
+from .stream import damage_on
 
 Progress = Callable[[str, int, int], None]
 
@@ -108,22 +105,6 @@ class Verification:
         }
 
 
-class Damage:
-    """Damage of zeroing sets of entries, on fixed windows; what lies below the lowest layer is computed once."""
-
-    def __init__(self, anatomy: Anatomy, windows: Tensor, lowest_layer: int) -> None:
-        require_causal(anatomy.model)
-        self.anatomy = anatomy
-        self._nll = ResumedNLL(anatomy.model, anatomy.layers, lowest_layer, windows)
-        self.base = self._nll()
-
-    def __call__(self, regions: Sequence[Region]) -> Float64[Tensor, " n"]:
-        """Damage of each window, in nats per token, with all of `regions` zeroed together."""
-        change: AbstractContextManager[object] = ablate(self.anatomy, regions).applied(self.anatomy)
-        with change:
-            return self._nll() - self.base
-
-
 def verify(
     anatomy: Anatomy,
     parts: Sequence[Region],
@@ -144,40 +125,25 @@ def verify(
     layers = [part.site.layer for part in parts]
     lowest = min((n for n in layers if n is not None), default=0) if None not in layers else 0
     alone = parts[:listed] if len(parts) > 1 else []
-    steps = 1 + 2 * len(alone) + config.controls
-    done = 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        if progress:
-            progress("verify", done, steps)
-
-    damage = Damage(anatomy, corpus.windows, lowest)
-
-    def of(regions: Sequence[Region]) -> Float64[Tensor, " n"]:
-        value = damage(regions)
-        tick()
-        return value
-
-    joint = of(parts)
-    single = [float(of([p]).mean()) for p in alone] or [float(joint.mean())]
-    leave = [float(of([q for q in parts if q is not p]).mean()) for p in alone] or [0.0]
-    nats = [
-        float(of([Region(e.site, e.row, e.col) for e in c]).mean())
-        for c in matched_controls(anatomy, entries, config.controls, config.seed)
-    ]
-    mean, base = float(joint.mean()), float(damage.base.mean())
-    restored = restored_nll(anatomy, parts, corpus.windows)
+    controls = matched_controls(anatomy, entries, config.controls, config.seed)
+    sets = [parts, *([p] for p in alone), *([q for q in parts if q is not p] for p in alone)]
+    sets += [[Region(e.site, e.row, e.col) for e in control] for control in controls]
+    variants = [Variant(regions) for regions in sets] + [Variant(parts, restored=True)] * bool(written_channels(parts))
+    damage = damage_on(anatomy, corpus.windows, lowest)
+    joint, *others = damage.of(variants, (lambda done, total: progress("verify", done, total)) if progress else None)
+    nats = [float(nll.mean()) for nll in others]
+    n = len(alone)
+    mean = float(joint.mean())
+    single, leave, nats, restored = nats[:n], nats[n : 2 * n], nats[2 * n : 2 * n + config.controls], nats[2 * n + config.controls :]
     return Verification(
-        base_nll=base,
+        base_nll=float(damage.base.mean()),
         tokens=corpus.predicted,
-        single=single,
+        single=single or [mean],
         joint=mean,
-        leave_one_out=leave,
+        leave_one_out=leave or [0.0],
         ci95=interval(joint, config.seed),
         p_value=(1 + sum(n >= mean for n in nats)) / (1 + len(nats)),
-        restored=None if restored is None else restored - base,
+        restored=restored[0] if restored else None,
         controls=Controls(nats, control_kind(parts)),
         config=config,
     )

@@ -81,7 +81,7 @@ class _Checkpoint:
         check_folder(folder)
         self.shards = {name: shard for shard in weight_files(folder) for name in read_header(shard) if name != "__metadata__"}
         self.config = read_config(folder)
-        self.anatomy = _anatomy(folder, self.config)
+        self.anatomy = checkpoint_anatomy(folder, self.config)
         self.names = TensorNames(self.anatomy, self.shards)
         self.record = _read_record(folder / RECORD)
         self.originals = _read_originals(folder / ORIGINALS)
@@ -168,7 +168,7 @@ class _Checkpoint:
             shutil.copytree(self.folder, part, copy_function=shutil.copyfile, dirs_exist_ok=True)
             part.chmod(part.stat().st_mode | 0o700)
             for name, tensor in self.tensors.items():
-                _overwrite(part / self.shards[name].name, name, tensor)
+                overwrite(part / self.shards[name].name, name, tensor)
             (part / RECORD).unlink(missing_ok=True)
             if self.record["patches"]:
                 (part / RECORD).write_text(json.dumps(self.record, sort_keys=True, indent=1) + "\n")
@@ -184,7 +184,7 @@ class _Checkpoint:
             raise
 
 
-def _anatomy(folder: Path, config: Any) -> Anatomy:
+def checkpoint_anatomy(folder: Path, config: Any) -> Anatomy:
     """The map of the checkpoint's architecture. Only an architecture outside the table needs numbers: a trial run tells its parts."""
     kind = model_class(config)
     build = getattr(kind, "_from_config", None) or kind.from_config
@@ -208,7 +208,7 @@ def _check_target(source: Path, target: Path) -> None:
         raise BadInput(f"{target} lies inside the checkpoint {source} that is to be copied; name a folder outside it.")
 
 
-def _overwrite(shard: Path, name: str, tensor: Tensor) -> None:
+def overwrite(shard: Path, name: str, tensor: Tensor) -> None:
     """Write the tensor's bytes over the old ones, so that order, metadata and all other tensors of the shard stay as they are."""
     raw = tensor.contiguous().view(torch.uint8).numpy()
     start, end = read_header(shard)[name]["data_offsets"]

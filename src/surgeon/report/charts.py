@@ -120,6 +120,24 @@ def lines(
     return draw(build, 260, {**series, **({rule_says: "rule"} if rule is not None else {})})
 
 
+def scatter(rows: Sequence[Row], series: Mapping[str, str], x: str, y: str, rule: float) -> Chart:
+    """A dot a row, and a line through those on the front; rows hold x, y, series, front. rule: the height of a dashed line, "intact"."""
+    colour, shape = _signs(series)
+
+    def build(narrow: bool) -> Layers:
+        # a few that are far worse would press all others into one line, so the height is a logarithm above the intact one
+        at_x = alt.X("x:Q", title=x, axis=alt.Axis(grid=False, tickMinStep=1), scale=alt.Scale(zero=False, padding=12))
+        at_y = alt.Y("y:Q", title=y, axis=alt.Axis(tickCount=5), scale=alt.Scale(type="log", nice=False, padding=8))
+        base = alt.Chart(_data(rows)).encode(x=at_x, y=at_y)
+        return alt.layer(
+            alt.Chart(_data([{"y": rule}])).mark_rule(color=MUTED, strokeDash=[5, 4]).encode(y="y:Q"),
+            base.transform_filter("datum.front").mark_line(color=MUTED, strokeWidth=1.5),
+            base.mark_point(filled=True, size=60, opacity=0.75).encode(color=colour, shape=shape),
+        )
+
+    return draw(build, 300, {**series, "intact": "rule"})
+
+
 def strip(rows: Sequence[Row], order: Sequence[str], x: str) -> Chart:
     """One dot a value: rows hold row (its label), x, colour, says (a text at the dot, or "") and maybe low, high (an interval)."""
 

@@ -11,6 +11,7 @@ from .picture import Cell, Picture, Table, command, compare, many, percent
 
 SHARES = ("efficacy", "paraphrase", "neighbourhood")
 LISTED = 8
+RESTORED = {"state": "the state", "mlp": "the MLPs around", "attn": "the attention around", "severed": "the state, severed,"}
 
 
 def edit_pictures(result: Result) -> Iterator[Picture]:
@@ -144,21 +145,39 @@ def conditioning_pictures(result: Result) -> Iterator[Picture]:
 def trace_pictures(result: Result) -> Iterator[Picture]:
     """What comes back with one site restored, layer by token."""
     d = result.data
-    for kind in ("state", "mlp", "attn"):
-        if kind not in d:
-            continue
+    for kind in [k for k in RESTORED if k in d]:
         cells = d[kind]
         best = max((value, layer, i) for layer, row in enumerate(cells) for i, value in enumerate(row))
         tokens = [f"{'* ' if d['subject_range'][0] <= i < d['subject_range'][1] else ''}{t}" for i, t in enumerate(d["tokens"])]
+        where = f"{RESTORED[kind]} of layer {best[1]} restored at {d['tokens'][best[2]]!r}"
         yield Picture(
             f"Causal trace, {kind}",
-            f"Restoring {kind} at layer {best[1]}, {d['tokens'][best[2]]!r}, brings {best[0]:.3f} of {d['p_clean']:.3f} back",
-            f"The subject (*) corrupted leaves {d['p_corrupt']:.3f}. Each cell: the same with that site of the clean run restored, mean "
-            "over draws of the noise. Prompt: " + d["prompt"],
+            f"With {where} it is {best[0]:.3f}, of {d['p_clean']:.3f} clean",
+            f"The {d['metric']} of {d['answer']!r}; with the subject (*) corrupted {d['p_corrupt']:.3f}. Each cell: the same with that "
+            f"of the clean run restored, mean over draws of the noise. Prompt: {d['prompt']}",
             result.file,
             command("trace", result.model, "--prompt", d["prompt"], "--subject", "..."),
             shown=Table(
                 ("token", *(f"layer {i}" for i in range(len(cells)))),
                 [(tokens[i], *(row[i] for row in cells)) for i in range(len(tokens))],
             ),
+        )
+
+
+def average_pictures(result: Result) -> Iterator[Picture]:
+    """Mean effects over many facts, layer by where the token stands."""
+    d = result.data
+    for kind in [k for k in RESTORED if k in d]:
+        cells = d[kind]
+        best = max((value, layer, i) for layer, row in enumerate(cells) for i, value in enumerate(row) if value is not None)
+        low, high = d["ci"][kind][best[1]][best[2]]
+        where = f"{RESTORED[kind]} of layer {best[1]} at the {d['places'][best[2]]}"
+        yield Picture(
+            f"Mean causal trace, {kind}",
+            f"{where[0].upper()}{where[1:]}: {best[0]:+.3f} comes back ({low:+.3f} to {high:+.3f})",
+            f"Mean over {many(d['facts'], 'fact')} that the model knows ({d['skipped']} left out), less the corrupted run: "
+            f"{d['p_clean']:.3f} clean, {d['p_corrupt']:.3f} corrupted. In brackets 95% over facts.",
+            result.file,
+            command("trace", result.model, "--facts", "FILE"),
+            shown=Table(("layer", *d["places"]), [(str(layer), *row) for layer, row in enumerate(cells)]),
         )

@@ -24,6 +24,10 @@ KINDS = {
     "conditioning": {"conditioning", "published"},
     "edit": {"preflight", "scorecard", "target_probability"},
     "trace": {"p_clean", "p_corrupt", "tokens", "subject_range"},
+    "average": {"p_clean", "p_corrupt", "places", "facts_with_place"},
+    "cells screen": {"verdict", "candidates", "lead_nats"},
+    "cells map": {"genes", "enrichment", "difficulty_correlation"},
+    "quantize": {"critical", "base", "corpus", "config"},
     "measure": {"nll", "kl_from_base", "generations"},
 }
 TOKENS = "tokens.parquet"

@@ -14,8 +14,10 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from .cells import map_pictures, screen_pictures
+from .compression import quantize_pictures
 from .critical import find_pictures, state_pictures, verify_pictures
-from .editing import conditioning_pictures, edit_pictures, edits_pictures, trace_pictures
+from .editing import average_pictures, conditioning_pictures, edit_pictures, edits_pictures, trace_pictures
 from .folder import Result, read_folder, reading, shown
 from .healing import measure_pictures, recipe_pictures, repair_pictures
 from .influence import token_pictures
@@ -35,6 +37,10 @@ SECTIONS: dict[str, Callable[[Result], Iterator[Picture]]] = {
     "conditioning": conditioning_pictures,
     "edit": edit_pictures,
     "trace": trace_pictures,
+    "average": average_pictures,
+    "cells screen": screen_pictures,
+    "cells map": map_pictures,
+    "quantize": quantize_pictures,
     "measure": measure_pictures,
     "tokens": token_pictures,
 }
@@ -150,6 +156,10 @@ def _claims(result: Result) -> tuple[str, list[Claim]]:
         "verify": f"What {model} loses without the given weights",
         "explain": f"How patches of {model} work",
         "trace": f"Where {model} keeps a fact",
+        "average": f"Where {model} keeps facts",
+        "quantize": f"{model} in fewer bits",
+        "cells screen": f"Is there a weight that {model} cannot live without?",
+        "cells map": f"What {model} loses: genes, cells and pathways",
     }
     return titles.get(result.kind, f"Measurements of {model}"), []
 

@@ -1,0 +1,32 @@
+"""Models of gene expression: scGPT, Geneformer and cell sentences; what they cannot live without, beside nulls that can say no."""
+
+from .checkpoint import LoadedCells, load_cells, make_vocab, save_cells
+from .data import Expression, expression, read_cells
+from .likelihood import Marginal, fit_marginal, masked_nll, masks
+from .model import LAYOUT, CellConfig, CellOutput, ScGPT
+from .tokenise import Batch, TokenConfig, tokenise
+from .train import TrainConfig, Trained, train
+
+__all__ = [
+    "LAYOUT",
+    "Batch",
+    "CellConfig",
+    "CellOutput",
+    "Expression",
+    "LoadedCells",
+    "Marginal",
+    "ScGPT",
+    "TokenConfig",
+    "TrainConfig",
+    "Trained",
+    "expression",
+    "fit_marginal",
+    "load_cells",
+    "make_vocab",
+    "masked_nll",
+    "masks",
+    "read_cells",
+    "save_cells",
+    "tokenise",
+    "train",
+]

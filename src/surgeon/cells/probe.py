@@ -1,0 +1,97 @@
+"""A probe of cell types on the model's embeddings of cells: frozen (fitted on the intact model) and refitted on the broken one.
+
+The frozen probe asks whether what others built on the embeddings still works; the refitted one whether the cell type is still in them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..errors import MissingExtra
+
+LEAST = 4  # cells of a type, for it to be in both halves twice
+
+
+@dataclass(frozen=True)
+class ProbeScore:
+    """Accuracy and macro-F1 on the test half of the cells."""
+
+    accuracy: float
+    macro_f1: float
+
+    def to_json(self) -> dict[str, float]:
+        return {"accuracy": self.accuracy, "macro_f1": self.macro_f1}
+
+
+class Probe:
+    """A logistic regression from standardised embeddings to cell types, fitted on half of the cells of each type.
+
+    states: the intact model's embeddings. Types of fewer than four cells are left out; `left_out` counts their cells.
+    Raises: MissingExtra without scikit-learn.
+    """
+
+    def __init__(self, states: Float[Tensor, "cell d_model"], types: Sequence[str], seed: int = 0) -> None:
+        counts = Counter(types)
+        self.names = sorted(name for name, n in counts.items() if n >= LEAST)
+        self.used = torch.tensor([name in self.names for name in types])
+        self.labels = np.array([name for name in types if name in self.names])
+        self.left_out = int((~self.used).sum())
+        self.train = _halves(self.labels, seed)
+        self._fitted = self._fit(states) if len(self.names) > 1 else None
+
+    @property
+    def possible(self) -> bool:
+        """Whether there are two types to tell apart."""
+        return self._fitted is not None
+
+    @property
+    def majority(self) -> float:
+        """The accuracy of always naming the commonest type, on the test half."""
+        return max(Counter(self.labels[~self.train.numpy()].tolist()).values()) / int((~self.train).sum())
+
+    def frozen(self, states: Float[Tensor, "cell d_model"]) -> ProbeScore:
+        """The probe of the intact model on these embeddings of the same cells."""
+        return self._score(self._fitted, states)
+
+    def refitted(self, states: Float[Tensor, "cell d_model"]) -> ProbeScore:
+        """A probe fitted anew on the training half of these embeddings."""
+        return self._score(self._fit(states), states)
+
+    def _fit(self, states: Tensor) -> Any:
+        try:
+            from sklearn.linear_model import LogisticRegression
+            from sklearn.pipeline import make_pipeline
+            from sklearn.preprocessing import StandardScaler
+        except ImportError as error:
+            raise MissingExtra("a probe of cell types", "cells") from error
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=5000))
+        return model.fit(self._half(states, self.train), self.labels[self.train.numpy()])
+
+    def _score(self, fitted: Any, states: Tensor) -> ProbeScore:
+        from sklearn.metrics import accuracy_score, f1_score
+
+        truth = self.labels[~self.train.numpy()]
+        said = fitted.predict(self._half(states, ~self.train))
+        macro = f1_score(truth, said, average="macro", labels=self.names, zero_division=0)
+        return ProbeScore(float(accuracy_score(truth, said)), float(macro))
+
+    def _half(self, states: Tensor, half: Tensor) -> Any:
+        return states.detach().cpu().double()[self.used][half].numpy()
+
+
+def _halves(labels: Any, seed: int) -> Bool[Tensor, " cell"]:
+    """True for the training half, drawn within each type."""
+    generator = torch.Generator().manual_seed(seed)
+    train = torch.zeros(len(labels), dtype=torch.bool)
+    for name in sorted(set(labels.tolist())):
+        at = torch.tensor(np.flatnonzero(labels == name))
+        train[at[torch.randperm(len(at), generator=generator)[: (len(at) + 1) // 2]]] = True
+    return train

@@ -1,0 +1,171 @@
+"""Damage on a streamed model: each block is read once, and all variants of the model pass through it before the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from ..anatomy import Anatomy, Site, StreamedAnatomy
+from ..measure.likelihood import batches, window_nll
+from ..tap import LayerCall, LayerInput, Tap, Watcher, by_position, layer_calls, resume, returns_tuple
+from .causal import written_channels
+from .damage import Damage, DamageInMemory, Tell, Variant
+
+STATE_BYTES = 1 << 30  # of hidden states carried at a time; more variants go in several passes
+
+States = list[Tensor]  # one (batch, pos, d_model) for each batch of windows
+Peaks = dict[tuple[Site, int], list[Tensor]]  # what the intact model writes to a channel: (batch, pos) for each batch
+
+
+def damage_on(anatomy: Anatomy, windows: Tensor, lowest_layer: int) -> Damage:
+    """The means to measure damage on `windows` of changes at or above one layer; for a streamed model in few passes over it."""
+    kind = DamageStreamed if isinstance(anatomy, StreamedAnatomy) else DamageInMemory
+    return kind(anatomy, windows, lowest_layer)
+
+
+class DamageStreamed(Damage):
+    """Many variants in one pass over the blocks. A variant leaves the intact model's states at the first layer that it changes.
+
+    The states that enter the lowest changed layer are kept, so that a later pass that changes none below begins there; the
+    intact model runs to the end once.
+    """
+
+    anatomy: StreamedAnatomy
+
+    @torch.no_grad()
+    def __init__(self, anatomy: Anatomy, windows: Tensor, lowest_layer: int) -> None:
+        super().__init__(anatomy, windows, lowest_layer)
+        self.layers = self.anatomy.layers
+        self.ids = [ids.to(self.anatomy.device) for ids in batches(windows)]
+        self.as_tuple = returns_tuple(anatomy.model, self.layers, input_ids=self.ids[0][:1, :2])
+        skeletons = [layer_calls(anatomy.model, self.layers, self.as_tuple, input_ids=ids) for ids in self.ids]
+        self.calls: list[list[LayerCall]] = [calls for _, calls in skeletons]
+        self._entering: dict[int, States] = {0: [states for states, _ in skeletons]}
+        self._base: Tensor | None = None
+
+    @property
+    def base(self) -> Float64[Tensor, " n"]:
+        if self._base is None:
+            self._pass([], None)
+        assert self._base is not None
+        return self._base
+
+    def of(self, variants: Sequence[Variant], tell: Tell | None = None) -> list[Float64[Tensor, " n"]]:
+        """tell: called after every block, with the blocks done."""
+        size = sum(s.nbytes for s in self._entering[0])
+        many = max(1, STATE_BYTES // size)
+        groups = [variants[i : i + many] for i in range(0, len(variants), many)]
+        found: list[Tensor] = []
+        for number, group in enumerate(groups):
+
+            def told(done: int, depth: int, number: int = number) -> None:
+                if tell:
+                    tell(number * depth + done, len(groups) * depth)
+
+            found += self._pass(group, told)
+        return [nll - self.base for nll in found]
+
+    @torch.no_grad()
+    def _pass(self, variants: Sequence[Variant], tell: Tell | None) -> list[Tensor]:
+        """NLL (n,) of each variant; of the intact model too, if that is not known yet."""
+        runs = [_Run(v) for v in variants]
+        channels = sorted({c for run in runs for c in run.channels})
+        last = len(self.layers) - 1
+        # a variant needs the states that enter its first layer, one that is restored the intact peaks as well
+        needed = max([r.first - 1 for r in runs] + [_layer(site) for site, _ in channels], default=last)
+        intact_until = last if self._base is None else needed
+        lowest = min((r.first for r in runs), default=self.lowest_layer)
+        begin = max(layer for layer in self._entering if layer <= lowest)
+        intact: States = self._entering[begin]
+        clean: Peaks = {}
+        for index in range(begin, last + 1):
+            if index == lowest:
+                self._entering = {0: self._entering[0], index: intact}
+            with self.anatomy.holding(index):
+                entering = intact
+                if index <= intact_until:
+                    intact = self._intact(index, entering, [c for c in channels if _layer(c[0]) == index], clean)
+                for run in runs:
+                    if run.first == index:
+                        run.states = entering
+                    if run.first <= index:
+                        run.states = self._broken(index, run, clean)
+            if tell:
+                tell(index + 1, last + 1)
+        with self.anatomy.holding(None):
+            if self._base is None:
+                self._base = self._nll(intact)
+            return [self._nll(run.states) for run in runs]
+
+    def _intact(self, index: int, states: States, channels: list[tuple[Site, int]], clean: Peaks) -> States:
+        """One layer of the intact model; what it writes to `channels` goes into `clean`."""
+        after = []
+        for calls, h in zip(self.calls, states, strict=True):
+            with Tap() as tap:
+                for channel in channels:
+                    tap.on_output(self.anatomy.module(channel[0]), _kept(clean.setdefault(channel, []), channel[1], len(h)))
+                after.append(calls[index](self.layers[index], h))
+        return after
+
+    def _broken(self, index: int, run: _Run, clean: Peaks) -> States:
+        """One layer of a variant."""
+        mine = [r for r in run.variant.zeroed if r.site.layer == index]
+        held = [(c, clean[c]) for c in run.channels if _layer(c[0]) == index]
+        after = []
+        with self.anatomy.zeroed(mine) if mine else nullcontext():
+            for number, (calls, h) in enumerate(zip(self.calls, run.states, strict=True)):
+                with Tap() as tap:
+                    for (site, row), peaks in held:
+                        tap.on_output(self.anatomy.module(site), _restored(row, peaks[number]))
+                    after.append(calls[index](self.layers[index], h))
+        return after
+
+    def _nll(self, states: States) -> Tensor:
+        """NLL (n,) of each window, one after another: the logits of a batch can be larger than a block."""
+        found = []
+        for ids, batch in zip(self.ids, states, strict=True):
+            for window, h in zip(torch.split(ids, 1), torch.split(batch, 1), strict=True):
+                with resume(self.layers, LayerInput(len(self.layers), h, self.as_tuple)):
+                    found.append(window_nll(self.anatomy.model, window))
+        return torch.cat(found)
+
+
+class _Run:
+    """A variant on its way through the blocks."""
+
+    states: States
+
+    def __init__(self, variant: Variant) -> None:
+        self.variant = variant
+        self.first = min(_layer(r.site) for r in variant.zeroed)
+        self.channels = written_channels(variant.zeroed) if variant.restored else []
+
+
+def _layer(site: Site) -> int:
+    assert site.layer is not None, "what lies outside the layers is not streamed"
+    return site.layer
+
+
+def _kept(into: list[Tensor], row: int, batch: int) -> Watcher:
+    """Keep channel `row` of what a module writes, as (batch, pos)."""
+
+    def watch(y: Tensor) -> None:
+        into.append(by_position(y, batch)[..., row].clone())
+
+    return watch
+
+
+def _restored(row: int, clean: Tensor) -> Watcher:
+    """Put channel `row` of what a module writes at its intact value (batch, pos) where that peaks in each window."""
+    at = clean.abs().argmax(1, keepdim=True)
+
+    def watch(y: Tensor) -> Tensor:
+        y = y.clone()
+        by_position(y, len(clean))[..., row].scatter_(1, at, clean.gather(1, at))
+        return y
+
+    return watch

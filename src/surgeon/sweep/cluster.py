@@ -78,9 +78,10 @@ class RayCrew(Crew):
         try:
             self.ray.init(address="local", **local, **quiet) if address is None else self.ray.init(address=address, **quiet)
         except Exception as error:  # Ray raises many types here, all of them about the connection
-            raise BadInput(
-                f"no Ray cluster could be joined at {address or 'this machine'}: {str(error).strip().splitlines()[0]}"
-            ) from error
+            said = (str(error).strip().splitlines() or [repr(error)])[0].rstrip(".")
+            # from Ray 2.59 on a cluster may ask for a token, and a driver with an address offers its own only when it is told to
+            hint = "" if address is None else "; if the cluster asks for a token, set RAY_AUTH_MODE=token here too"
+            raise BadInput(f"no Ray cluster could be joined at {address or 'this machine'}: {said}{hint}.") from error
 
     def hire(self) -> int:
         self._hired += 1

@@ -81,6 +81,7 @@ def cost(*command: str) -> tuple[float, float, str]:
 
 
 def main(parent: Path) -> None:
+    parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="audit-", dir=parent))
     try:
         base, other = str(folder / "base"), str(folder / "other")

@@ -1,10 +1,12 @@
-"""What an audit of two checkpoints of a 7B model costs: seconds beside what importing takes, and bytes read beside bytes stored.
+"""What an audit of two checkpoints of a 7B model costs: seconds beside what importing takes, and
+bytes read beside bytes stored.
 
     python benchmarks/audit.py [DIR]
 
-Two checkpoints of Llama-7B's shape in bfloat16 are made in DIR, 13.5 GB each, and deleted again. They are sparse files: all that is
-not audited are holes. `L2.mlp.down` is random, with the published entry planted in both, at 0.6 of its size in OTHER. One run is
-warmed up, in a process of its own; then the whole command, the same without the audit, and the audit alone in one process.
+Two checkpoints of Llama-7B's shape in bfloat16 are made in DIR, 13.5 GB each, and deleted again.
+They are sparse files: all that is not audited are holes. `L2.mlp.down` is random, with the
+published entry planted in both, at 0.6 of its size in OTHER. One run is warmed up, in a process of
+its own; then the whole command, the same without the audit, and the audit alone in one process.
 """
 
 from __future__ import annotations
@@ -39,11 +41,16 @@ SHARDS, REPEATS = 3, 3
 
 
 def generate(folder: Path, factor: float) -> int:
-    """A checkpoint whose matrix of interest is real, and whose other tensors are holes; its size in bytes."""
+    """A checkpoint whose matrix of interest is real, and whose other tensors are holes; its size in
+    bytes.
+    """
     folder.mkdir(parents=True)
     CONFIG.save_pretrained(folder)
     with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in AutoModelForCausalLM.from_config(CONFIG).named_parameters()}
+        shapes = {
+            name: tuple(p.shape)
+            for name, p in AutoModelForCausalLM.from_config(CONFIG).named_parameters()
+        }
     names = list(shapes)
     per_shard = -(-len(names) // SHARDS)
     index: dict[str, str] = {}
@@ -54,7 +61,11 @@ def generate(folder: Path, factor: float) -> int:
         end = 0
         for name in names[number * per_shard : (number + 1) * per_shard]:
             size = 2 * torch.Size(shapes[name]).numel()
-            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [end, end + size]}
+            header[name] = {
+                "dtype": "BF16",
+                "shape": shapes[name],
+                "data_offsets": [end, end + size],
+            }
             index[name] = file
             end += size
         raw = json.dumps(header).encode()
@@ -62,12 +73,18 @@ def generate(folder: Path, factor: float) -> int:
             out.write(len(raw).to_bytes(8, "little") + raw)
             out.truncate(8 + len(raw) + end)
             if WEIGHT in header:
-                matrix = torch.randn(shapes[WEIGHT], generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+                matrix = (
+                    torch.randn(shapes[WEIGHT], generator=torch.Generator().manual_seed(0))
+                    .mul_(0.02)
+                    .bfloat16()
+                )
                 matrix[3968, 7003] = VALUE * factor
                 out.seek(8 + len(raw) + header[WEIGHT]["data_offsets"][0])  # type: ignore[index]
                 out.write(matrix.view(torch.uint8).numpy().tobytes())
         total += end
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": index})
+    )
     return total
 
 
@@ -95,19 +112,34 @@ def main(parent: Path) -> None:
             result = audit(*open_pair(base, other), [Watched((Entry.parse(ENTRY),))])
             alone = time.perf_counter() - start, time.process_time() - busy
             if repeat:  # the first one warms up the disk
-                for name, (clock, cpu) in (("command", whole), ("imports", empty), ("audit", alone)):
+                for name, (clock, cpu) in (
+                    ("command", whole),
+                    ("imports", empty),
+                    ("audit", alone),
+                ):
                     runs[name].append((clock, cpu))
         document = json.loads(output)
         (entry,) = document["entries"]
-        print(f"{entry['entry']}: ratio {entry['ratio']:.3f}, rank {entry['rank']}: {document['verdict']}")
+        print(
+            f"{entry['entry']}: ratio {entry['ratio']:.3f}, rank {entry['rank']}:"
+            f" {document['verdict']}"
+        )
         share = result.bytes_read / stored
-        print(f"stored {stored / 1e9:.1f} GB in both, read {result.bytes_read / 1e6:.0f} MB: {share:.2%}")
+        print(
+            f"stored {stored / 1e9:.1f} GB in both, read {result.bytes_read / 1e6:.0f} MB:"
+            f" {share:.2%}"
+        )
         for name, values in runs.items():
             clock, cpu = (statistics.median(v) for v in zip(*values, strict=True))
-            print(f"{name:8} {cpu:6.2f} s of CPU, {clock:6.2f} s on the clock (medians of {REPEATS})")
+            print(
+                f"{name:8} {cpu:6.2f} s of CPU, {clock:6.2f} s on the clock (medians of {REPEATS})"
+            )
         clock, cpu, output = cost(*command, "--json")
         known = json.loads(output)
-        print(f"without --at {cpu:.2f} s of CPU, {clock:.2f} s on the clock: {known['source']}, {known['bytes_read'] / 1e6:.0f} MB read")
+        print(
+            f"without --at {cpu:.2f} s of CPU, {clock:.2f} s on the clock: {known['source']},"
+            f" {known['bytes_read'] / 1e6:.0f} MB read"
+        )
     finally:
         shutil.rmtree(folder)
 

@@ -2,8 +2,9 @@
 
     python benchmarks/cells.py [--steps N] [--skip-training]
 
-One thread. Times are wall seconds and CPU seconds of this process: on a machine that is busy with other work the second tells more. The
-module is timed beside torch's own encoder (without its fast path) on the same tensors, as a ratio in one process.
+One thread. Times are wall seconds and CPU seconds of this process: on a machine that is busy with
+other work the second tells more. The module is timed beside torch's own encoder (without its fast
+path) on the same tensors, as a ratio in one process.
 """
 
 from __future__ import annotations
@@ -20,14 +21,29 @@ from statistics import median
 import torch
 from torch import nn
 
-from surgeon.cells import Batch, CellConfig, ScGPT, TrainConfig, expression, load_cells, masked_nll, masks, read_cells, save_cells, train
+from surgeon.cells import (
+    Batch,
+    CellConfig,
+    ScGPT,
+    TrainConfig,
+    expression,
+    load_cells,
+    masked_nll,
+    masks,
+    read_cells,
+    save_cells,
+    train,
+)
 
 
 @contextmanager
 def timed(what: str) -> Iterator[None]:
     wall, cpu = time.perf_counter(), time.process_time()
     yield
-    print(f"{what}: {time.perf_counter() - wall:.2f} s, CPU {time.process_time() - cpu:.2f} s", flush=True)
+    print(
+        f"{what}: {time.perf_counter() - wall:.2f} s, CPU {time.process_time() - cpu:.2f} s",
+        flush=True,
+    )
 
 
 def training(steps: int | None) -> None:
@@ -36,8 +52,14 @@ def training(steps: int | None) -> None:
         made = train(expression(read_cells("pbmc68k_reduced")), config)
     d = made.to_json()
     low, high = d["lead_ci95"]
-    print(f"NLL {d['nll']:.4f}, gene-marginal baseline {d['baseline_nll']:.4f}, lead {d['lead_nats']:.4f} (95% {low:.4f} to {high:.4f})")
-    print(f"on the fitted cells {d['train_nll']:.4f}; step {d['best_step']} of {d['steps']}; {d['parameters']} parameters; {d['cells']}")
+    print(
+        f"NLL {d['nll']:.4f}, gene-marginal baseline {d['baseline_nll']:.4f}, lead"
+        f" {d['lead_nats']:.4f} (95% {low:.4f} to {high:.4f})"
+    )
+    print(
+        f"on the fitted cells {d['train_nll']:.4f}; step {d['best_step']} of {d['steps']};"
+        f" {d['parameters']} parameters; {d['cells']}"
+    )
     print("error in bins:", {k: round(v, 3) for k, v in d["rms_error_bins"].items()})
 
 
@@ -46,8 +68,15 @@ def whole_human(cells: int) -> None:
     shape = CellConfig()
     with timed("generate"):
         model = ScGPT(shape).eval().requires_grad_(False)
-    vocab = {f"G{i}": i for i in range(shape.pad_id)} | {"<pad>": shape.pad_id, "<cls>": shape.pad_id + 1, "<eoc>": shape.pad_id + 2}
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(model.state_dict())} tensors")
+    vocab = {f"G{i}": i for i in range(shape.pad_id)} | {
+        "<pad>": shape.pad_id,
+        "<cls>": shape.pad_id + 1,
+        "<eoc>": shape.pad_id + 2,
+    }
+    print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters,"
+        f" {len(model.state_dict())} tensors"
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with timed("save (best_model.pt and safetensors)"):
@@ -57,14 +86,28 @@ def whole_human(cells: int) -> None:
         (folder / "model.safetensors").unlink()
         with timed("load best_model.pt"):
             loaded = load_cells(folder)
-    same = all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.model.state_dict().values(), strict=True))
+    same = all(
+        torch.equal(a, b)
+        for a, b in zip(
+            model.state_dict().values(), loaded.model.state_dict().values(), strict=True
+        )
+    )
     r = loaded.report
-    print(f"matched {len(r.matched)}, unmatched {len(r.unmatched)}, renamed {r.renamed}; bit-identical: {same}")
+    print(
+        f"matched {len(r.matched)}, unmatched {len(r.unmatched)}, renamed {r.renamed};"
+        f" bit-identical: {same}"
+    )
     for pos in (256, 1200):
         genes = torch.randint(shape.pad_id, (cells, pos))
         genes[:, 0] = vocab["<cls>"]
         values = torch.randint(1, 51, (cells, pos)).float()
-        batch = Batch(genes, values, torch.zeros(cells, pos, dtype=torch.bool), [*vocab], [f"c{i}" for i in range(cells)])
+        batch = Batch(
+            genes,
+            values,
+            torch.zeros(cells, pos, dtype=torch.bool),
+            [*vocab],
+            [f"c{i}" for i in range(cells)],
+        )
         hidden = masks(batch)
         with timed(f"one evaluation, {cells} cells x {pos} tokens"):
             masked_nll(loaded.model, batch, hidden)
@@ -77,7 +120,9 @@ def versus_torch(model: ScGPT, cells: int = 4, pos: int = 512, rounds: int = 3) 
     layer = nn.TransformerEncoderLayer(shape.d_model, shape.n_heads, shape.d_mlp, batch_first=True)
     peer = nn.TransformerEncoder(layer, shape.n_layers, enable_nested_tensor=False).eval()
     prefix = "transformer_encoder."
-    peer.load_state_dict({k.removeprefix(prefix): v for k, v in model.state_dict().items() if k.startswith(prefix)})
+    peer.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in model.state_dict().items() if k.startswith(prefix)}
+    )
     states = torch.randn(cells, pos, shape.d_model)
     torch.backends.mha.set_fastpath_enabled(False)
 
@@ -94,7 +139,10 @@ def versus_torch(model: ScGPT, cells: int = 4, pos: int = 512, rounds: int = 3) 
 
     difference = float((ours() - peer(states)).abs().max())
     ratio = median(cost(ours) / cost(lambda: peer(states)) for _ in range(rounds))
-    print(f"the blocks against torch's own encoder: {ratio:.2f} of its CPU time, largest difference {difference:.1e}")
+    print(
+        f"the blocks against torch's own encoder: {ratio:.2f} of its CPU time, largest difference"
+        f" {difference:.1e}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""What the detection pass of `find` costs beside one plain forward pass on the same batch: time and peak memory, as ratios.
+"""What the detection pass of `find` costs beside one plain forward pass on the same batch: time and
+peak memory, as ratios.
 
     python benchmarks/detection.py [MODEL ...]
 
-Each pair is run in turn, A B A B, in one process; the median ratio is printed. Peak memory is measured in a child process each.
+Each pair is run in turn, A B A B, in one process; the median ratio is printed. Peak memory is
+measured in a child process each.
 """
 
 from __future__ import annotations
@@ -22,7 +24,13 @@ from surgeon.anatomy import Anatomy, load_model
 from surgeon.find import detect
 
 REPEATS = 7
-MEDIUM = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16, "vocab_size": 8192}
+MEDIUM = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "vocab_size": 8192,
+}
 
 
 def build(name: str) -> Anatomy:
@@ -54,11 +62,19 @@ def peak(name: str, which: str, results: multiprocessing.Queue[int]) -> None:
 
 def high_water() -> int:
     """Peak resident memory of this process in kB since the mark was reset."""
-    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+    return int(
+        next(
+            line
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith("VmHWM")
+        ).split()[1]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="*", default=["patient", "medium"])
     for name in parser.parse_args().models:
         runs = passes(build(name))
@@ -73,13 +89,17 @@ def main() -> None:
         memory = {}
         for which in runs:
             results: multiprocessing.Queue[int] = multiprocessing.get_context("spawn").Queue()
-            child = multiprocessing.get_context("spawn").Process(target=peak, args=(name, which, results))
+            child = multiprocessing.get_context("spawn").Process(
+                target=peak, args=(name, which, results)
+            )
             child.start()
             memory[which] = results.get() / 1024
             child.join()
         print(
-            f"{name}: detection pass / plain pass: time {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), "
-            f"plain {statistics.median(seconds['plain']):.2f} s; memory added {memory['detect']:.0f} MB against {memory['plain']:.0f} MB"
+            f"{name}: detection pass / plain pass: time {statistics.median(ratios):.2f}"
+            f" ({min(ratios):.2f} to {max(ratios):.2f}), plain"
+            f" {statistics.median(seconds['plain']):.2f} s; memory added {memory['detect']:.0f} MB"
+            f" against {memory['plain']:.0f} MB"
         )
 
 

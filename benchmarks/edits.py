@@ -1,11 +1,13 @@
 """Every editor on the same facts: single edits, one batch, and what they cost; one process.
 
-    python benchmarks/edits.py MODEL --pararel FACTS.json [--count 200] [--methods rome,memit,...] [--out FILE.json]
+    python benchmarks/edits.py MODEL --pararel FACTS.json [--count 200] [--methods rome,memit,...]
+    [--out FILE.json]
 
-FACTS.json holds {"facts": [[relation, subject, object]], "patterns": {relation: ["... [X] ... [Y]"]}}. Facts that the model says under its
-first three patterns are edited, each to another object of its relation; the other patterns are the paraphrases, other known subjects of the
-relation the neighbours. Each single edit is made on the intact model. Beside the editors stands in-context editing: the new fact is
-written before the prompt, and no weight changes.
+FACTS.json holds {"facts": [[relation, subject, object]], "patterns": {relation: ["... [X] ...
+[Y]"]}}. Facts that the model says under its first three patterns are edited, each to another object
+of its relation; the other patterns are the paraphrases, other known subjects of the relation the
+neighbours. Each single edit is made on the intact model. Beside the editors stands in-context
+editing: the new fact is written before the prompt, and no weight changes.
 """
 
 from __future__ import annotations
@@ -23,7 +25,18 @@ import torch
 
 from surgeon import Anatomy, load_corpus, load_model, prove
 from surgeon.corpus import Corpus
-from surgeon.edit import METHODS, EditConfig, Preparation, Request, ValueConfig, Values, dense_down, edit, key_moments, optimise
+from surgeon.edit import (
+    METHODS,
+    EditConfig,
+    Preparation,
+    Request,
+    ValueConfig,
+    Values,
+    dense_down,
+    edit,
+    key_moments,
+    optimise,
+)
 from surgeon.facts import Fact
 from surgeon.measure import Scorecard, ScoreConfig, continuations, examine
 from surgeon.measure.likelihood import batches
@@ -38,7 +51,10 @@ NEIGHBOURS, PARAPHRASES = 8, 4
 def known_facts(anatomy: Anatomy, tokenizer: Any, path: Path, count: int) -> list[Fact]:
     """Facts that the model says, each with a new target, paraphrases and neighbours."""
     source = json.loads(path.read_text())
-    patterns = {r: [p.split("[Y]")[0].rstrip() for p in ps if "[X]" in p.split("[Y]")[0]] for r, ps in source["patterns"].items()}
+    patterns = {
+        r: [p.split("[Y]")[0].rstrip() for p in ps if "[X]" in p.split("[Y]")[0]]
+        for r, ps in source["patterns"].items()
+    }
     draw = random.Random(0)
     listed = [tuple(f) for f in source["facts"] if len(patterns[f[0]]) >= 5]
     draw.shuffle(listed)
@@ -48,7 +64,9 @@ def known_facts(anatomy: Anatomy, tokenizer: Any, path: Path, count: int) -> lis
     facts = []
     for r, s, o in known[:count]:
         objects = sorted({other for q, _, other in known if q == r and other != o})
-        beside = [(patterns[r][0].replace("[X]", t), other) for q, t, other in known if q == r and t != s]
+        beside = [
+            (patterns[r][0].replace("[X]", t), other) for q, t, other in known if q == r and t != s
+        ]
         facts.append(
             Fact(
                 patterns[r][0].replace("[X]", "{}"),
@@ -63,7 +81,9 @@ def known_facts(anatomy: Anatomy, tokenizer: Any, path: Path, count: int) -> lis
     return facts
 
 
-def summary(cards: Sequence[Scorecard], seconds: float, edits: int, extra: dict[str, Any]) -> dict[str, Any]:
+def summary(
+    cards: Sequence[Scorecard], seconds: float, edits: int, extra: dict[str, Any]
+) -> dict[str, Any]:
     """Means over cards, each weighted by its prompts."""
 
     def mean(name: str, field: str) -> float:
@@ -75,7 +95,9 @@ def summary(cards: Sequence[Scorecard], seconds: float, edits: int, extra: dict[
     return {
         "edits": edits,
         "efficacy": mean("efficacy", "after"),
-        "p_target": sum(a.target for c in cards for a in c.after.own) / sum(len(c.after.own) for c in cards),
+        "p_target": (
+            sum(a.target for c in cards for a in c.after.own) / sum(len(c.after.own) for c in cards)
+        ),
         "paraphrase": mean("paraphrase", "after"),
         "neighbourhood": mean("neighbourhood", "after"),
         "neighbours_kept": kept / known,
@@ -86,14 +108,22 @@ def summary(cards: Sequence[Scorecard], seconds: float, edits: int, extra: dict[
 
 
 class Remembered:
-    """The optimisation of values, done once for methods that want the same one on the intact model; its seconds count for each."""
+    """The optimisation of values, done once for methods that want the same one on the intact model;
+    its seconds count for each.
+    """
 
     def __init__(self) -> None:
         self.real, self.found = EDIT.optimise, {}
         self.saved = 0.0
 
     def __call__(
-        self, anatomy: Anatomy, requests: Sequence[Request], layer: int, config: ValueConfig, where: str = "mlp", progress: Any = None
+        self,
+        anatomy: Anatomy,
+        requests: Sequence[Request],
+        layer: int,
+        config: ValueConfig,
+        where: str = "mlp",
+        progress: Any = None,
     ) -> Values:
         if applied_patches(anatomy):  # one edit after the other: every model is another one
             return self.real(anatomy, requests, layer, config, where, progress)
@@ -101,29 +131,53 @@ class Remembered:
             key = (request.bare.ids, tuple(request.targets[0]), layer, config, where)
             if key not in self.found:
                 start = time.perf_counter()
-                self.found[key] = self.real(anatomy, [request], layer, config, where, progress), time.perf_counter() - start
+                self.found[key] = (
+                    self.real(anatomy, [request], layer, config, where, progress),
+                    time.perf_counter() - start,
+                )
             else:
                 self.saved += self.found[key][1]
-        known = [self.found[r.bare.ids, tuple(r.targets[0]), layer, config, where][0] for r in requests]
-        return Values(*(torch.cat([getattr(v, n) for v in known]) for n in ("delta", "norm", "probability", "steps")))
+        known = [
+            self.found[r.bare.ids, tuple(r.targets[0]), layer, config, where][0] for r in requests
+        ]
+        return Values(
+            *(
+                torch.cat([getattr(v, n) for v in known])
+                for n in ("delta", "norm", "probability", "steps")
+            )
+        )
 
 
-def in_context(anatomy: Anatomy, tokenizer: Any, facts: Sequence[Fact], corpus: Corpus) -> dict[str, Any]:
+def in_context(
+    anatomy: Anatomy, tokenizer: Any, facts: Sequence[Fact], corpus: Corpus
+) -> dict[str, Any]:
     """The new fact as a sentence before every prompt."""
     cards = []
     for fact in facts:
         said = f"{fact.text} {fact.target}. "
         told = Fact(
-            said + fact.prompt, fact.subject, fact.target, fact.true, fact.relation,
-            tuple(said + p for p in fact.paraphrases), tuple((said + p, a) for p, a in fact.neighbours),
-        )  # fmt: skip
-        before, after = (examine(anatomy.model, tokenizer, [f], corpus=corpus, config=LIGHT) for f in (fact, told))
+            said + fact.prompt,
+            fact.subject,
+            fact.target,
+            fact.true,
+            fact.relation,
+            tuple(said + p for p in fact.paraphrases),
+            tuple((said + p, a) for p, a in fact.neighbours),
+        )
+        before, after = (
+            examine(anatomy.model, tokenizer, [f], corpus=corpus, config=LIGHT)
+            for f in (fact, told)
+        )
         cards.append(Scorecard(before, after, LIGHT))
     return summary(cards, 0.0, len(facts), {})
 
 
-def single(preparation: Preparation, facts: Sequence[Fact], method: str, corpus: Corpus) -> tuple[dict[str, Any], list[list[float]]]:
-    """Each fact on the intact model; and for each edit its relative damage beside the share of neighbours it lost."""
+def single(
+    preparation: Preparation, facts: Sequence[Fact], method: str, corpus: Corpus
+) -> tuple[dict[str, Any], list[list[float]]]:
+    """Each fact on the intact model; and for each edit its relative damage beside the share of
+    neighbours it lost.
+    """
     anatomy, tokenizer = preparation.anatomy, preparation.tokenizer
     cards, points, seconds = [], [], 0.0
     EDIT.optimise.saved = 0.0
@@ -132,7 +186,13 @@ def single(preparation: Preparation, facts: Sequence[Fact], method: str, corpus:
         made = edit(preparation, [fact], EditConfig(method=method))
         seconds += made.seconds
         with made.patch.applied(anatomy):
-            cards.append(Scorecard(before, examine(anatomy.model, tokenizer, [fact], corpus=corpus, config=LIGHT), LIGHT))
+            cards.append(
+                Scorecard(
+                    before,
+                    examine(anatomy.model, tokenizer, [fact], corpus=corpus, config=LIGHT),
+                    LIGHT,
+                )
+            )
         known, kept = cards[-1].kept
         worst = max(f.relative_damage for f in made.layers)
         ratio = max(f.update_norm_ratio for f in made.layers)
@@ -141,26 +201,44 @@ def single(preparation: Preparation, facts: Sequence[Fact], method: str, corpus:
     damage = sorted(p[0] for p in points)
     ratios = sorted(p[1] for p in points)
     middle = len(points) // 2
-    extra = {"relative_damage_median": damage[middle], "relative_damage_max": damage[-1], "update_norm_ratio_median": ratios[middle]}
+    extra = {
+        "relative_damage_median": damage[middle],
+        "relative_damage_max": damage[-1],
+        "update_norm_ratio_median": ratios[middle],
+    }
     return summary(cards, seconds + EDIT.optimise.saved, len(facts), extra), points
 
 
-def batch(preparation: Preparation, facts: Sequence[Fact], method: str, corpus: Corpus) -> dict[str, Any]:
+def batch(
+    preparation: Preparation, facts: Sequence[Fact], method: str, corpus: Corpus
+) -> dict[str, Any]:
     anatomy, tokenizer = preparation.anatomy, preparation.tokenizer
     before = examine(anatomy.model, tokenizer, facts, corpus=corpus, config=LIGHT)
     EDIT.optimise.saved = 0.0
     made = edit(preparation, facts, EditConfig(method=method))
     with made.patch.applied(anatomy):
-        card = Scorecard(before, examine(anatomy.model, tokenizer, facts, corpus=corpus, config=LIGHT), LIGHT)
-    return summary([card], made.seconds + EDIT.optimise.saved, len(facts), {"relative_damage": [f.relative_damage for f in made.layers]})
+        card = Scorecard(
+            before, examine(anatomy.model, tokenizer, facts, corpus=corpus, config=LIGHT), LIGHT
+        )
+    return summary(
+        [card],
+        made.seconds + EDIT.optimise.saved,
+        len(facts),
+        {"relative_damage": [f.relative_damage for f in made.layers]},
+    )
 
 
 def value_costs(preparation: Preparation, facts: Sequence[Fact], layer: int) -> dict[str, float]:
-    """Seconds for the values of these facts: together, one by one, and one by one from the bottom of the model at every step."""
+    """Seconds for the values of these facts: together, one by one, and one by one from the bottom
+    of the model at every step.
+    """
     from surgeon.edit import value as module
 
     anatomy = preparation.anatomy
-    requests = [Request.of(preparation.tokenizer, f.prompt, f.subject, str(f.target), preparation.prefixes) for f in facts]
+    requests = [
+        Request.of(preparation.tokenizer, f.prompt, f.subject, str(f.target), preparation.prefixes)
+        for f in facts
+    ]
     config = ValueConfig(steps=20, stop=0.999)
 
     def timed(one_by_one: bool) -> float:
@@ -181,7 +259,9 @@ def value_costs(preparation: Preparation, facts: Sequence[Fact], layer: int) -> 
 
 
 def covariance_cost(anatomy: Anatomy, windows: torch.Tensor, layer: int) -> dict[str, float]:
-    """Tokens per second of the covariance of one layer, and of a plain forward pass of the whole model."""
+    """Tokens per second of the covariance of one layer, and of a plain forward pass of the whole
+    model.
+    """
     rates: dict[str, list[float]] = {"covariance": [], "plain": []}
     for _ in range(3):
         start = time.perf_counter()
@@ -196,7 +276,9 @@ def covariance_cost(anatomy: Anatomy, windows: torch.Tensor, layer: int) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--pararel", type=Path, required=True)
     parser.add_argument("--count", type=int, default=200)
@@ -215,7 +297,13 @@ def main() -> None:
     layer = 1 if len(anatomy.layers) > 2 else 0
     start = time.perf_counter()
     preparation.gather([layer])
-    found: dict[str, Any] = {"model": options.model, "facts": len(facts), "single": {}, "batch": {}, "points": {}}
+    found: dict[str, Any] = {
+        "model": options.model,
+        "facts": len(facts),
+        "single": {},
+        "batch": {},
+        "points": {},
+    }
     found["covariance_seconds"] = time.perf_counter() - start
     found["value_seconds"] = value_costs(preparation, facts[:8], layer)
     found["tokens_per_second"] = covariance_cost(
@@ -225,7 +313,9 @@ def main() -> None:
     print(json.dumps(found, indent=1), flush=True)
     EDIT.optimise = Remembered()
     for method in options.methods.split(","):
-        found["single"][method], found["points"][method] = single(preparation, facts, method, corpus)
+        found["single"][method], found["points"][method] = single(
+            preparation, facts, method, corpus
+        )
         print("single", method, json.dumps(found["single"][method]), flush=True)
     for method in [] if options.no_batch else options.methods.split(","):
         if method in ("rome", "emmet", "memit", "alphaedit", "ft"):

@@ -1,10 +1,12 @@
-"""Graft, distil and graft+distil beside the reference procedure written out plainly, on the same injury in one process.
+"""Graft, distil and graft+distil beside the reference procedure written out plainly, on the same
+injury in one process.
 
     python benchmarks/repair.py MODEL [--text FILE] [--entries N]
 
-The injury is the N strongest entries of the set that `find` returns; the injured entries stay out. The plain procedure runs the
-intact and the broken model whole at every step (AdamW, the row, constant rate, batch 2, length 128) and is given two rates: the
-reference's 1e-3 and the one that `distil` takes. All are judged on the same windows, which none has seen.
+The injury is the N strongest entries of the set that `find` returns; the injured entries stay out.
+The plain procedure runs the intact and the broken model whole at every step (AdamW, the row,
+constant rate, batch 2, length 128) and is given two rates: the reference's 1e-3 and the one that
+`distil` takes. All are judged on the same windows, which none has seen.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from surgeon.repair.repair import recut, split
 STEPS, BATCH, LENGTH = 400, 2, 128
 
 
-def plain(anatomy: Anatomy, injury: Patch, corpus: Corpus, rate: float | None) -> tuple[float, float]:
+def plain(
+    anatomy: Anatomy, injury: Patch, corpus: Corpus, rate: float | None
+) -> tuple[float, float]:
     """The reference procedure; NLL on the judging windows and seconds."""
     fit, _, judge = split(corpus)
     windows = recut(fit, corpus.bos, LENGTH)
@@ -44,14 +48,25 @@ def plain(anatomy: Anatomy, injury: Patch, corpus: Corpus, rate: float | None) -
     allowed[row] = (~mask[row]).to(weight)
     # as `distil` has it: without the injured entries
     scale = float(anatomy.view(site).read()[row][~mask[row]].float().square().mean().sqrt())
-    optimizer = torch.optim.AdamW([weight], lr=rate or DistilConfig().relative_lr * scale, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [weight], lr=rate or DistilConfig().relative_lr * scale, weight_decay=0.0
+    )
     order = torch.randint(len(windows), (STEPS, BATCH), generator=torch.Generator().manual_seed(0))
     start = time.perf_counter()
     for step in range(STEPS):
         ids = windows[order[step]]
         with torch.no_grad():
             target = anatomy.model(ids).logits[:, :-1].log_softmax(-1)
-        loss = F.kl_div(student(ids).logits[:, :-1].log_softmax(-1), target, log_target=True, reduction="none").sum(-1).mean()
+        loss = (
+            F.kl_div(
+                student(ids).logits[:, :-1].log_softmax(-1),
+                target,
+                log_target=True,
+                reduction="none",
+            )
+            .sum(-1)
+            .mean()
+        )
         loss.backward()
         weight.grad *= allowed
         optimizer.step()
@@ -62,7 +77,9 @@ def plain(anatomy: Anatomy, injury: Patch, corpus: Corpus, rate: float | None) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--entries", type=int, default=12)
@@ -73,18 +90,33 @@ def main() -> None:
     corpus = load_corpus(loaded.tokenizer, text, "text", 256, 200)
     found = find(anatomy, Corpus(corpus.name, corpus.windows[:24], corpus.bos)).sets[0]
     injury = ablate(anatomy, [c.entry for c in found.entries[: options.entries]])
-    print(f"{options.model}: {options.entries} strongest entries of the vital {found.geometry}, {len(corpus.windows)} windows", flush=True)
+    print(
+        f"{options.model}: {options.entries} strongest entries of the vital {found.geometry},"
+        f" {len(corpus.windows)} windows",
+        flush=True,
+    )
     for method in ("graft", "distil", "graft+distil"):
         result = repair(anatomy, injury, corpus, RepairConfig(method=method, exclude_injured=True))
         control = (result.control or {}).get("recovered")
-        print(f"  {method:<14} recovered {result.recovered:.3f}  control {control:.3f}  {result.seconds:.1f} s", flush=True)
+        print(
+            f"  {method:<14} recovered {result.recovered:.3f}  control {control:.3f} "
+            f" {result.seconds:.1f} s",
+            flush=True,
+        )
     nll = result.nll
     for rate in (1e-3, None):
         patched, seconds = plain(anatomy, injury, corpus, rate)
         share = 1 - (patched - nll["base"]) / (nll["broken"] - nll["base"])
-        print(f"  plain, {'the same rate' if rate is None else f'rate {rate:g}':<14} recovered {share:.3f}  {seconds:.1f} s", flush=True)
+        print(
+            f"  plain, {'the same rate' if rate is None else f'rate {rate:g}':<14} recovered"
+            f" {share:.3f}  {seconds:.1f} s",
+            flush=True,
+        )
     size = sum(p.stat().st_size for p in loaded.folder.glob("*.safetensors"))
-    print(f"  damage {nll['broken'] - nll['base']:.3f} nats; patch {result.to_json()['patch_bytes']} bytes, checkpoint {size} bytes")
+    print(
+        f"  damage {nll['broken'] - nll['base']:.3f} nats; patch {result.to_json()['patch_bytes']}"
+        f" bytes, checkpoint {size} bytes"
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ TYPES = ("even", "odd")
 
 @dataclass(frozen=True)
 class Tiny:
-    """The model, cells it was not trained on, masks, the gene-marginal baseline of the masked values, and the type of each cell."""
+    """The model, cells it was not trained on, masks, the gene-marginal baseline of the masked
+    values, and the type of each cell.
+    """
 
     model: ScGPT
     batch: Batch
@@ -29,7 +31,9 @@ class Tiny:
 
 
 def cells(n: int, seed: int) -> tuple[Batch, list[str]]:
-    """Genes of even index are high in cells of the even type, the others in the odd; 3 levels with noise, shuffled positions."""
+    """Genes of even index are high in cells of the even type, the others in the odd; 3 levels with
+    noise, shuffled positions.
+    """
     generator = torch.Generator().manual_seed(seed)
     odd = torch.arange(n) % 2
     order = torch.rand(n, 24, generator=generator).argsort(1)
@@ -39,7 +43,11 @@ def cells(n: int, seed: int) -> tuple[Batch, list[str]]:
     genes = torch.cat([torch.zeros(n, 1, dtype=torch.long), order + 1], 1)
     values = torch.cat([torch.zeros(n, 1), values], 1)
     batch = Batch(
-        genes, values, torch.zeros_like(genes, dtype=torch.bool), ["<cls>", *GENES, "<pad>"], [f"cell{seed}.{i}" for i in range(n)]
+        genes,
+        values,
+        torch.zeros_like(genes, dtype=torch.bool),
+        ["<cls>", *GENES, "<pad>"],
+        [f"cell{seed}.{i}" for i in range(n)],
     )
     return batch, [TYPES[i] for i in odd.tolist()]
 

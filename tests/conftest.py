@@ -1,4 +1,8 @@
-"""Shared fixtures. Tests that need trained models outside the project skip, with a reason, only where the folder is absent."""
+"""Shared fixtures.
+
+Tests that need trained models outside the project skip, with a reason, only where the folder is
+absent.
+"""
 
 from __future__ import annotations
 

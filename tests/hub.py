@@ -1,4 +1,6 @@
-"""A Hub on the loopback: the part of the Hugging Face HTTP interface that reads need, served from local folders."""
+"""A Hub on the loopback: the part of the Hugging Face HTTP interface that reads need, served from
+local folders.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,12 @@ COMMIT = "c0ffee" + "0" * 34
 
 @dataclass
 class Hub:
-    """folders: what is served, by `org/name`. gated, private: ids answered 403 or 401. asked: every request for a file, in order.
+    """folders: what is served, by `org/name`. gated, private: ids answered 403 or 401. asked: every
+    request for a file, in order.
 
-    elsewhere: answer every request for a file with a redirect to another path, as the real one does to its storage. breaks: how many
-    replies with more than 1000 bytes of weights are cut off half way, the connection closed.
+    elsewhere: answer every request for a file with a redirect to another path, as the real one does
+    to its storage. breaks: how many replies with more than 1000 bytes of weights are cut off half
+    way, the connection closed.
     """
 
     folders: Mapping[str, Path]
@@ -32,7 +36,9 @@ class Hub:
     elsewhere: bool = False
     breaks: int = 0
     url: str = ""
-    asked: list[tuple[str, str, tuple[int, int]]] = field(default_factory=list)  # (method, file, bytes sent as start and stop)
+    asked: list[tuple[str, str, tuple[int, int]]] = field(
+        default_factory=list
+    )  # (method, file, bytes sent as start and stop)
 
 
 @contextmanager
@@ -45,7 +51,9 @@ def serve(hub: Hub) -> Iterator[Hub]:
     Handler.hub = hub
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    )
     thread.start()
     try:
         yield hub
@@ -64,14 +72,25 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+))?/?", path):
+        if match := re.fullmatch(
+            r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+))?/?", path
+        ):
             self._about(match[1], match[2], match[3])
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            if self.hub.elsewhere and self._known(match[1], match[2]) and (self.hub.folders[match[1]] / match[3]).is_file():
+            if (
+                self.hub.elsewhere
+                and self._known(match[1], match[2])
+                and (self.hub.folders[match[1]] / match[3]).is_file()
+            ):
                 tag = _etag(self.hub.folders[match[1]] / match[3])
                 size = (self.hub.folders[match[1]] / match[3]).stat().st_size
                 where = f"{self.hub.url}/storage/{match[1]}/{match[3]}"
-                headers = {"Location": where, "ETag": f'"{tag}"', "X-Linked-ETag": f'"{tag}"', "X-Linked-Size": str(size)}
+                headers = {
+                    "Location": where,
+                    "ETag": f'"{tag}"',
+                    "X-Linked-ETag": f'"{tag}"',
+                    "X-Linked-Size": str(size),
+                }
                 self._reply(302, b"", headers | {"X-Repo-Commit": COMMIT})
             elif not self.hub.elsewhere:
                 self._file(match[1], match[2], match[3])
@@ -98,15 +117,29 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def _about(self, repo: str, part: str | None, revision: str | None) -> None:
-        """Model info, or the list of files. Like the real one, this is open for gated repositories."""
+        """Model info, or the list of files.
+
+        Like the real one, this is open for gated repositories.
+        """
         if not self._known(repo, revision or "main"):
             return
         files = sorted(p for p in self.hub.folders[repo].iterdir() if p.is_file())
         if part in ("tree", "paths-info"):
-            reply: Any = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": _etag(p)} for p in files]
+            reply: Any = [
+                {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": _etag(p)}
+                for p in files
+            ]
         else:
-            siblings = [{"rfilename": p.name, "size": p.stat().st_size, "lfs": _lfs(p)} for p in files]
-            reply = {"id": repo, "modelId": repo, "sha": COMMIT, "private": False, "siblings": siblings}
+            siblings = [
+                {"rfilename": p.name, "size": p.stat().st_size, "lfs": _lfs(p)} for p in files
+            ]
+            reply = {
+                "id": repo,
+                "modelId": repo,
+                "sha": COMMIT,
+                "private": False,
+                "siblings": siblings,
+            }
         self._reply(200, json.dumps(reply).encode(), {"Content-Type": "application/json"})
 
     def _file(self, repo: str, revision: str, name: str) -> None:
@@ -119,12 +152,19 @@ class _Handler(BaseHTTPRequestHandler):
         if Path(name).name != name or not path.is_file():
             self._refuse(404, "EntryNotFound")
             return
-        data, headers = path.read_bytes(), {"ETag": f'"{_etag(path)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        data, headers = (
+            path.read_bytes(),
+            {"ETag": f'"{_etag(path)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"},
+        )
         start, stop, status = 0, len(data), 200
-        if self.hub.ranges and (match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))):
+        if self.hub.ranges and (
+            match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        ):
             start, stop, status = int(match[1]), min(int(match[2] or stop) + 1, stop), 206
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
-        self.hub.asked.append((self.command, name, (start, start if self.command == "HEAD" else stop)))
+        self.hub.asked.append(
+            (self.command, name, (start, start if self.command == "HEAD" else stop))
+        )
         self._reply(status, data[start:stop], headers)
 
     def _refuse(self, status: int, code: str) -> None:
@@ -147,7 +187,11 @@ def _lfs(path: Path) -> dict[str, Any] | None:
     """What the Hub keeps of large files; here of the weights."""
     if path.suffix != ".safetensors":
         return None
-    return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "size": path.stat().st_size, "pointerSize": 134}
+    return {
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "size": path.stat().st_size,
+        "pointerSize": 134,
+    }
 
 
 def _etag(path: Path) -> str:

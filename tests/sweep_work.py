@@ -1,4 +1,6 @@
-"""Operations for tests of sweeps that do no work but keep a log, and a crew that works in this process. Workers import it by name."""
+"""Operations for tests of sweeps that do no work but keep a log, and a crew that works in this
+process. Workers import it by name.
+"""
 
 from __future__ import annotations
 
@@ -85,13 +87,19 @@ class Files:
     paths: tuple[str, ...] = field(default=(), metadata={"file": True})
 
 
-OPERATIONS = {"count": Operation(Count, count), "until": Operation(Until, until, seeded=False), "files": Operation(Files, count)}
+OPERATIONS = {
+    "count": Operation(Count, count),
+    "until": Operation(Until, until, seeded=False),
+    "files": Operation(Files, count),
+}
 
 
 class InlineCrew(Crew):
     """Workers in this process, which take turns; with `registry` the real operations."""
 
-    def __init__(self, registry: str, most: int, workers: int | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self, registry: str, most: int, workers: int | None = None, threads: int | None = None
+    ) -> None:
         self.registry, self.size = registry, min(most, workers or 1)
         self.workers: list[Worker] = []
         self.events: deque[Event] = deque()

@@ -21,7 +21,9 @@ def test_windows_are_disjoint_and_begin_with_bos(tokenizer):
     assert bool((corpus.windows[:, 0] == tokenizer.bos_token_id).all())
     assert corpus.windows[:, 1:].flatten().tolist() == ids[: len(ids) // 63 * 63]
     assert corpus.predicted == corpus.windows[:, 1:].numel()
-    assert torch.equal(load_corpus(tokenizer, text, "t", window=64, windows=3).windows, corpus.windows[:3])
+    assert torch.equal(
+        load_corpus(tokenizer, text, "t", window=64, windows=3).windows, corpus.windows[:3]
+    )
 
 
 def test_without_bos_windows_are_the_text(tokenizer):
@@ -51,7 +53,12 @@ def test_prompts_follow_the_same_policy(tokenizer):
 
 def test_bad_text_gets_a_sentence(tokenizer, tmp_path):
     file = tmp_path / "t.txt"
-    for raw, words in ((b"", "empty"), (b" \n", "empty"), (b"a\0b", "NUL byte at character 1"), (b"ab\xff", "byte 2 is 0xff")):
+    for raw, words in (
+        (b"", "empty"),
+        (b" \n", "empty"),
+        (b"a\0b", "NUL byte at character 1"),
+        (b"ab\xff", "byte 2 is 0xff"),
+    ):
         file.write_bytes(raw)
         with pytest.raises(BadText, match=words):
             read_text(file)

@@ -13,26 +13,44 @@ from surgeon.facts import Fact, read_facts
 
 def test_json_lines_and_a_list_of_the_same(tmp_path: Path) -> None:
     rows = [
-        {"prompt": "The capital of {} is", "subject": "France", "target": "Rome", "true": "Paris", "paraphrases": ["France's capital is"],
-         "neighbours": [{"prompt": "The capital of Spain is", "answer": "Madrid"}, "The capital of Peru is"]},
+        {
+            "prompt": "The capital of {} is",
+            "subject": "France",
+            "target": "Rome",
+            "true": "Paris",
+            "paraphrases": ["France's capital is"],
+            "neighbours": [
+                {"prompt": "The capital of Spain is", "answer": "Madrid"},
+                "The capital of Peru is",
+            ],
+        },
         {"prompt": "{} was", "subject": "He"},
-    ]  # fmt: skip
+    ]
     (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
     (tmp_path / "b.json").write_text(json.dumps(rows))
     facts = read_facts(tmp_path / "a.jsonl")
     assert facts == read_facts(tmp_path / "b.json")
     assert facts[0].text == "The capital of France is"
-    assert facts[0].neighbours == (("The capital of Spain is", "Madrid"), ("The capital of Peru is", None))
+    assert facts[0].neighbours == (
+        ("The capital of Spain is", "Madrid"),
+        ("The capital of Peru is", None),
+    )
     assert facts[1] == Fact("{} was", "He")
 
 
 def test_counterfact(tmp_path: Path) -> None:
     record = {
         "requested_rewrite": {
-            "prompt": "The mother tongue of {} is", "relation_id": "P103", "subject": "Ann", "target_new": {"str": "English"},
-                              "target_true": {"str": "French"}},
-        "paraphrase_prompts": ["Ann grew up with"], "neighborhood_prompts": ["Bob's tongue is"], "generation_prompts": ["Ann lives in"],
-    }  # fmt: skip
+            "prompt": "The mother tongue of {} is",
+            "relation_id": "P103",
+            "subject": "Ann",
+            "target_new": {"str": "English"},
+            "target_true": {"str": "French"},
+        },
+        "paraphrase_prompts": ["Ann grew up with"],
+        "neighborhood_prompts": ["Bob's tongue is"],
+        "generation_prompts": ["Ann lives in"],
+    }
     (tmp_path / "c.json").write_text(json.dumps([record]))
     want = Fact(
         "The mother tongue of {} is",

@@ -16,6 +16,7 @@ FLOORS = [
     {"patch"},
     {"measure"},
     {"find", "trace", "repair", "edit", "quantize", "audit", "explain", "cells", "sweep"},
+    {"show"},
     {"cli", "report"},
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
@@ -27,7 +28,9 @@ def imports(file: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            base = package[: len(package) - node.level + 1] + (node.module.split(".") if node.module else [])
+            base = package[: len(package) - node.level + 1] + (
+                node.module.split(".") if node.module else []
+            )
             found |= {base[1]} if len(base) > 1 else {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("surgeon."):
             found.add((node.module or "").split(".")[1])
@@ -47,14 +50,24 @@ def test_imports_only_go_down():
 
 
 def test_every_part_stands_on_a_floor():
-    parts = {p.name.removesuffix(".py") for p in SOURCE.iterdir() if p.name not in ("__init__.py", "__main__.py", "__pycache__")}
+    parts = {
+        p.name.removesuffix(".py")
+        for p in SOURCE.iterdir()
+        if p.name not in ("__init__.py", "__main__.py", "__pycache__")
+    }
     assert parts <= set(FLOOR)
 
 
 def test_no_module_is_over_500_lines():
-    assert {f.name: n for f in SOURCE.rglob("*.py") if (n := len(f.read_text().splitlines())) > 500} == {}
+    assert {
+        f.name: n for f in SOURCE.rglob("*.py") if (n := len(f.read_text().splitlines())) > 500
+    } == {}
 
 
 def test_only_tap_registers_hooks():
-    users = {str(f.relative_to(SOURCE)) for f in SOURCE.rglob("*.py") if "register_forward" in f.read_text()}
+    users = {
+        str(f.relative_to(SOURCE))
+        for f in SOURCE.rglob("*.py")
+        if "register_forward" in f.read_text()
+    }
     assert users <= {"tap.py", "patients/train.py"}

@@ -34,7 +34,10 @@ def test_the_tokens_decode_to_the_subject(
 ) -> None:
     found = locate(tokenizer, prompt, subject, bos, prefix)
     assert tokenizer.decode(list(found.ids[found.start : found.stop])).strip() == subject
-    assert list(found.ids[int(bos == "yes") :]) == tokenizer(found.text, add_special_tokens=False).input_ids
+    assert (
+        list(found.ids[int(bos == "yes") :])
+        == tokenizer(found.text, add_special_tokens=False).input_ids
+    )
     assert found.bos == (bos == "yes") == (found.ids[0] == tokenizer.bos_token_id)
     assert found.position_zero == zero
     assert len(found.tokens) == len(found.ids)
@@ -42,7 +45,9 @@ def test_the_tokens_decode_to_the_subject(
     assert not found.warnings
 
 
-def test_a_subject_that_stands_twice_is_the_one_that_is_marked(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_subject_that_stands_twice_is_the_one_that_is_marked(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     first = locate(tokenizer, "France is large, and France is in", "France")
     marked = locate(tokenizer, "France is large, and {} is in", "France")
     assert first.ids == marked.ids
@@ -68,15 +73,24 @@ def test_a_token_that_is_shared_with_other_text_is_named(shared: Path) -> None:
         ("{} and {}", "France", "one place"),
     ],
 )
-def test_what_is_not_a_subject(tokenizer: PreTrainedTokenizerBase, prompt: str, subject: str, match: str) -> None:
+def test_what_is_not_a_subject(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, subject: str, match: str
+) -> None:
     with pytest.raises(BadInput, match=match):
         locate(tokenizer, prompt, subject)
 
 
-@pytest.mark.parametrize(("prompt", "target", "text"), [("It is", "Rome", " Rome"), ('She said "', "Rome", "Rome")])
-def test_a_target_is_tokenised_as_it_follows(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, text: str) -> None:
+@pytest.mark.parametrize(
+    ("prompt", "target", "text"), [("It is", "Rome", " Rome"), ('She said "', "Rome", "Rome")]
+)
+def test_a_target_is_tokenised_as_it_follows(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, text: str
+) -> None:
     ids = target_ids(tokenizer, prompt, target)
     assert tokenizer.decode(ids) == text
-    assert tokenizer(prompt, add_special_tokens=False).input_ids + ids == tokenizer(prompt + text, add_special_tokens=False).input_ids
+    assert (
+        tokenizer(prompt, add_special_tokens=False).input_ids + ids
+        == tokenizer(prompt + text, add_special_tokens=False).input_ids
+    )
     with pytest.raises(BadInput, match="empty"):
         target_ids(tokenizer, prompt, " ")

@@ -12,7 +12,11 @@ CAUSAL = [t for t in CONFIGS if t != "bert"]
 
 
 def hooks(model):
-    return [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__]
+    return [
+        m
+        for m in model.modules()
+        if m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__
+    ]
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)

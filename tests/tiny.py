@@ -19,7 +19,15 @@ _LLAMA: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_GPT2: dict[str, Any] = {"vocab_size": 99, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+_GPT2: dict[str, Any] = {
+    "vocab_size": 99,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _NEOX = {k: v for k, v in _LLAMA.items() if k not in ("num_key_value_heads", "pad_token_id")}
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -43,10 +51,25 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "pad_token_id": 0,
     },
     "falcon": {**_NEOX, "new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 48},
-    "bloom": {"vocab_size": 99, "hidden_size": 32, "n_layer": 3, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+    "bloom": {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "n_layer": 3,
+        "n_head": 4,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },
     "mixtral": {**_LLAMA, "num_local_experts": 4},
     "olmoe": {**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": {**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8, "mlp_only_layers": [1]},
+    "qwen3_moe": {
+        **_LLAMA,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "head_dim": 8,
+        "mlp_only_layers": [1],
+    },
     "gpt_oss": {
         **_LLAMA,
         "num_local_experts": 4,
@@ -58,8 +81,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model(model_type: str, seed: int = 0, scale: float | None = 0.2, **overrides: Any) -> PreTrainedModel:
-    """A model whose random weights are large enough that every part matters, biases included; without `scale`, as transformers makes it."""
+def tiny_model(
+    model_type: str, seed: int = 0, scale: float | None = 0.2, **overrides: Any
+) -> PreTrainedModel:
+    """A model whose random weights are large enough that every part matters, biases included;
+    without `scale`, as transformers makes it.
+    """
     config = AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **overrides})
     torch.manual_seed(seed)
     auto = AutoModelForMaskedLM if model_type == "bert" else AutoModelForCausalLM

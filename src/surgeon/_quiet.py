@@ -1,4 +1,6 @@
-"""transformers imports torchao where it is installed, and that writes notes about itself to stderr; here both are imported without them."""
+"""transformers imports torchao where it is installed, and that writes notes about itself to stderr;
+here both are imported without them.
+"""
 
 from __future__ import annotations
 

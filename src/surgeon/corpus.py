@@ -1,7 +1,8 @@
 """Text in, tokens out: fixed windows with the BOS policy recorded.
 
-A text is tokenised once without special tokens and cut into disjoint windows, each beginning with BOS if the policy says
-so; the incomplete tail is dropped. Whether BOS is there changes conclusions, so it is read off the ids, never assumed.
+A text is tokenised once without special tokens and cut into disjoint windows, each beginning with
+BOS if the policy says so; the incomplete tail is dropped. Whether BOS is there changes conclusions,
+so it is read off the ids, never assumed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ DEFAULT_WINDOW = 256
 
 @dataclass(frozen=True)
 class Corpus:
-    """Windows of one text. Shapes: windows (n, window). `bos` tells whether each begins with BOS."""
+    """Windows of one text.
+
+    Shapes: windows (n, window). `bos` tells whether each begins with BOS.
+    """
 
     name: str
     windows: Int64[Tensor, "n window"]
@@ -36,11 +40,18 @@ class Corpus:
 
     def to_json(self) -> dict[str, Any]:
         n, width = self.windows.shape
-        return {"name": self.name, "tokens": self.predicted, "bos": self.bos, "windows": n, "window": width}
+        return {
+            "name": self.name,
+            "tokens": self.predicted,
+            "bos": self.bos,
+            "windows": n,
+            "window": width,
+        }
 
 
 def bos_ids(tokenizer: PreTrainedTokenizerBase, policy: str = "auto") -> list[int]:
-    """[BOS] or []. "auto" is what the tokenizer does by itself, seen in the ids it returns, not in its settings.
+    """[BOS] or []. "auto" is what the tokenizer does by itself, seen in the ids it returns, not in
+    its settings.
 
     Raises: BadInput for an unknown policy, or "yes" where the tokenizer has no BOS token.
     """
@@ -51,16 +62,22 @@ def bos_ids(tokenizer: PreTrainedTokenizerBase, policy: str = "auto") -> list[in
     bos = tokenizer.bos_token_id
     if policy == "yes":
         if bos is None:
-            raise BadInput("--bos yes was asked for, but this tokenizer has no BOS token; use --bos no.")
+            raise BadInput(
+                "--bos yes was asked for, but this tokenizer has no BOS token; use --bos no."
+            )
         return [bos]
     return [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, policy: str = "auto") -> Int64[Tensor, "1 pos"]:
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, policy: str = "auto"
+) -> Int64[Tensor, "1 pos"]:
     """One prompt as ids (1, pos) under the BOS policy. Raises: BadInput if it is empty."""
     ids = bos_ids(tokenizer, policy) + tokenizer(prompt, add_special_tokens=False).input_ids
     if not ids:
-        raise BadInput("the prompt is empty and this tokenizer prepends no BOS; give at least one token.")
+        raise BadInput(
+            "the prompt is empty and this tokenizer prepends no BOS; give at least one token."
+        )
     return torch.tensor([ids])
 
 
@@ -74,9 +91,13 @@ def read_text(path: str | Path) -> str:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadText(f"{path} is not UTF-8: byte {error.start} is {raw[error.start]:#04x}; save it as UTF-8.") from error
+        raise BadText(
+            f"{path} is not UTF-8: byte {error.start} is {raw[error.start]:#04x}; save it as UTF-8."
+        ) from error
     if "\0" in text:
-        raise BadText(f"{path} has a NUL byte at character {text.index(chr(0))}; it is not plain text.")
+        raise BadText(
+            f"{path} has a NUL byte at character {text.index(chr(0))}; it is not plain text."
+        )
     if not text.strip():
         raise BadText(f"{path} is empty; an evaluation text needs at least one window of tokens.")
     return text
@@ -92,7 +113,8 @@ def load_corpus(
 ) -> Corpus:
     """Cut `text` into disjoint windows of `window` tokens, BOS included; keep the first `windows`.
 
-    Raises: BadText if there is not even one whole window, BadInput for a window under 2 tokens or a count under 1.
+    Raises: BadText if there is not even one whole window, BadInput for a window under 2 tokens or a
+    count under 1.
     """
     if window < 2:
         raise BadInput(f"--window {window} leaves nothing to predict; use at least 2.")
@@ -104,5 +126,8 @@ def load_corpus(
     step = window - len(head)
     rows = [head + ids[i : i + step] for i in range(0, len(ids) - step + 1, step)][:windows]
     if not rows:
-        raise BadText(f"{name} has {len(ids)} tokens, less than one window of {step}; give a longer text or a smaller --window.")
+        raise BadText(
+            f"{name} has {len(ids)} tokens, less than one window of {step}; give a longer text or a"
+            " smaller --window."
+        )
     return Corpus(name, torch.tensor(rows), bool(head))

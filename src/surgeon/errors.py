@@ -2,7 +2,10 @@
 
 
 class SurgeonError(Exception):
-    """The operation failed. Every message says what was asked, what is there instead, and what to do."""
+    """The operation failed.
+
+    Every message says what was asked, what is there instead, and what to do.
+    """
 
     exit_status = 1
 
@@ -43,7 +46,10 @@ class MissingExtra(BadInput):
     """An optional dependency is not installed; the message names the extra."""
 
     def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f"{what} needs a package that is not installed; install it with: pip install 'weight-surgeon[{extra}]'")
+        super().__init__(
+            f"{what} needs a package that is not installed; install it with: pip install"
+            f" 'weight-surgeon[{extra}]'"
+        )
 
 
 class WrongBase(Refused):

@@ -1,4 +1,6 @@
-"""Facts in files: requests to edit and facts to trace, one JSON object a line, or as CounterFact and the known-1000 list have them."""
+"""Facts in files: requests to edit and facts to trace, one JSON object a line, or as CounterFact
+and the known-1000 list have them.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,10 @@ from .subject import SLOT
 class Fact:
     """One fact: a prompt with `{}` where the subject stands, and what follows it.
 
-    target: what a model is to say after an edit; true: what it says before, if known. paraphrases: other prompts about the same
-    subject, whole; neighbours: prompts about other subjects that share the true answer, and what follows them if it is not that answer;
-    generation: prompts to continue freely.
+    target: what a model is to say after an edit; true: what it says before, if known. paraphrases:
+    other prompts about the same subject, whole; neighbours: prompts about other subjects that share
+    the true answer, and what follows them if it is not that answer; generation: prompts to continue
+    freely.
     """
 
     prompt: str
@@ -33,9 +36,14 @@ class Fact:
 
     def __post_init__(self) -> None:
         if self.prompt.count(SLOT) != 1:
-            raise BadInput(f"the prompt {self.prompt!r} should hold {{}} once, where the subject {self.subject!r} stands.")
+            raise BadInput(
+                f"the prompt {self.prompt!r} should hold {{}} once, where the subject"
+                f" {self.subject!r} stands."
+            )
         if not self.subject.strip():
-            raise BadInput(f"the subject of {self.prompt!r} is empty; give the words that the fact is about.")
+            raise BadInput(
+                f"the subject of {self.prompt!r} is empty; give the words that the fact is about."
+            )
 
     @property
     def text(self) -> str:
@@ -43,11 +51,13 @@ class Fact:
 
 
 def read_facts(path: str | Path) -> list[Fact]:
-    """The facts of a file: JSON lines with `prompt`, `subject` and maybe `target`, `true`, `paraphrases`, `neighbours`, `generation`;
-    a JSON list of the same; CounterFact's list (`requested_rewrite`); or the known-1000 list (`template`, `attribute`).
+    """The facts of a file: JSON lines with `prompt`, `subject` and maybe `target`, `true`,
+    `paraphrases`, `neighbours`, `generation`; a JSON list of the same; CounterFact's list
+    (`requested_rewrite`); or the known-1000 list (`template`, `attribute`).
 
     A neighbour is a prompt, or {"prompt", "answer"}.
-    Raises: BadText for a file that cannot be read; BadInput naming the line or record that is not a fact.
+    Raises: BadText for a file that cannot be read; BadInput naming the line or record that is not a
+    fact.
     """
     text = read_text(path)
     if text.lstrip().startswith("["):
@@ -63,7 +73,10 @@ def read_facts(path: str | Path) -> list[Fact]:
                 try:
                     numbered.append((f"line {number}", json.loads(line)))
                 except ValueError as error:
-                    raise BadInput(f"{path}, line {number}, is not JSON: {error}; write one JSON object a line.") from error
+                    raise BadInput(
+                        f"{path}, line {number}, is not JSON: {error}; write one JSON object a"
+                        " line."
+                    ) from error
     if not numbered:
         raise BadInput(f"{path} holds no fact.")
     return [_fact(path, where, record) for where, record in numbered]
@@ -71,7 +84,10 @@ def read_facts(path: str | Path) -> list[Fact]:
 
 def _fact(path: str | Path, where: str, record: Any) -> Fact:
     if not isinstance(record, dict):
-        raise BadInput(f"{path}, {where}, is {type(record).__name__}, where an object with `prompt` and `subject` is needed.")
+        raise BadInput(
+            f"{path}, {where}, is {type(record).__name__}, where an object with `prompt` and"
+            " `subject` is needed."
+        )
     read: Callable[[dict[str, Any]], Fact]
     if "requested_rewrite" in record:
         read = _counterfact
@@ -82,7 +98,10 @@ def _fact(path: str | Path, where: str, record: Any) -> Fact:
     try:
         return read(record)
     except KeyError as error:
-        raise BadInput(f"{path}, {where}, lacks {error}; a fact needs at least `prompt` with {{}} and `subject`.") from error
+        raise BadInput(
+            f"{path}, {where}, lacks {error}; a fact needs at least `prompt` with {{}} and"
+            " `subject`."
+        ) from error
     except (TypeError, AttributeError) as error:
         raise BadInput(f"{path}, {where}, has a field of the wrong kind ({error}).") from error
     except BadInput as error:
@@ -125,7 +144,9 @@ def _counterfact(record: dict[str, Any]) -> Fact:
 
 
 def _known(record: dict[str, Any]) -> Fact:
-    """The list's templates stop short of their prompts' last word here and there; the prompt is what was asked."""
+    """The list's templates stop short of their prompts' last word here and there; the prompt is
+    what was asked.
+    """
     prompt, subject = _text(record.get("prompt", record["template"])), _text(record["subject"])
     template = prompt if SLOT in prompt else prompt.replace(subject, SLOT, 1)
     return Fact(template, subject, None, _text(record["attribute"]), record.get("relation_id"))

@@ -1,10 +1,9 @@
 """Look into a forward pass, or change it: the only place that registers hooks.
 
     with Tap() as tap:
-        tap.on_input(down, lambda x: ...)          # see it; return a tensor to replace it, None to leave it
-        tap.on_output(block, lambda y: ...)
-        tap.stop_after(block)                      # the pass ends here
-        tap.run(model, input_ids=ids)
+        tap.on_input(down, lambda x: ...)          # see it; return a tensor to replace it, None to
+        leave it tap.on_output(block, lambda y: ...) tap.stop_after(block)                      #
+        the pass ends here tap.run(model, input_ids=ids)
 
     entry = capture(model, layers, 3, input_ids=ids)
     with resume(layers, entry):                    # layers 0..2 are skipped
@@ -32,7 +31,8 @@ class _Stop(Exception):
 
 
 def first_tensor(value: Any) -> Tensor:
-    """The hidden states in what a module returned: the tensor itself, or the first tensor of a tuple.
+    """The hidden states in what a module returned: the tensor itself, or the first tensor of a
+    tuple.
 
     Decoder layers return either, by version and model.
     """
@@ -40,11 +40,15 @@ def first_tensor(value: Any) -> Tensor:
         return value
     if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
         return value[0]
-    raise TypeError(f"expected a tensor or a tuple that begins with one, got {type(value).__name__}")
+    raise TypeError(
+        f"expected a tensor or a tuple that begins with one, got {type(value).__name__}"
+    )
 
 
 def by_position(value: Tensor, batch: int) -> Tensor:
-    """Hidden states as (batch, pos, channels), a view; some architectures (OPT) hand them to their MLP as (batch * pos, channels)."""
+    """Hidden states as (batch, pos, channels), a view; some architectures (OPT) hand them to their
+    MLP as (batch * pos, channels).
+    """
     return value.view(batch, -1, value.shape[-1])
 
 
@@ -61,16 +65,24 @@ class Tap:
     def __enter__(self) -> Tap:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def on_input(self, module: nn.Module, watch: Watcher) -> None:
-        """Call `watch(x)` with the hidden states that enter `module`; a tensor it returns takes their place."""
+        """Call `watch(x)` with the hidden states that enter `module`; a tensor it returns takes
+        their place.
+        """
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            # decoder layers receive their hidden states by position or by keyword, depending on the model
+            # decoder layers receive their hidden states by position or by keyword, depending on the
+            # model
             if args:
                 new = watch(first_tensor(args[0]))
                 return None if new is None else ((new, *args[1:]), kwargs)
@@ -80,7 +92,9 @@ class Tap:
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def on_output(self, module: nn.Module, watch: Watcher) -> None:
-        """Call `watch(y)` with the hidden states that leave `module`; a tensor it returns takes their place."""
+        """Call `watch(y)` with the hidden states that leave `module`; a tensor it returns takes
+        their place.
+        """
 
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             new = watch(first_tensor(output))
@@ -89,7 +103,9 @@ class Tap:
         self._handles.append(module.register_forward_hook(hook))
 
     def on_call(self, module: nn.Module, watch: Callable[[tuple[Any, ...]], None]) -> None:
-        """Call `watch(args)` with all positional arguments of `module`; for modules that take more than hidden states."""
+        """Call `watch(args)` with all positional arguments of `module`; for modules that take more
+        than hidden states.
+        """
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             watch(args)
@@ -97,7 +113,9 @@ class Tap:
         self._handles.append(module.register_forward_pre_hook(hook))
 
     def stop_after(self, module: nn.Module) -> None:
-        """End the pass once `module` has returned; its other watchers, if registered before, still see the output."""
+        """End the pass once `module` has returned; its other watchers, if registered before, still
+        see the output.
+        """
 
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             raise _Stop
@@ -114,9 +132,11 @@ class Tap:
 
 @dataclass(frozen=True)
 class LayerInput:
-    """The residual stream that entered one decoder layer, kept so that later passes can begin there.
+    """The residual stream that entered one decoder layer, kept so that later passes can begin
+    there.
 
-    Shapes: states (batch, pos, d_model). `as_tuple` tells how this model's layers return their states.
+    Shapes: states (batch, pos, d_model). `as_tuple` tells how this model's layers return their
+    states.
     """
 
     start: int
@@ -125,7 +145,9 @@ class LayerInput:
 
 
 def capture(model: nn.Module, layers: Sequence[nn.Module], start: int, **inputs: Any) -> LayerInput:
-    """Run `model(**inputs)` up to layer `start` (at least 1) and keep what that layer would have received."""
+    """Run `model(**inputs)` up to layer `start` (at least 1) and keep what that layer would have
+    received.
+    """
     if not 1 <= start < len(layers):
         raise ValueError(f"start must lie in 1..{len(layers) - 1}, got {start}")
     output = _output(model, layers[start - 1], inputs)
@@ -155,12 +177,15 @@ def _output(model: nn.Module, module: nn.Module, inputs: dict[str, Any]) -> Any:
 
 @contextmanager
 def resume(layers: Sequence[nn.Module], entry: LayerInput) -> Iterator[None]:
-    """Within the context a forward pass skips `layers[:entry.start]` and hands the kept states to the next one.
+    """Within the context a forward pass skips `layers[:entry.start]` and hands the kept states to
+    the next one.
 
-    With `start` one past the last layer, all are skipped and the states go to what follows the layers.
+    With `start` one past the last layer, all are skipped and the states go to what follows the
+    layers.
 
-    The model itself still builds masks and positions and runs all that follows the layers, so this holds for every
-    architecture. Call it with the inputs that were given to `capture`, and with `use_cache=False`.
+    The model itself still builds masks and positions and runs all that follows the layers, so this
+    holds for every architecture. Call it with the inputs that were given to `capture`, and with
+    `use_cache=False`.
     """
 
     def skip(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -175,7 +200,9 @@ def resume(layers: Sequence[nn.Module], entry: LayerInput) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """All that a model calls one decoder layer with besides the hidden states: masks, positions, switches."""
+    """All that a model calls one decoder layer with besides the hidden states: masks, positions,
+    switches.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -185,10 +212,14 @@ class LayerCall:
         return first_tensor(layer(states, *self.args, **self.kwargs))
 
 
-def layer_calls(model: nn.Module, layers: Sequence[nn.Module], as_tuple: bool, **inputs: Any) -> tuple[Tensor, list[LayerCall]]:
-    """The states (batch, pos, d_model) that would enter the first layer, and how `model(**inputs)` would call every layer.
+def layer_calls(
+    model: nn.Module, layers: Sequence[nn.Module], as_tuple: bool, **inputs: Any
+) -> tuple[Tensor, list[LayerCall]]:
+    """The states (batch, pos, d_model) that would enter the first layer, and how `model(**inputs)`
+    would call every layer.
 
-    No layer is run, so nothing but the embedding is computed. as_tuple: how this model's layers return their states, see LayerInput.
+    No layer is run, so nothing but the embedding is computed. as_tuple: how this model's layers
+    return their states, see LayerInput.
     """
     entering: list[Tensor] = []
     calls: list[LayerCall] = []
@@ -210,7 +241,9 @@ def layer_calls(model: nn.Module, layers: Sequence[nn.Module], as_tuple: bool, *
 def _replaced(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
     """Within the context `forward` runs in the place of every one of `layers`."""
     skipped = list(layers)
-    own = [layer.__dict__.get("forward") for layer in skipped]  # accelerate sets one on the instance
+    own = [
+        layer.__dict__.get("forward") for layer in skipped
+    ]  # accelerate sets one on the instance
     for layer in skipped:
         layer.__dict__["forward"] = forward
     try:

@@ -31,7 +31,9 @@ def test_every_site_is_proved_and_the_model_untouched(model_type):
 
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_a_freshly_initialised_model_is_proved_too(model_type):
-    """Small weights make attention nearly linear in its keys, and gates nearly linear; the probe must not mind."""
+    """Small weights make attention nearly linear in its keys, and gates nearly linear; the probe
+    must not mind.
+    """
     proved = {s.role for s in prove(Anatomy.of(tiny_model(model_type, scale=None)), range(3))}
     assert {"mlp.down", "mlp.up", "attn.q", "attn.k", "attn.v", "attn.out"} <= proved
 
@@ -60,9 +62,13 @@ def test_structure_finds_what_the_table_says(model_type):
     )
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi3", "bloom", "falcon", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "gpt2", "phi3", "bloom", "falcon", "mixtral", "gpt_oss"]
+)
 def test_nudging_one_entry_of_down_moves_one_channel(model_type):
-    """The definition of row and column, seen through the model: channel `row` moves by the nudge times neuron `col`."""
+    """The definition of row and column, seen through the model: channel `row` moves by the nudge
+    times neuron `col`.
+    """
     model = tiny_model(model_type)
     anatomy = Anatomy.of(model)
     for site in anatomy.downs(1)[:2]:
@@ -74,7 +80,9 @@ def test_nudging_one_entry_of_down_moves_one_channel(model_type):
             old = view.get(row, col)
             view.set_(row, col, old + nudge)
             with Tap() as tap:
-                tap.on_output(anatomy.module(site), lambda y, seen=seen: seen.append(y.flatten(0, -2).clone()))
+                tap.on_output(
+                    anatomy.module(site), lambda y, seen=seen: seen.append(y.flatten(0, -2).clone())
+                )
                 tap.run(model, ids)
             view.set_(row, col, old)
         change = (seen[1] - seen[0]).abs().amax(0)
@@ -87,7 +95,9 @@ def test_a_view_reads_what_it_wrote(model_type, role):
     anatomy = Anatomy.of(tiny_model(model_type))
     site = next(s for s in anatomy.addresses if s.layer == 1 and s.role == role)
     view = anatomy.view(site)
-    others = {s: anatomy.view(s).read().clone() for s in anatomy.addresses if s.layer == 1 and s != site}
+    others = {
+        s: anatomy.view(s).read().clone() for s in anatomy.addresses if s.layer == 1 and s != site
+    }
     new = torch.randn(view.shape)
     view.assign_(new)
     assert torch.equal(view.read(), new)
@@ -103,10 +113,14 @@ def test_a_wrong_table_is_caught_by_the_probe():
     model = tiny_model("llama", intermediate_size=32, num_key_value_heads=4)
     right = TABLE["llama"]
     for a, b in (("mlp.up", "mlp.gate"), ("attn.k", "attn.v"), ("attn.q", "attn.k")):
-        wrong = Layout(right.layers, right.final_norm, {**right.roles, a: right.roles[b], b: right.roles[a]})
+        wrong = Layout(
+            right.layers, right.final_norm, {**right.roles, a: right.roles[b], b: right.roles[a]}
+        )
         with pytest.raises(UnknownArchitecture, match="is not what the map"):
             prove(Anatomy.of(model, wrong))
-    transposed = Layout(right.layers, right.final_norm, right.roles, transposed=frozenset({"mlp.down_proj"}))
+    transposed = Layout(
+        right.layers, right.final_norm, right.roles, transposed=frozenset({"mlp.down_proj"})
+    )
     with pytest.raises(UnknownArchitecture, match="moved the output channels"):
         prove(Anatomy.of(model, transposed))
 

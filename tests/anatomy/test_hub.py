@@ -1,4 +1,5 @@
-"""Streaming from a Hub on the loopback: only what is needed is fetched, once, and a broken connection is no matter.
+"""Streaming from a Hub on the loopback: only what is needed is fetched, once, and a broken
+connection is no matter.
 
 huggingface_hub reads HF_ENDPOINT when it is imported, so every test runs processes of their own.
 """
@@ -18,6 +19,7 @@ import surgeon
 
 READ = """
 import json, sys, torch
+torch.set_num_threads(1)  # as in the tests: a sum depends on how it is split
 from surgeon.anatomy import load_model, open_stream
 loaded, anatomy = open_stream(sys.argv[1])
 fetched = {"open": anatomy.shards.fetched}
@@ -28,7 +30,8 @@ logits = loaded.model(ids, use_cache=False).logits
 fetched["once"] = anatomy.shards.fetched
 assert torch.equal(loaded.model(ids, use_cache=False).logits, logits)
 fetched["twice"] = anatomy.shards.fetched
-print(json.dumps({"fetched": fetched, "sum": logits.double().sum().item(), "fingerprint": loaded.fingerprint}))
+total = logits.double().sum().item()
+print(json.dumps({"fetched": fetched, "sum": total, "fingerprint": loaded.fingerprint}))
 """
 
 
@@ -42,9 +45,22 @@ def folder(tmp_path):
 def run(tmp_path):
     def process(served, *arguments):
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-        environment |= {"HF_ENDPOINT": served.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-        environment |= {"PYTHONPATH": str(Path(surgeon.__file__).parents[1]), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+        environment |= {
+            "HF_ENDPOINT": served.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+        environment |= {
+            "PYTHONPATH": str(Path(surgeon.__file__).parents[1]),
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        }
+        return subprocess.run(
+            [sys.executable, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
 
     return process
 
@@ -55,17 +71,28 @@ def expected(folder):
     loaded = load_model(str(folder))
     logits = loaded.model(torch.arange(5, 45).view(2, 20), use_cache=False).logits
     size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-    return logits.double().sum().item(), loaded.fingerprint, Anatomy.of(loaded.model).view("L0.mlp.down.e0").read(), size
+    return (
+        logits.double().sum().item(),
+        loaded.fingerprint,
+        Anatomy.of(loaded.model).view("L0.mlp.down.e0").read(),
+        size,
+    )
 
 
 def shards_asked(served):
-    return [(name, stop - start) for method, name, (start, stop) in served.asked if name.endswith(".safetensors") and method == "GET"]
+    return [
+        (name, stop - start)
+        for method, name, (start, stop) in served.asked
+        if name.endswith(".safetensors") and method == "GET"
+    ]
 
 
 @pytest.mark.parametrize("way", ["plain", "redirected", "broken"])
 def test_only_what_is_read_is_fetched_and_only_once(way, folder, run, tmp_path):
     total, fingerprint, matrix, size = expected(folder)
-    served = hub.Hub({"org/tiny": folder}, elsewhere=way == "redirected", breaks=7 if way == "broken" else 0)
+    served = hub.Hub(
+        {"org/tiny": folder}, elsewhere=way == "redirected", breaks=7 if way == "broken" else 0
+    )
     with hub.serve(served):
         done = run(served, "-c", READ, f"org/tiny@{hub.COMMIT}", str(tmp_path / "matrix.pt"))
         assert done.returncode == 0, done.stderr
@@ -74,7 +101,8 @@ def test_only_what_is_read_is_fetched_and_only_once(way, folder, run, tmp_path):
         assert got["sum"] == total
         assert got["fingerprint"] == fingerprint
         assert torch.equal(torch.load(tmp_path / "matrix.pt", weights_only=True), matrix)
-        # embedding, norm and headers at first; then one expert's matrix of a layer; then the rest, and no byte twice
+        # embedding, norm and headers at first; then one expert's matrix of a layer; then the rest,
+        # and no byte twice
         assert got["fetched"]["open"] < size / 3
         assert got["fetched"]["matrix"] == matrix.nbytes
         assert got["fetched"]["once"] == got["fetched"]["twice"] <= size
@@ -119,10 +147,13 @@ def test_what_the_hub_does_not_give(folder, run, tmp_path):
         "org/tiny": "no tokenizer",
     }
     code = (
-        "import json, sys\nfrom surgeon.cli import run\n"
-        "print(json.dumps([run(['find', name, '--stream', '--window', '16', '--json']) for name in sys.argv[1:]]))"
+        "import json, sys\nfrom surgeon.cli import run\nprint(json.dumps([run(['find', name,"
+        " '--stream', '--window', '16', '--json']) for name in sys.argv[1:]]))"
     )
-    served = hub.Hub({"org/tiny": folder, "org/gated": folder, "org/pickled": pickled}, gated=frozenset({"org/gated"}))
+    served = hub.Hub(
+        {"org/tiny": folder, "org/gated": folder, "org/pickled": pickled},
+        gated=frozenset({"org/gated"}),
+    )
     with hub.serve(served):
         done = run(served, "-c", code, *refusals)
     assert json.loads(done.stdout) == [2] * len(refusals), done.stderr
@@ -133,13 +164,25 @@ def test_what_the_hub_does_not_give(folder, run, tmp_path):
 
 
 def test_find_streams_from_the_hub_as_from_a_folder(run, tmp_path):
-    """The embedded model through the command line; with --detect-only --layers 0:1 the upper layer is never asked for."""
+    """The embedded model through the command line; with --detect-only --layers 0:1 the upper layer
+    is never asked for.
+    """
     patient = Path(surgeon.__file__).parent / "patients" / "patient"
     served = hub.Hub({"org/patient": patient}, elsewhere=True)
     size = (patient / "model.safetensors").stat().st_size
     with hub.serve(served):
         options = ("--stream", "--json", "--windows", "4", "--window", "64")
-        some = run(served, "-m", "surgeon", "find", "org/patient", *options, "--detect-only", "--layers", "0:1")
+        some = run(
+            served,
+            "-m",
+            "surgeon",
+            "find",
+            "org/patient",
+            *options,
+            "--detect-only",
+            "--layers",
+            "0:1",
+        )
         assert some.returncode == 0, some.stderr
         assert 0 < sum(n for _, n in shards_asked(served)) < 0.8 * size
         assert json.loads(some.stdout)["verdict"] is None

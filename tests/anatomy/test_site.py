@@ -4,7 +4,17 @@ from surgeon.anatomy import Entry, Region, Site
 from surgeon.errors import BadInput
 
 
-@pytest.mark.parametrize("text", ["L2.mlp.down", "L4.mlp.down.e17", "L0.attn.out", "embed", "final_norm", "L3.norm.self_attn.q_norm"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "L2.mlp.down",
+        "L4.mlp.down.e17",
+        "L0.attn.out",
+        "embed",
+        "final_norm",
+        "L3.norm.self_attn.q_norm",
+    ],
+)
 def test_a_site_reads_as_it_prints(text):
     assert str(Site.parse(text)) == text
 
@@ -21,7 +31,10 @@ def test_an_entry_is_row_then_column():
     assert Entry.parse(" L2.mlp.down[3968,7003] ") == entry
 
 
-@pytest.mark.parametrize(("text", "geometry"), [("[1, 2]", "single"), ("[1, :]", "row"), ("[:, 2]", "column"), ("[:, :]", "matrix")])
+@pytest.mark.parametrize(
+    ("text", "geometry"),
+    [("[1, 2]", "single"), ("[1, :]", "row"), ("[:, 2]", "column"), ("[:, :]", "matrix")],
+)
 def test_regions(text, geometry):
     region = Region.parse("L0.mlp.down" + text)
     assert region.geometry == geometry
@@ -30,7 +43,17 @@ def test_regions(text, geometry):
 
 
 @pytest.mark.parametrize(
-    "text", ["banana", "L0.mlp.down", "L0.mlp.down[1]", "L0.mlp.down[1, 2, 3]", "L0.mlp.down[-1, 2]", "[1, 2]", "L0.mlp.down[a, b]", ""]
+    "text",
+    [
+        "banana",
+        "L0.mlp.down",
+        "L0.mlp.down[1]",
+        "L0.mlp.down[1, 2, 3]",
+        "L0.mlp.down[-1, 2]",
+        "[1, 2]",
+        "L0.mlp.down[a, b]",
+        "",
+    ],
 )
 def test_what_is_not_an_entry_is_said_so(text):
     with pytest.raises(BadInput, match="is not an entry"):

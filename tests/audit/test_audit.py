@@ -25,14 +25,22 @@ def audited(base: PreTrainedModel, other: PreTrainedModel, folder: Path, *sets: 
 
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
 def test_ratio_and_rank(kind: str, tmp_path: Path) -> None:
-    """Every role of a layer, as the model in memory has it, whatever the checkpoint's names and layout."""
+    """Every role of a layer, as the model in memory has it, whatever the checkpoint's names and
+    layout.
+    """
     base, other = tiny_model(kind), tiny_model(kind)
     before, after = Anatomy.of(base), Anatomy.of(other)
     entries = []
-    for number, site in enumerate(s for s in before.addresses if s.layer == 1 and not s.role.startswith("norm.") and s.expert in (None, 2)):
+    for number, site in enumerate(
+        s
+        for s in before.addresses
+        if s.layer == 1 and not s.role.startswith("norm.") and s.expert in (None, 2)
+    ):
         entry = Entry(site, 2, 1)
         before.view(site).set_(torch.tensor([2]), torch.tensor([1]), torch.tensor([3.0]))
-        after.view(site).set_(torch.tensor([2]), torch.tensor([1]), torch.tensor([3.0 * (0.2 + 0.1 * number)]))
+        after.view(site).set_(
+            torch.tensor([2]), torch.tensor([1]), torch.tensor([3.0 * (0.2 + 0.1 * number)])
+        )
         entries.append(entry)
     result = audited(base, other, tmp_path, *(Watched((e,)) for e in entries))
     assert [e.entry for e in result.entries] == entries
@@ -42,16 +50,36 @@ def test_ratio_and_rank(kind: str, tmp_path: Path) -> None:
         assert found.other == matrices[1][2, 1]
         assert found.ratio == pytest.approx(0.2 + 0.1 * number)
         for matrix, rank in zip(matrices, (found.rank_base, found.rank), strict=True):
-            assert rank == sorted(matrix.abs().flatten().tolist(), reverse=True).index(float(matrix[2, 1].abs())) + 1
+            assert (
+                rank
+                == sorted(matrix.abs().flatten().tolist(), reverse=True).index(
+                    float(matrix[2, 1].abs())
+                )
+                + 1
+            )
         cosine = result.cosines[found.entry.site]
         assert cosine == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
     ("ratio", "verdict"),
-    [(1.0, "ok"), (0.75, "ok"), (2.0, "ok"), (0.7499, "amber"), (0.5, "amber"), (2.01, "amber"), (3.0, "amber"), (0.4999, "red"),
-     (0.0, "red"), (-1.0, "red"), (3.01, "red"), (None, "red"), (float("nan"), "red"), (float("inf"), "red")],
-)  # fmt: skip
+    [
+        (1.0, "ok"),
+        (0.75, "ok"),
+        (2.0, "ok"),
+        (0.7499, "amber"),
+        (0.5, "amber"),
+        (2.01, "amber"),
+        (3.0, "amber"),
+        (0.4999, "red"),
+        (0.0, "red"),
+        (-1.0, "red"),
+        (3.01, "red"),
+        (None, "red"),
+        (float("nan"), "red"),
+        (float("inf"), "red"),
+    ],
+)
 def test_the_curve(ratio: float | None, verdict: str) -> None:
     assert Curve().grade(ratio) == verdict
 
@@ -100,7 +128,9 @@ def test_not_finite(tmp_path: Path) -> None:
 
 
 def test_relatives_and_strangers(tmp_path: Path) -> None:
-    """A pruned, a merged and a fine-tuned model are relatives; one trained from another seed is not, nor is one of another shape."""
+    """A pruned, a merged and a fine-tuned model are relatives; one trained from another seed is
+    not, nor is one of another shape.
+    """
     watched = Watched((Entry(Site(0, "mlp.down"), 5, 7),))
     base = tiny_model("llama")
     pruned, merged = tiny_model("llama"), tiny_model("llama")
@@ -108,7 +138,9 @@ def test_relatives_and_strangers(tmp_path: Path) -> None:
     matrix[matrix.abs() < matrix.abs().quantile(0.9)] = 0
     matrix[5, 7] = 0
     assert audited(base, pruned, tmp_path / "pruned", watched).verdict == "red"
-    for mine, theirs in zip(merged.parameters(), tiny_model("llama", seed=9).parameters(), strict=True):
+    for mine, theirs in zip(
+        merged.parameters(), tiny_model("llama", seed=9).parameters(), strict=True
+    ):
         mine.data = 0.8 * mine.data + 0.2 * theirs.data
     theirs = Anatomy.of(tiny_model("llama", seed=9)).view(Site(0, "mlp.down")).stored[5, 7]
     mine = Anatomy.of(base).view(Site(0, "mlp.down")).stored[5, 7]

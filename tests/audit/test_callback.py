@@ -18,15 +18,27 @@ ONE, OTHER = "L0.mlp.down[5, 7]", "L1.mlp.down[3, 4]"
 pytestmark = pytest.mark.filterwarnings("ignore")  # accelerate's and torch's own
 
 
-def trained(model: Any, folder: Path, callback: CriticalWeights, **more: Any) -> list[dict[str, Any]]:
+def trained(
+    model: Any, folder: Path, callback: CriticalWeights, **more: Any
+) -> list[dict[str, Any]]:
     """Four steps of Adam with momentum and weight decay; what the trainer logged."""
     model.requires_grad_(True) if isinstance(model, PreTrainedModel) else None
     ids = torch.randint(3, 99, (32, 12), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": row, "labels": row} for row in ids]
     arguments = TrainingArguments(
-        folder, max_steps=4, per_device_train_batch_size=4, learning_rate=0.02, weight_decay=0.1, logging_steps=1, report_to=[],
-        save_strategy="no", disable_tqdm=True, use_cpu=True, seed=0, **more,
-    )  # fmt: skip
+        folder,
+        max_steps=4,
+        per_device_train_batch_size=4,
+        learning_rate=0.02,
+        weight_decay=0.1,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=0,
+        **more,
+    )
     trainer = Trainer(model, arguments, train_dataset=data, callbacks=[callback])
     trainer.train()
     return [line for line in trainer.state.log_history if "loss" in line]
@@ -88,9 +100,15 @@ def test_adapters_are_watched_where_they_act(tmp_path: Path) -> None:
     model = get_peft_model(tiny_model("llama"), settings)
     last = trained(model, tmp_path, CriticalWeights([ONE]))[-1]
     assert last[f"critical/{ONE}"] != 1
-    assert last[f"critical/{ONE}"] == pytest.approx(entry(model.merge_and_unload(), ONE) / before, rel=1e-5)
+    assert last[f"critical/{ONE}"] == pytest.approx(
+        entry(model.merge_and_unload(), ONE) / before, rel=1e-5
+    )
     with pytest.raises(BadInput, match="through an adapter"):
-        trained(get_peft_model(tiny_model("llama"), settings), tmp_path, CriticalWeights([ONE], freeze=True))
+        trained(
+            get_peft_model(tiny_model("llama"), settings),
+            tmp_path,
+            CriticalWeights([ONE], freeze=True),
+        )
 
 
 def test_what_cannot_be_watched(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Every way to store a weight: the audit's numbers against those of the library that wrote the file, or of its definition."""
+"""Every way to store a weight: the audit's numbers against those of the library that wrote the
+file, or of its definition.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def weight(model: PreTrainedModel, site: Site = DOWN) -> Tensor:
 
 
 def rewritten(folder: Path, settings: dict[str, Any], **parts: Tensor) -> Checkpoint:
-    """The small model in `folder`, with the parts in the place of the one weight, and `settings` as its quantization_config."""
+    """The small model in `folder`, with the parts in the place of the one weight, and `settings` as
+    its quantization_config.
+    """
     small().save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     del tensors[f"{STEM}.weight"]
@@ -56,9 +60,27 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "int8-asymmetric": {"num_bits": 8, "strategy": "channel", "symmetric": False},
     "fp8-tensor": {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True},
     "fp8-channel": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True},
-    "fp8-block": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [48, 48], "symmetric": True},
-    "nvfp4": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True},
-    "mxfp4": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True},
+    "fp8-block": {
+        "num_bits": 8,
+        "type": "float",
+        "strategy": "block",
+        "block_structure": [48, 48],
+        "symmetric": True,
+    },
+    "nvfp4": {
+        "num_bits": 4,
+        "type": "float",
+        "strategy": "tensor_group",
+        "group_size": 16,
+        "symmetric": True,
+    },
+    "mxfp4": {
+        "num_bits": 4,
+        "type": "float",
+        "strategy": "group",
+        "group_size": 32,
+        "symmetric": True,
+    },
 }
 
 
@@ -70,12 +92,17 @@ def test_compressed_tensors(name: str, tmp_path: Path) -> None:
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
     dense = weight(small())
-    form = {"pack": "pack-quantized", "int8": "int-quantized", "fp8-": "float-quantized", "nvfp": "nvfp4-pack-quantized"}.get(
-        name[:4], "mxfp4-pack-quantized"
-    )
+    form = {
+        "pack": "pack-quantized",
+        "int8": "int-quantized",
+        "fp8-": "float-quantized",
+        "nvfp": "nvfp4-pack-quantized",
+    }.get(name[:4], "mxfp4-pack-quantized")
     args = QuantizationArgs(**SCHEMES[name])
     scheme = QuantizationScheme(targets=["Linear"], weights=args, format=form)
-    blocks = {"tensor": dense.view(1, -1), "channel": dense, "block": None}.get(args.strategy, "group")
+    blocks = {"tensor": dense.view(1, -1), "channel": dense, "block": None}.get(
+        args.strategy, "group"
+    )
     extra: dict[str, Tensor] = {}
     if isinstance(blocks, str):
         grouped = dense.view(len(dense), -1, args.group_size)
@@ -83,8 +110,14 @@ def test_compressed_tensors(name: str, tmp_path: Path) -> None:
         if name == "nvfp4":
             extra["weight_global_scale"] = generate_gparam(dense.min(), dense.max())
     elif blocks is None:
-        tiles = [[dense[r : r + 48, c : c + 48] for c in range(0, dense.shape[1], 48)] for r in range(0, len(dense), 48)]
-        low, high = (torch.stack([torch.stack([f(t) for t in row]) for row in tiles]) for f in (torch.min, torch.max))
+        tiles = [
+            [dense[r : r + 48, c : c + 48] for c in range(0, dense.shape[1], 48)]
+            for r in range(0, len(dense), 48)
+        ]
+        low, high = (
+            torch.stack([torch.stack([f(t) for t in row]) for row in tiles])
+            for f in (torch.min, torch.max)
+        )
     else:
         low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
     if args.strategy == "tensor":
@@ -99,16 +132,26 @@ def test_compressed_tensors(name: str, tmp_path: Path) -> None:
     settings["config_groups"] = {
         "group_0": {
             "targets": ["Linear"],
-            "weights": {**args.model_dump(mode="json"), "num_bits": 8 if name == "pack3-channel" else args.num_bits},
+            "weights": {
+                **args.model_dump(mode="json"),
+                "num_bits": 8 if name == "pack3-channel" else args.num_bits,
+            },
         },
-        "group_1": {"targets": [r"re:.*layers\.1\.mlp\.down_proj"], "weights": args.model_dump(mode="json")},
+        "group_1": {
+            "targets": [r"re:.*layers\.1\.mlp\.down_proj"],
+            "weights": args.model_dump(mode="json"),
+        },
     }
     checkpoint = rewritten(tmp_path, settings, **stored)
     read = checkpoint.matrix(DOWN)
     assert (expected - dense).abs().max() < 2.5  # it is this matrix at all
     tolerance = 4e-3 if name == "nvfp4" else 1e-6  # for which the library computes in bfloat16
     torch.testing.assert_close(read, expected, rtol=tolerance, atol=1e-6)
-    assert checkpoint.bytes_read == sum(t.nbytes for n, t in stored.items() if n in USED or n != "weight_zero_point" or not args.symmetric)
+    assert checkpoint.bytes_read == sum(
+        t.nbytes
+        for n, t in stored.items()
+        if n in USED or n != "weight_zero_point" or not args.symmetric
+    )
 
 
 USED = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_global_scale")
@@ -121,7 +164,9 @@ USED = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_globa
 @pytest.mark.parametrize("kind", ["nf4", "nf4-double", "fp4", "int8"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_bitsandbytes(kind: str, architecture: str, tmp_path: Path) -> None:
-    """Quantized and saved by transformers with bitsandbytes on the CPU; gpt2 has the weights the other way round."""
+    """Quantized and saved by transformers with bitsandbytes on the CPU; gpt2 has the weights the
+    other way round.
+    """
     import bitsandbytes
     from transformers import BitsAndBytesConfig
 
@@ -130,15 +175,25 @@ def test_bitsandbytes(kind: str, architecture: str, tmp_path: Path) -> None:
     config = (
         BitsAndBytesConfig(load_in_8bit=True)
         if kind == "int8"
-        else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind[:3], bnb_4bit_use_double_quant=kind.endswith("double"))
+        else BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=kind[:3],
+            bnb_4bit_use_double_quant=kind.endswith("double"),
+        )
     )
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config, device_map="cpu", dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=config, device_map="cpu", dtype=torch.float32
+    )
     loaded.save_pretrained(tmp_path / "packed")
     module = loaded.get_submodule(Anatomy.of(model).addresses[DOWN].module)
     if kind == "int8":
-        expected = bitsandbytes.functional.int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
+        expected = bitsandbytes.functional.int8_vectorwise_dequant(
+            module.weight.data, module.weight.SCB
+        )
     else:
-        expected = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        expected = bitsandbytes.functional.dequantize_4bit(
+            module.weight.data, module.weight.quant_state
+        )
     checkpoint = Checkpoint(str(tmp_path / "packed"))
     read = checkpoint.matrix(DOWN)
     assert (read - weight(model)).abs().mean() < 0.05
@@ -151,7 +206,11 @@ def test_bitsandbytes(kind: str, architecture: str, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")  # its own
 @pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
 def test_torchao(kind: str, tmp_path: Path) -> None:
-    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig
+    from torchao.quantization import (
+        Float8WeightOnlyConfig,
+        Int8WeightOnlyConfig,
+        IntxWeightOnlyConfig,
+    )
     from torchao.quantization.granularity import PerGroup
     from transformers import TorchAoConfig
 
@@ -161,7 +220,9 @@ def test_torchao(kind: str, tmp_path: Path) -> None:
         "int4": IntxWeightOnlyConfig(torch.int4, PerGroup(32)),
         "fp8": Float8WeightOnlyConfig(),
     }[kind]
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=TorchAoConfig(how), dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=TorchAoConfig(how), dtype=torch.float32
+    )
     loaded.save_pretrained(tmp_path / "packed")
     expected = loaded.get_submodule(STEM).weight.dequantize()
     read = Checkpoint(str(tmp_path / "packed")).matrix(DOWN)
@@ -173,7 +234,9 @@ def test_torchao(kind: str, tmp_path: Path) -> None:
 
 
 def in_words(codes: Tensor, bits: int) -> Tensor:
-    """Codes (n, lines) as words of 32 bits (n * bits / 32, lines), the first code in the lowest bits; by Python's own integers."""
+    """Codes (n, lines) as words of 32 bits (n * bits / 32, lines), the first code in the lowest
+    bits; by Python's own integers.
+    """
     words = []
     for line in codes.T.tolist():
         number = sum(code << (bits * i) for i, code in enumerate(line))
@@ -184,7 +247,9 @@ def in_words(codes: Tensor, bits: int) -> Tensor:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
 def test_gptq(bits: int, version: str, tmp_path: Path) -> None:
-    """w[in, out] = scales[g_idx[in], out] * (code - zero), zeros stored less one by `gptq`; inputs in an order of their own."""
+    """w[in, out] = scales[g_idx[in], out] * (code - zero), zeros stored less one by `gptq`; inputs
+    in an order of their own.
+    """
     generator = torch.Generator().manual_seed(bits)
     n_in, n_out, groups = 128, 64, 4
     codes = torch.randint(2**bits, (n_in, n_out), generator=generator)
@@ -208,7 +273,9 @@ def test_gptq(bits: int, version: str, tmp_path: Path) -> None:
 
 
 def test_awq(tmp_path: Path) -> None:
-    """AutoAWQ's gemm: of eight neighbouring columns, 0 2 4 6 1 3 5 7 fill a word from the lowest nibble on."""
+    """AutoAWQ's gemm: of eight neighbouring columns, 0 2 4 6 1 3 5 7 fill a word from the lowest
+    nibble on.
+    """
     generator = torch.Generator().manual_seed(0)
     n_in, n_out, groups = 128, 64, 4
     codes = torch.randint(16, (n_in, n_out), generator=generator)
@@ -219,12 +286,26 @@ def test_awq(tmp_path: Path) -> None:
     def packed(numbers: Tensor) -> Tensor:
         return in_words(numbers.view(len(numbers), -1, 8)[..., order].flatten(1).T, 4).T
 
-    settings = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
-    checkpoint = rewritten(tmp_path / "a", settings, qweight=packed(codes), qzeros=packed(zeros), scales=scales)
+    settings = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 32,
+        "version": "gemm",
+        "zero_point": True,
+    }
+    checkpoint = rewritten(
+        tmp_path / "a", settings, qweight=packed(codes), qzeros=packed(zeros), scales=scales
+    )
     group = torch.arange(n_in) // 32
     expected = ((codes - zeros[group]) * scales[group].float()).T
     torch.testing.assert_close(checkpoint.matrix(DOWN), expected, rtol=1e-6, atol=0)
-    other = rewritten(tmp_path / "b", {**settings, "version": "gemv"}, qweight=packed(codes), qzeros=packed(zeros), scales=scales)
+    other = rewritten(
+        tmp_path / "b",
+        {**settings, "version": "gemv"},
+        qweight=packed(codes),
+        qzeros=packed(zeros),
+        scales=scales,
+    )
     with pytest.raises(BadCheckpoint, match="AWQ of another kind"):
         other.matrix(DOWN)
 
@@ -237,8 +318,15 @@ def test_fp8_blocks(tmp_path: Path) -> None:
 
     dense = weight(small())
     scale = dense.view(2, 32, 4, 32).abs().amax((1, 3)) / 448
-    codes = (dense / scale.repeat_interleave(32, 0).repeat_interleave(32, 1)).to(torch.float8_e4m3fn)
-    checkpoint = rewritten(tmp_path, {"quant_method": "fp8", "weight_block_size": [32, 32]}, weight=codes, weight_scale_inv=scale)
+    codes = (dense / scale.repeat_interleave(32, 0).repeat_interleave(32, 1)).to(
+        torch.float8_e4m3fn
+    )
+    checkpoint = rewritten(
+        tmp_path,
+        {"quant_method": "fp8", "weight_block_size": [32, 32]},
+        weight=codes,
+        weight_scale_inv=scale,
+    )
     expected = Fp8Dequantize(None)._dequantize_one(codes, scale, torch.float32)
     torch.testing.assert_close(checkpoint.matrix(DOWN), expected, rtol=1e-6, atol=0)
     assert (expected - dense).abs().max() < 0.2
@@ -256,7 +344,11 @@ def test_mxfp4(tmp_path: Path) -> None:
     blocks = torch.randint(256, (4, 64, 3, 16), dtype=torch.uint8, generator=generator)
     scales = torch.randint(120, 130, (4, 64, 3), dtype=torch.uint8, generator=generator)
     assert tensors.pop(stem).shape == (4, 96, 64)  # (expert, in, out)
-    save_file({**tensors, f"{stem}_blocks": blocks, f"{stem}_scales": scales}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**tensors, f"{stem}_blocks": blocks, f"{stem}_scales": scales},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
     expected = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
     for expert in range(4):
         read = Checkpoint(str(tmp_path)).matrix(Site(1, "mlp.down", expert))
@@ -271,9 +363,18 @@ def test_unreadable(tmp_path: Path) -> None:
     with pytest.raises(BadCheckpoint, match="without the scales"):
         rewritten(tmp_path / "a", {}, weight=integers).matrix(DOWN)
     with pytest.raises(BadCheckpoint, match="does not hold"):
-        rewritten(tmp_path / "b", {"quant_method": "hqq"}, W_q=integers, meta=integers.clone()).matrix(DOWN)
+        rewritten(
+            tmp_path / "b", {"quant_method": "hqq"}, W_q=integers, meta=integers.clone()
+        ).matrix(DOWN)
     with pytest.raises(BadCheckpoint, match="cannot be read"):
-        rewritten(tmp_path / "c", {}, weight=integers, weight_scale_inv=torch.ones(7, 3, 2)).matrix(DOWN)
-    settings = {"quant_method": "compressed-tensors", "config_groups": {"g": {"targets": ["other"], "weights": {}}}}
+        rewritten(tmp_path / "c", {}, weight=integers, weight_scale_inv=torch.ones(7, 3, 2)).matrix(
+            DOWN
+        )
+    settings = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"g": {"targets": ["other"], "weights": {}}},
+    }
     with pytest.raises(BadCheckpoint, match="does not say how"):
-        rewritten(tmp_path / "d", settings, weight=integers, weight_scale=torch.ones(64, 1)).matrix(DOWN)
+        rewritten(tmp_path / "d", settings, weight=integers, weight_scale=torch.ones(64, 1)).matrix(
+            DOWN
+        )

@@ -55,7 +55,10 @@ def write_gguf(model: PreTrainedModel, path: Path, kind: gguf.GGMLQuantizationTy
     for name, tensor in model.state_dict().items():
         stem = names.get_name(name.removesuffix(".weight"))
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            tensor = permuted(tensor, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
+            tensor = permuted(
+                tensor,
+                config.num_attention_heads if "q_proj" in name else config.num_key_value_heads,
+            )
         if tensor.dim() == 1:
             writer.add_tensor(f"{stem}.weight", tensor.numpy())
         else:
@@ -77,7 +80,9 @@ def test_gguf(kind: str, tmp_path: Path) -> None:
         site = Site(1, role)
         exact = Anatomy.of(model).view(site).read()
         # blocks run along the inputs, so the order of rows does not matter to the numbers
-        expected = torch.from_numpy(gguf.dequantize(gguf.quantize(exact.numpy(), quantized), quantized))
+        expected = torch.from_numpy(
+            gguf.dequantize(gguf.quantize(exact.numpy(), quantized), quantized)
+        )
         torch.testing.assert_close(other.matrix(site), expected.float(), rtol=0, atol=0)
     assert other.matrix(Site(None, "embed")).shape == (64, 99)
 
@@ -89,7 +94,12 @@ def test_gguf_as_transformers_reads_it(tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     other = opened(saved(model, tmp_path / "base"), tmp_path / "m.gguf")
     for role in ("mlp.down", "attn.q", "attn.k", "attn.out"):
-        torch.testing.assert_close(other.matrix(Site(2, role)), Anatomy.of(loaded).view(Site(2, role)).read(), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            other.matrix(Site(2, role)),
+            Anatomy.of(loaded).view(Site(2, role)).read(),
+            rtol=1e-6,
+            atol=1e-7,
+        )
 
 
 def test_gguf_of_experts(tmp_path: Path) -> None:
@@ -99,7 +109,9 @@ def test_gguf_of_experts(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen3moe")
     writer.add_block_count(3)
     for role in ("gate", "up", "down"):
-        stacked = np.stack([anatomy.view(Site(2, f"mlp.{role}", e)).read().numpy() for e in range(4)])
+        stacked = np.stack(
+            [anatomy.view(Site(2, f"mlp.{role}", e)).read().numpy() for e in range(4)]
+        )
         writer.add_tensor(f"blk.2.ffn_{role}_exps.weight", stacked)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -130,8 +142,16 @@ def test_no_gguf(tmp_path: Path) -> None:
 
 ALL = ["down_proj", "q_proj", "embed_tokens"]
 ADAPTERS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
-    "plain": ("llama", {"r": 4, "lora_alpha": 16, "target_modules": ALL}, ["L1.mlp.down", "L2.attn.q", "embed", "L1.mlp.up"]),
-    "rank-stabilized": ("llama", {"r": 4, "lora_alpha": 16, "use_rslora": True, "target_modules": ["down_proj"]}, ["L1.mlp.down"]),
+    "plain": (
+        "llama",
+        {"r": 4, "lora_alpha": 16, "target_modules": ALL},
+        ["L1.mlp.down", "L2.attn.q", "embed", "L1.mlp.up"],
+    ),
+    "rank-stabilized": (
+        "llama",
+        {"r": 4, "lora_alpha": 16, "use_rslora": True, "target_modules": ["down_proj"]},
+        ["L1.mlp.down"],
+    ),
     "patterns": (
         "llama",
         {
@@ -148,9 +168,21 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         {"r": 2, "fan_in_fan_out": True, "target_modules": ["c_proj", "c_attn"]},
         ["L1.mlp.down", "L1.attn.k", "L0.attn.out"],
     ),
-    "fused": ("phi3", {"r": 2, "target_modules": ["gate_up_proj", "qkv_proj"]}, ["L1.mlp.up", "L1.mlp.gate", "L1.attn.v"]),
-    "experts": ("mixtral", {"r": 2, "target_parameters": ["mlp.experts.down_proj"]}, ["L1.mlp.down.e0", "L1.mlp.down.e3", "L1.mlp.up.e1"]),
-    "whole": ("llama", {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["down_proj"]}, ["L1.mlp.down", "L0.attn.q"]),
+    "fused": (
+        "phi3",
+        {"r": 2, "target_modules": ["gate_up_proj", "qkv_proj"]},
+        ["L1.mlp.up", "L1.mlp.gate", "L1.attn.v"],
+    ),
+    "experts": (
+        "mixtral",
+        {"r": 2, "target_parameters": ["mlp.experts.down_proj"]},
+        ["L1.mlp.down.e0", "L1.mlp.down.e3", "L1.mlp.up.e1"],
+    ),
+    "whole": (
+        "llama",
+        {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["down_proj"]},
+        ["L1.mlp.down", "L0.attn.q"],
+    ),
 }
 
 
@@ -166,7 +198,11 @@ def test_lora(name: str, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     for parameter_name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            scale = 1 + 0.1 * torch.rand(parameter.shape, generator=generator) if "magnitude" in parameter_name else None
+            scale = (
+                1 + 0.1 * torch.rand(parameter.shape, generator=generator)
+                if "magnitude" in parameter_name
+                else None
+            )
             noise = torch.randn(parameter.shape, generator=generator) * 0.1
             parameter.data = parameter.data * scale if scale is not None else parameter.data + noise
     model.save_pretrained(tmp_path / "adapter")
@@ -176,7 +212,9 @@ def test_lora(name: str, tmp_path: Path) -> None:
     original = Anatomy.of(tiny_model(kind))
     for site in sites:
         expected = merged.view(site).read().detach()
-        torch.testing.assert_close(other.matrix(original.resolve(site)), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            other.matrix(original.resolve(site)), expected, rtol=1e-5, atol=1e-5
+        )
     assert not torch.equal(merged.view(sites[0]).read(), original.view(sites[0]).read())
 
 
@@ -201,9 +239,13 @@ def test_no_adapter(tmp_path: Path) -> None:
 def test_an_adapter_of_another_model(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(tiny_model("llama", **SIZES), LoraConfig(r=2, target_modules=["down_proj"]))
+    model = get_peft_model(
+        tiny_model("llama", **SIZES), LoraConfig(r=2, target_modules=["down_proj"])
+    )
     model.save_pretrained(tmp_path / "adapter")
     base = saved(tiny_model("llama"), tmp_path / "base")
-    (tmp_path / "adapter" / "config.json").write_bytes((tmp_path / "base" / "config.json").read_bytes())  # as some trainers do
+    (tmp_path / "adapter" / "config.json").write_bytes(
+        (tmp_path / "base" / "config.json").read_bytes()
+    )  # as some trainers do
     with pytest.raises(BadInput, match="made on another model"):
         opened(base, tmp_path / "adapter").matrix(Site(1, "mlp.down"))

@@ -10,7 +10,18 @@ import pytest
 
 from surgeon.cells import Expression, TrainConfig, expression, read_cells, save_cells, train
 
-TINY = TrainConfig(layers=2, d_model=16, heads=2, d_mlp=24, steps=20, look_every=10, batch=8, genes=40, max_genes=60, warmup=5)
+TINY = TrainConfig(
+    layers=2,
+    d_model=16,
+    heads=2,
+    d_mlp=24,
+    steps=20,
+    look_every=10,
+    batch=8,
+    genes=40,
+    max_genes=60,
+    warmup=5,
+)
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,9 @@ def screened() -> str:
     config = ScreenConfig(each=1, verify=2, min_share=0.9)
     types = [HOSTILE if name == "even" else name for name in t.types]
     result = screen(t.model, t.batch, t.masked[:1], t.baseline[:1], types, config)
-    checked = check(t.model, t.batch, t.masked[:1], t.baseline[:1], types, CheckConfig(screen=config))
+    checked = check(
+        t.model, t.batch, t.masked[:1], t.baseline[:1], types, CheckConfig(screen=config)
+    )
     return json.dumps({"model": HOSTILE, **result.to_json(), "check": checked.to_json()})
 
 
@@ -40,11 +42,21 @@ def mapped() -> str:
     made = plant(t.model, t.batch, t.masked[:1])
     donors = [f"{HOSTILE}{i % 6}" for i in range(len(t.types))]
     result = map_damage(
-        made.model, t.batch, t.masked[:1], [made.part], {HOSTILE: GENES[::2], "odd": GENES[1::2]}, t.types,
-        Groups(HOSTILE, t.types, HOSTILE, donors), MapConfig(null=2, enrich=EnrichConfig(permutations=50)),
-    )  # fmt: skip
-    points = [{"x": float(i), "y": float(-i), "nats": v} for i, v in enumerate(result.cells.values())]
-    return json.dumps({"model": HOSTILE, **result.to_json(), "embedding": {"name": HOSTILE, "points": points}})
+        made.model,
+        t.batch,
+        t.masked[:1],
+        [made.part],
+        {HOSTILE: GENES[::2], "odd": GENES[1::2]},
+        t.types,
+        Groups(HOSTILE, t.types, HOSTILE, donors),
+        MapConfig(null=2, enrich=EnrichConfig(permutations=50)),
+    )
+    points = [
+        {"x": float(i), "y": float(-i), "nats": v} for i, v in enumerate(result.cells.values())
+    ]
+    return json.dumps(
+        {"model": HOSTILE, **result.to_json(), "embedding": {"name": HOSTILE, "points": points}}
+    )
 
 
 def page(folder: Path, **documents: dict[str, Any]) -> str:
@@ -60,8 +72,12 @@ def kinds(text: str) -> list[str]:
 def test_none_found_reads_as_a_result(tmp_path: Path):
     text = page(tmp_path, screen=json.loads(screened()))
     assert kinds(text) == [
-        "The screen", "Candidates pruned one by one", "Damage by cell type", "Cell types from the embeddings", "The screen's own controls",
-    ]  # fmt: skip
+        "The screen",
+        "Candidates pruned one by one",
+        "Damage by cell type",
+        "Cell types from the embeddings",
+        "The screen's own controls",
+    ]
     headline = unescape(re.findall(r"<h2>(.*?)</h2>", text, re.DOTALL)[0])
     assert headline.startswith("None found among ")
     assert "of the model's lead (matched controls: " in headline
@@ -71,9 +87,14 @@ def test_none_found_reads_as_a_result(tmp_path: Path):
 def test_a_map_has_a_section_for_each_part(tmp_path: Path):
     text = page(tmp_path, map=json.loads(mapped()))
     assert kinds(text) == [
-        "Genes by damage", "Damage and difficulty", "Cells by damage", "Damage by cell type", "Pathways beside the equal-damage null",
-        "Heads and MLP blocks", "By condition",
-    ]  # fmt: skip
+        "Genes by damage",
+        "Damage and difficulty",
+        "Cells by damage",
+        "Damage by cell type",
+        "Pathways beside the equal-damage null",
+        "Heads and MLP blocks",
+        "By condition",
+    ]
     assert "Arbitrary weights of equal damage have" in text
 
 
@@ -90,7 +111,14 @@ def test_names_stay_text(tmp_path: Path):
 
 
 def test_a_map_without_gene_sets_or_donors_has_no_such_sections(tmp_path: Path):
-    bare = {**json.loads(mapped()), "enrichment": {}, "donors": None, "embedding": None, "components": [], "by_type": {}}
+    bare = {
+        **json.loads(mapped()),
+        "enrichment": {},
+        "donors": None,
+        "embedding": None,
+        "components": [],
+        "by_type": {},
+    }
     text = page(tmp_path, map=bare)
     assert kinds(text) == ["Genes by damage", "Damage and difficulty", "By condition"]
     assert "without a test" in text

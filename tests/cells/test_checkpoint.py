@@ -1,4 +1,6 @@
-"""The published layout, there and back; every tensor accounted for, and nothing but tensors read."""
+"""The published layout, there and back; every tensor accounted for, and nothing but tensors
+read.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,14 @@ GENES = [f"G{i}" for i in range(20)]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A checkpoint as published: no head over bins, flash-attn's names, a pickle of tensors alone."""
+    """A checkpoint as published: no head over bins, flash-attn's names, a pickle of tensors
+    alone.
+    """
     torch.manual_seed(0)
     vocab = make_vocab(GENES)
-    model = ScGPT(CellConfig(n_tokens=23, d_model=16, n_heads=2, d_mlp=24, n_layers=2, pad_id=vocab["<pad>"]))
+    model = ScGPT(
+        CellConfig(n_tokens=23, d_model=16, n_heads=2, d_mlp=24, n_layers=2, pad_id=vocab["<pad>"])
+    )
     save_cells(tmp_path / "m", model, vocab, flash_names=True)
     (tmp_path / "m" / "model.safetensors").unlink()
     return tmp_path / "m"
@@ -43,20 +49,35 @@ def test_a_published_checkpoint_loads_with_every_tensor_matched(folder: Path):
     assert "transformer_encoder.layers.1.self_attn.Wqkv.weight" in raw
     loaded = load_cells(folder)
     assert set(loaded.report.matched) == set(raw)
-    assert (loaded.report.unmatched, loaded.report.renamed, loaded.report.file) == ([], 4, "best_model.pt")
+    assert (loaded.report.unmatched, loaded.report.renamed, loaded.report.file) == (
+        [],
+        4,
+        "best_model.pt",
+    )
     for name, tensor in loaded.model.state_dict().items():
         assert torch.equal(tensor, raw[name.replace("self_attn.in_proj_", "self_attn.Wqkv.")])
     assert not loaded.model.training
-    assert (loaded.model.reading, loaded.tokens.include_zeros, loaded.tokens.max_length) == ("regression", False, 1200)
+    assert (loaded.model.reading, loaded.tokens.include_zeros, loaded.tokens.max_length) == (
+        "regression",
+        False,
+        1200,
+    )
     assert (loaded.marginal, loaded.training) == (None, {})
 
 
 @pytest.mark.parametrize(
-    "heads", [{"n_types": 4}, {"flags": False, "from_cell": False}, {"categorical": True, "n_layers_types": 2, "n_types": 3}]
+    "heads",
+    [
+        {"n_types": 4},
+        {"flags": False, "from_cell": False},
+        {"categorical": True, "n_layers_types": 2, "n_types": 3},
+    ],
 )
 def test_the_heads_are_told_from_the_tensors(tmp_path: Path, heads: dict[str, Any]):
     vocab = make_vocab(GENES)
-    shape = CellConfig(n_tokens=23, d_model=16, n_heads=2, d_mlp=24, n_layers=2, pad_id=vocab["<pad>"], **heads)
+    shape = CellConfig(
+        n_tokens=23, d_model=16, n_heads=2, d_mlp=24, n_layers=2, pad_id=vocab["<pad>"], **heads
+    )
     save_cells(tmp_path, ScGPT(shape), vocab)
     loaded = load_cells(tmp_path)
     assert (loaded.model.shape, loaded.report.unmatched) == (shape, [])
@@ -70,12 +91,21 @@ def test_unmatched_tensors_are_listed(folder: Path):
     assert loaded.fingerprint != before.fingerprint
 
 
-@pytest.mark.parametrize(("missing", "match"), [
-    ("transformer_encoder__layers__1__linear2__weight", r"lacks transformer_encoder\.layers\.1\.linear2\.weight"),
-    ("transformer_encoder__layers__0__linear2__bias", r"lacks transformer_encoder\.layers\.0\.linear2\.bias"),
-    ("value_encoder__norm__weight", r"lacks value_encoder\.norm\.weight"),
-    ("encoder__embedding__weight", "no scGPT checkpoint"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("missing", "match"),
+    [
+        (
+            "transformer_encoder__layers__1__linear2__weight",
+            r"lacks transformer_encoder\.layers\.1\.linear2\.weight",
+        ),
+        (
+            "transformer_encoder__layers__0__linear2__bias",
+            r"lacks transformer_encoder\.layers\.0\.linear2\.bias",
+        ),
+        ("value_encoder__norm__weight", r"lacks value_encoder\.norm\.weight"),
+        ("encoder__embedding__weight", "no scGPT checkpoint"),
+    ],
+)
 def test_missing_tensors_are_refused(folder: Path, missing: str, match: str):
     change(folder, **{missing: None})
     with pytest.raises(BadCheckpoint, match=match):
@@ -113,7 +143,9 @@ class Harm:
         return (print, ("code ran",))
 
 
-def test_pickles_of_more_than_tensors_are_never_opened(folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_pickles_of_more_than_tensors_are_never_opened(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
     for content in (Harm(), {"encoder.embedding.weight": Harm()}):
         torch.save(content, folder / "best_model.pt")
         with pytest.raises(BadCheckpoint, match="more than tensors"):
@@ -155,7 +187,9 @@ def test_a_vocabulary_of_another_model_is_refused(folder: Path):
 
 def test_special_tokens_are_put_behind_the_genes_where_there_is_room(folder: Path):
     whole = json.loads((folder / "vocab.json").read_text())
-    (folder / "vocab.json").write_text(json.dumps({name: i for name, i in whole.items() if name in GENES}))
+    (folder / "vocab.json").write_text(
+        json.dumps({name: i for name, i in whole.items() if name in GENES})
+    )
     assert load_cells(folder).vocab == whole == make_vocab(GENES)
 
 
@@ -170,7 +204,12 @@ def test_a_trained_checkpoint_comes_back_from_either_file(checkpoint: Path, tmp_
     other = load_cells(copied)
     assert other.report.file == "best_model.pt"
     assert other.report.matched == one.report.matched == sorted(one.model.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(one.model.state_dict().values(), other.model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            one.model.state_dict().values(), other.model.state_dict().values(), strict=True
+        )
+    )
 
 
 @pytest.mark.slow
@@ -178,10 +217,18 @@ def test_the_whole_human_shape(tmp_path: Path):
     shape = CellConfig()
     torch.manual_seed(0)
     model = ScGPT(shape)
-    vocab = {f"G{i}": i for i in range(shape.pad_id)} | {"<pad>": shape.pad_id, "<cls>": shape.pad_id + 1, "<eoc>": shape.pad_id + 2}
+    vocab = {f"G{i}": i for i in range(shape.pad_id)} | {
+        "<pad>": shape.pad_id,
+        "<cls>": shape.pad_id + 1,
+        "<eoc>": shape.pad_id + 2,
+    }
     save_cells(tmp_path, model, vocab, flash_names=True)
     (tmp_path / "model.safetensors").unlink()
     loaded = load_cells(tmp_path)
-    assert (len(loaded.report.matched), loaded.report.unmatched, loaded.report.renamed) == (163, [], 24)
+    assert (len(loaded.report.matched), loaded.report.unmatched, loaded.report.renamed) == (
+        163,
+        [],
+        24,
+    )
     assert loaded.model.shape == shape
     assert sum(p.numel() for p in loaded.model.parameters()) == pytest.approx(51.3e6, rel=0.001)

@@ -20,7 +20,9 @@ def surgeon(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
     return status, *capsys.readouterr()
 
 
-def test_train_prints_one_document_and_writes_a_checkpoint(forty_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_train_prints_one_document_and_writes_a_checkpoint(
+    forty_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     folder = tmp_path / "model"
     small = ("--steps", 4, "--d-model", 16, "--layers", 1, "--max-genes", 40)
     status, out, err = surgeon(capsys, "cells", "train", forty_file, "-o", folder, *small, "--json")
@@ -32,15 +34,22 @@ def test_train_prints_one_document_and_writes_a_checkpoint(forty_file: Path, tmp
     status, out, _ = surgeon(capsys, "cells", "train", forty_file, "-o", tmp_path / "again", *small)
     assert status == 0
     assert "gene-marginal baseline" in out
-    assert (tmp_path / "again" / "best_model.pt").read_bytes() == (folder / "best_model.pt").read_bytes()
+    assert (tmp_path / "again" / "best_model.pt").read_bytes() == (
+        folder / "best_model.pt"
+    ).read_bytes()
 
 
 def test_sentences(forty_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "cells.txt"
-    status, out, _ = surgeon(capsys, "cells", "sentences", forty_file, "-o", path, "--genes", 12, "--json")
+    status, out, _ = surgeon(
+        capsys, "cells", "sentences", forty_file, "-o", path, "--genes", 12, "--json"
+    )
     assert (status, json.loads(out)["cells"]) == (0, 40)
     assert {len(line.split()) for line in path.read_text().splitlines()} == {12}
-    assert surgeon(capsys, "cells", "sentences", forty_file, "-o", tmp_path / "no" / "cells.txt")[0] == 2
+    assert (
+        surgeon(capsys, "cells", "sentences", forty_file, "-o", tmp_path / "no" / "cells.txt")[0]
+        == 2
+    )
 
 
 def test_geneformer_is_measured_beside_controls(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -51,14 +60,28 @@ def test_geneformer_is_measured_beside_controls(tmp_path: Path, capsys: pytest.C
         data = anndata.AnnData(counts)
         data.var_names = genes
         data.write_h5ad(tmp_path / "counts.h5ad")
-    (tmp_path / "tokens.json").write_text(json.dumps({"<pad>": 0, "<mask>": 1, **{g: i + 2 for i, g in enumerate(genes)}}))
+    (tmp_path / "tokens.json").write_text(
+        json.dumps({"<pad>": 0, "<mask>": 1, **{g: i + 2 for i, g in enumerate(genes)}})
+    )
     tiny_model("bert").save_pretrained(tmp_path / "bert")
     capsys.readouterr()  # transformers draws a bar
-    fixed = ("cells", "geneformer", tmp_path / "bert", tmp_path / "counts.h5ad", "--tokens", tmp_path / "tokens.json", "--json")
+    fixed = (
+        "cells",
+        "geneformer",
+        tmp_path / "bert",
+        tmp_path / "counts.h5ad",
+        "--tokens",
+        tmp_path / "tokens.json",
+        "--json",
+    )
     status, out, err = surgeon(capsys, *fixed)
     assert (status, err) == (0, "")
     chosen = json.loads(out)
-    assert (chosen["cells"], chosen["vital"], chosen["controls"]["n"]) == (12, False, 20)  # random weights: none is vital
+    assert (chosen["cells"], chosen["vital"], chosen["controls"]["n"]) == (
+        12,
+        False,
+        20,
+    )  # random weights: none is vital
     assert chosen["at"][0].startswith("L")
     status, out, _ = surgeon(capsys, *fixed, "--at", "L0.mlp.down[:, :]")
     assert status == 2  # a whole matrix has no matched control
@@ -66,11 +89,20 @@ def test_geneformer_is_measured_beside_controls(tmp_path: Path, capsys: pytest.C
     assert (status, json.loads(out)["cells"]) == (0, 16)
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    (("--layer", "counts"), "no layer 'counts'"),
-    (("--raw", "--layer", "a"), "either --raw or --layer"),
-])  # fmt: skip
-def test_what_is_refused(forty_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], said: str):
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--layer", "counts"), "no layer 'counts'"),
+        (("--raw", "--layer", "a"), "either --raw or --layer"),
+    ],
+)
+def test_what_is_refused(
+    forty_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    said: str,
+):
     status, out, err = surgeon(capsys, "cells", "train", forty_file, "-o", tmp_path / "m", *options)
     assert (status, out) == (2, "")
     assert said in err

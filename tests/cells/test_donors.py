@@ -10,20 +10,38 @@ from surgeon.cells.donors import donor_test
 from surgeon.errors import BadInput, Refused
 
 
-def cells(means: dict[tuple[str, str], float], n: int = 3) -> tuple[torch.Tensor, list[str], list[str]]:
+def cells(
+    means: dict[tuple[str, str], float], n: int = 3
+) -> tuple[torch.Tensor, list[str], list[str]]:
     """n cells around the mean of each (condition, donor), their own mean exact."""
-    rows = [(value + shift, c, d) for (c, d), value in means.items() for shift in torch.linspace(-1, 1, n).tolist()]
-    return torch.tensor([r[0] for r in rows], dtype=torch.float64), [r[1] for r in rows], [r[2] for r in rows]
+    rows = [
+        (value + shift, c, d)
+        for (c, d), value in means.items()
+        for shift in torch.linspace(-1, 1, n).tolist()
+    ]
+    return (
+        torch.tensor([r[0] for r in rows], dtype=torch.float64),
+        [r[1] for r in rows],
+        [r[2] for r in rows],
+    )
 
 
 def test_unpaired_donors_as_an_exact_permutation_test():
     a, b = [0.1, 0.25, 0.3, 0.2], [0.5, 0.9, 0.28, 0.7]
-    means = {("healthy", f"h{i}"): v for i, v in enumerate(a)} | {("ill", f"i{i}"): v for i, v in enumerate(b)}
+    means = {("healthy", f"h{i}"): v for i, v in enumerate(a)} | {
+        ("ill", f"i{i}"): v for i, v in enumerate(b)
+    }
     found = donor_test(*cells(means))
-    expected = stats.permutation_test((b, a), lambda x, y: sum(x) / 4 - sum(y) / 4, n_resamples=10**6)
+    expected = stats.permutation_test(
+        (b, a), lambda x, y: sum(x) / 4 - sum(y) / 4, n_resamples=10**6
+    )
     assert found.statistic == pytest.approx(sum(b) / 4 - sum(a) / 4)
     assert found.p == pytest.approx(expected.pvalue)
-    assert (found.design, found.rearrangements, found.smallest_p) == ("unpaired", 70, pytest.approx(2 / 70))
+    assert (found.design, found.rearrangements, found.smallest_p) == (
+        "unpaired",
+        70,
+        pytest.approx(2 / 70),
+    )
 
 
 def test_a_donor_counts_once_whatever_its_cells():
@@ -34,9 +52,16 @@ def test_a_donor_counts_once_whatever_its_cells():
 
 def test_donors_with_both_conditions_are_paired():
     before, after = [0.1, 0.5, 0.9, 0.3, 0.7], [0.2, 0.65, 1.1, 0.35, 0.8]
-    means = {("1 before", f"d{i}"): v for i, v in enumerate(before)} | {("2 after", f"d{i}"): v for i, v in enumerate(after)}
+    means = {("1 before", f"d{i}"): v for i, v in enumerate(before)} | {
+        ("2 after", f"d{i}"): v for i, v in enumerate(after)
+    }
     found = donor_test(*cells(means))
-    expected = stats.permutation_test((after, before), lambda x, y: sum(x) / 5 - sum(y) / 5, permutation_type="samples", n_resamples=10**6)
+    expected = stats.permutation_test(
+        (after, before),
+        lambda x, y: sum(x) / 5 - sum(y) / 5,
+        permutation_type="samples",
+        n_resamples=10**6,
+    )
     assert (found.design, found.p) == ("paired", pytest.approx(expected.pvalue))
     assert found.p == pytest.approx(found.smallest_p)
 
@@ -49,7 +74,10 @@ def test_three_stages_are_tested_together():
     assert donor_test(*cells(flat), permutations=999).p > 0.1
 
 
-@pytest.mark.parametrize("means", [{("a", "1"): 0.1, ("b", "1"): 0.2}, {("a", "1"): 0.1, ("a", "2"): 0.2, ("b", "3"): 0.2}])
+@pytest.mark.parametrize(
+    "means",
+    [{("a", "1"): 0.1, ("b", "1"): 0.2}, {("a", "1"): 0.1, ("a", "2"): 0.2, ("b", "3"): 0.2}],
+)
 def test_one_donor_is_no_replicate(means: dict[tuple[str, str], float]):
     with pytest.raises(Refused, match="at least two") as refused:
         donor_test(*cells(means))

@@ -1,4 +1,6 @@
-"""Enrichment: gseapy's figures against independent ones, the background, and what residualising takes out."""
+"""Enrichment: gseapy's figures against independent ones, the background, and what residualising
+takes out.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,14 @@ import pytest
 import torch
 from scipy import stats
 
-from surgeon.cells.enrich import EnrichConfig, benjamini_hochberg, enrich, read_gmt, residualise, spearman
+from surgeon.cells.enrich import (
+    EnrichConfig,
+    benjamini_hochberg,
+    enrich,
+    read_gmt,
+    residualise,
+    spearman,
+)
 from surgeon.errors import BadInput, SurgeonError
 
 GENES = [f"G{i}" for i in range(300)]
@@ -22,7 +31,12 @@ def test_a_planted_set_is_first_and_random_sets_are_not_significant():
     ranked = scores()
     order = ranked.argsort(descending=True).tolist()
     sets = {"planted": [GENES[i] for i in order[:40:2]]} | {
-        f"random {j}": [GENES[i] for i in torch.randperm(300, generator=torch.Generator().manual_seed(j + 1))[:20].tolist()]
+        f"random {j}": [
+            GENES[i]
+            for i in torch.randperm(300, generator=torch.Generator().manual_seed(j + 1))[
+                :20
+            ].tolist()
+        ]
         for j in range(6)
     }
     found = enrich(GENES, ranked, sets)
@@ -59,7 +73,11 @@ def test_over_representation_is_hypergeometric_on_the_scored_genes_only():
 def test_a_set_without_a_gene_among_the_top_counts_as_a_test():
     ranked = scores(2)
     order = ranked.argsort(descending=True).tolist()
-    found = enrich(GENES, ranked, {"top": [GENES[i] for i in order[:10]], "bottom": [GENES[i] for i in order[-10:]]})
+    found = enrich(
+        GENES,
+        ranked,
+        {"top": [GENES[i] for i in order[:10]], "bottom": [GENES[i] for i in order[-10:]]},
+    )
     by_name = {p.name: p for p in found}
     assert by_name["bottom"].over_p == 1.0
     assert by_name["top"].over_fdr == pytest.approx(2 * by_name["top"].over_p)
@@ -77,7 +95,9 @@ def test_residuals_know_nothing_of_the_difficulty():
 
 def test_spearman_and_benjamini_hochberg_as_in_scipy():
     a, b = scores(6).round(decimals=1), scores(7).round(decimals=1) + 0.5 * scores(6)
-    assert spearman(a, b) == pytest.approx(stats.spearmanr(a.numpy(), b.numpy()).statistic, abs=1e-12)
+    assert spearman(a, b) == pytest.approx(
+        stats.spearmanr(a.numpy(), b.numpy()).statistic, abs=1e-12
+    )
     p = [0.01, 0.04, 0.03, 0.5, 0.001]
     assert benjamini_hochberg(p) == pytest.approx(stats.false_discovery_control(p).tolist())
 
@@ -86,7 +106,11 @@ def test_gmt_files_are_read_and_bad_ones_refused(tmp_path: Path):
     gmt = tmp_path / "sets.gmt"
     gmt.write_text("T cell\thand\tCD3D\tCD3E\tCD3E\n\nB cell\t\tMS4A1\n")
     assert read_gmt(gmt) == {"T cell": ["CD3D", "CD3E"], "B cell": ["MS4A1"]}
-    for text, says in (("alone\n", "line 1"), ("", "holds no gene set"), ("a\tb\tG\na\tb\tG\n", "twice")):
+    for text, says in (
+        ("alone\n", "line 1"),
+        ("", "holds no gene set"),
+        ("a\tb\tG\na\tb\tG\n", "twice"),
+    ):
         gmt.write_text(text)
         with pytest.raises(BadInput, match=says):
             read_gmt(gmt)

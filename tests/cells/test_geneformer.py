@@ -28,7 +28,13 @@ def made(kind: str = "counts", cells: int = 6) -> Expression:
     counts = np.random.default_rng(0).poisson(3.0, (cells, 14)).astype(np.float32)
     if kind == "log-counts":
         counts = np.log1p(counts / counts.sum(1, keepdims=True) * 1e4).astype(np.float32)
-    return Expression(csr_matrix(counts), [*(f"{g}.7" for g in GENES), "unknown", "other"], [f"c{i}" for i in range(cells)], "X", kind)
+    return Expression(
+        csr_matrix(counts),
+        [*(f"{g}.7" for g in GENES), "unknown", "other"],
+        [f"c{i}" for i in range(cells)],
+        "X",
+        kind,
+    )
 
 
 def test_genes_stand_in_the_order_of_median_scaled_expression():
@@ -36,14 +42,21 @@ def test_genes_stand_in_the_order_of_median_scaled_expression():
     batch = rank_tokens(data, TOKENS, MEDIANS)
     dense = data.matrix.toarray().astype(np.float64)
     for cell in range(6):
-        score = {TOKENS[g]: dense[cell, i] / dense[cell].sum() * 10_000 / MEDIANS[g] for i, g in enumerate(GENES) if dense[cell, i]}
+        score = {
+            TOKENS[g]: dense[cell, i] / dense[cell].sum() * 10_000 / MEDIANS[g]
+            for i, g in enumerate(GENES)
+            if dense[cell, i]
+        }
         said = batch.ids[cell][~batch.padding[cell]].tolist()
         assert sorted(said) == sorted(score)
         assert all(score[a] >= score[b] for a, b in pairwise(said))
 
 
 def test_log_counts_give_the_same_order_as_counts():
-    assert torch.equal(rank_tokens(made(), TOKENS, MEDIANS).ids, rank_tokens(made("log-counts"), TOKENS, MEDIANS).ids)
+    assert torch.equal(
+        rank_tokens(made(), TOKENS, MEDIANS).ids,
+        rank_tokens(made("log-counts"), TOKENS, MEDIANS).ids,
+    )
 
 
 def test_the_ends_of_the_second_version_and_the_longest_cell():
@@ -87,7 +100,9 @@ def test_damage_to_a_bert_through_the_common_map():
     genes = batch.ids[cell : cell + 1, : int((~batch.padding[cell]).sum())].clone()
     genes[0, hidden[draw, cell, : genes.shape[1]]] = 1  # <mask>
     logits = model(input_ids=genes).logits[0, pos].double()  # alone, without padding
-    assert float(before[draw, cell, pos]) == pytest.approx(float(logits.logsumexp(0) - logits[batch.ids[cell, pos]]), rel=1e-4)
+    assert float(before[draw, cell, pos]) == pytest.approx(
+        float(logits.logsumexp(0) - logits[batch.ids[cell, pos]]), rel=1e-4
+    )
     with injured(anatomy, ["L1.mlp.down[:, :]"]):
         assert not torch.equal(rank_nll(model, batch, hidden)[hidden], before[hidden])
     assert torch.equal(rank_nll(model, batch, hidden)[hidden], before[hidden])
@@ -108,7 +123,9 @@ def test_sentences_name_genes_by_rank(forty: Expression):
         assert said == sorted(row, reverse=True)[:15]
     assert lines == cell_sentences(forty, genes=15)
     assert lines != cell_sentences(forty, genes=15, seed=1)
-    spaced = Expression(forty.matrix, ["A B", *forty.gene_names[1:]], forty.cell_names, "raw", "log-counts")
+    spaced = Expression(
+        forty.matrix, ["A B", *forty.gene_names[1:]], forty.cell_names, "raw", "log-counts"
+    )
     with pytest.raises(BadInput, match="space"):
         cell_sentences(spaced)
     with pytest.raises(BadInput, match="at least 1"):

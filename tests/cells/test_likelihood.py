@@ -7,13 +7,30 @@ from math import log, pi
 import pytest
 import torch
 
-from surgeon.cells import CellConfig, Expression, ScGPT, TokenConfig, fit_marginal, make_vocab, masked_nll, masks, tokenise
+from surgeon.cells import (
+    CellConfig,
+    Expression,
+    ScGPT,
+    TokenConfig,
+    fit_marginal,
+    make_vocab,
+    masked_nll,
+    masks,
+    tokenise,
+)
 from surgeon.errors import BadInput
 
 
 def model_for(vocab: dict[str, int], **other: object) -> ScGPT:
     torch.manual_seed(0)
-    shape = {"n_tokens": len(vocab), "d_model": 16, "n_heads": 2, "d_mlp": 24, "n_layers": 2, "pad_id": vocab["<pad>"]} | other
+    shape = {
+        "n_tokens": len(vocab),
+        "d_model": 16,
+        "n_heads": 2,
+        "d_mlp": 24,
+        "n_layers": 2,
+        "pad_id": vocab["<pad>"],
+    } | other
     return ScGPT(CellConfig(**shape)).eval().requires_grad_(False)  # type: ignore[arg-type]
 
 
@@ -51,7 +68,11 @@ def test_every_hidden_value_is_scored_as_by_hand(forty: Expression, categorical:
             expected = float(logits.exp().sum().log() - logits[int(value)])
         else:
             width = 50 / 12**0.5
-            expected = float(0.5 * ((value - out.value_pred[0, pos]) / width) ** 2) + log(width) + 0.5 * log(2 * pi)
+            expected = (
+                float(0.5 * ((value - out.value_pred[0, pos]) / width) ** 2)
+                + log(width)
+                + 0.5 * log(2 * pi)
+            )
         assert float(found[draw, cell, pos]) == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
@@ -61,7 +82,10 @@ def test_a_hidden_value_is_not_seen(forty: Expression):
     model, hidden = model_for(vocab), masks(batch, 0.4)
     before = model(batch.genes, batch.values.masked_fill(hidden[0], -1.0), batch.padding).value_pred
     batch.values[hidden[0]] = 17.0
-    assert torch.equal(model(batch.genes, batch.values.masked_fill(hidden[0], -1.0), batch.padding).value_pred, before)
+    assert torch.equal(
+        model(batch.genes, batch.values.masked_fill(hidden[0], -1.0), batch.padding).value_pred,
+        before,
+    )
 
 
 def test_the_baseline_is_what_the_gene_does_whatever_the_cell(forty: Expression):
@@ -87,4 +111,6 @@ def test_the_baseline_is_what_the_gene_does_whatever_the_cell(forty: Expression)
     cell, pos = at[0].tolist()
     alone[0, cell, pos] = True
     expected = 0.5 * ((values[0] - mean) / width) ** 2 + log(width) + 0.5 * log(2 * pi)
-    assert float(marginal.nll(batch, alone, "regression")[0, cell, pos]) == pytest.approx(expected, rel=1e-4)
+    assert float(marginal.nll(batch, alone, "regression")[0, cell, pos]) == pytest.approx(
+        expected, rel=1e-4
+    )

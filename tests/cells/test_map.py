@@ -78,4 +78,9 @@ def test_too_few_values_and_no_damage_are_refused():
     made = plant(t.model, t.batch, t.masked)
     with pytest.raises(BadInput, match="scored values or more"):
         map_damage(made.model, t.batch, t.masked, [made.part], config=MapConfig(least=10_000))
-    assert map_damage(made.model, t.batch, t.masked, [made.part], config=MapConfig(components=False)).stories == {}
+    assert (
+        map_damage(
+            made.model, t.batch, t.masked, [made.part], config=MapConfig(components=False)
+        ).stories
+        == {}
+    )

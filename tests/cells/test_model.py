@@ -11,7 +11,9 @@ from surgeon.cells import LAYOUT, CellConfig, ScGPT
 from surgeon.errors import BadInput
 from surgeon.tap import Tap
 
-SMALL = CellConfig(n_tokens=30, d_model=16, n_heads=4, d_mlp=24, n_layers=3, pad_id=27, categorical=True, n_types=5)
+SMALL = CellConfig(
+    n_tokens=30, d_model=16, n_heads=4, d_mlp=24, n_layers=3, pad_id=27, categorical=True, n_types=5
+)
 
 
 def small(**other: object) -> ScGPT:
@@ -34,7 +36,10 @@ def reference(model: ScGPT) -> nn.TransformerEncoder:
     layer = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.2, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
     prefix = "transformer_encoder."
-    encoder.load_state_dict({k.removeprefix(prefix): v for k, v in model.state_dict().items() if k.startswith(prefix)}, strict=True)
+    encoder.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in model.state_dict().items() if k.startswith(prefix)},
+        strict=True,
+    )
     return encoder
 
 
@@ -53,8 +58,13 @@ def test_order_and_padding_do_not_matter():
     genes, values, _ = cells()
     order = torch.tensor([0, 5, 3, 8, 1, 2, 7, 6, 4])
     plain = model(genes, values).states
-    assert torch.allclose(model(genes[:, order], values[:, order]).states, plain[:, order], atol=1e-5)
-    longer = [torch.cat([x, torch.full((3, 4), fill, dtype=x.dtype)], 1) for x, fill in ((genes, 27), (values, -2.0))]
+    assert torch.allclose(
+        model(genes[:, order], values[:, order]).states, plain[:, order], atol=1e-5
+    )
+    longer = [
+        torch.cat([x, torch.full((3, 4), fill, dtype=x.dtype)], 1)
+        for x, fill in ((genes, 27), (values, -2.0))
+    ]
     padding = torch.arange(13).expand(3, 13) >= 9
     assert torch.allclose(model(*longer, padding).states[:, :9], plain, atol=1e-5)
 
@@ -65,7 +75,12 @@ def test_heads_and_names():
     out = model(genes, values, padding)
     assert out.logits is not None
     assert out.types is not None
-    assert (out.states.shape, out.value_pred.shape, out.logits.shape, out.types.shape) == ((3, 9, 16), (3, 9), (3, 9, 51), (3, 5))
+    assert (out.states.shape, out.value_pred.shape, out.logits.shape, out.types.shape) == (
+        (3, 9, 16),
+        (3, 9),
+        (3, 9, 51),
+        (3, 5),
+    )
     assert model.reading == "categorical"
     regress = small(categorical=False, n_types=0, flags=False, from_cell=False)
     assert (regress.reading, regress(genes, values).logits) == ("regression", None)
@@ -80,15 +95,29 @@ def test_heads_and_names():
 def test_the_published_names_of_the_whole_human_checkpoint():
     with torch.device("meta"):
         state = ScGPT(CellConfig()).state_dict()
-    block = [f"{name}.{kind}" for name in ("self_attn.out_proj", "linear1", "linear2", "norm1", "norm2") for kind in ("weight", "bias")] + [
+    block = [
+        f"{name}.{kind}"
+        for name in ("self_attn.out_proj", "linear1", "linear2", "norm1", "norm2")
+        for kind in ("weight", "bias")
+    ] + [
         "self_attn.in_proj_weight",
         "self_attn.in_proj_bias",
     ]
     wanted = {f"transformer_encoder.layers.{i}.{name}" for i in range(12) for name in block}
-    for name in ("encoder.enc_norm", "value_encoder.linear1", "value_encoder.linear2", "value_encoder.norm", "mvc_decoder.gene2query"):
+    for name in (
+        "encoder.enc_norm",
+        "value_encoder.linear1",
+        "value_encoder.linear2",
+        "value_encoder.norm",
+        "mvc_decoder.gene2query",
+    ):
         wanted |= {f"{name}.weight", f"{name}.bias"}
     wanted |= {f"decoder.fc.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
-    assert set(state) == wanted | {"encoder.embedding.weight", "flag_encoder.weight", "mvc_decoder.W.weight"}
+    assert set(state) == wanted | {
+        "encoder.embedding.weight",
+        "flag_encoder.weight",
+        "mvc_decoder.W.weight",
+    }
     assert sum(t.numel() for t in state.values()) == pytest.approx(51e6, rel=0.02)
 
 

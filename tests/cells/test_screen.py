@@ -1,4 +1,6 @@
-"""The screen: what is planted is found, a rescaled neuron is not, none found is a result, and the model is left alone."""
+"""The screen: what is planted is found, a rescaled neuron is not, none found is a result, and the
+model is left alone.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,9 @@ def test_a_rescaled_neuron_changes_no_ranking():
 def test_spikes_are_the_largest_products_at_any_position():
     t = tiny()
     seen = []
-    handle = t.model.layers[1].linear2.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    handle = t.model.layers[1].linear2.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0])
+    )
     t.model(t.batch.genes, t.batch.values, t.batch.padding)
     handle.remove()
     weight = t.model.layers[1].linear2.weight
@@ -115,14 +119,21 @@ def test_controls_are_near_in_size_and_not_the_candidate():
     assert len({c.address for c in controls}) == 20
     assert part.address not in {c.address for c in controls}
     distances = (weight.abs() - weight[part.index].abs()).abs().flatten().sort().values
-    assert max(float((weight[c.index].abs() - weight[part.index].abs()).abs()) for c in controls) <= float(distances[80])
+    assert max(
+        float((weight[c.index].abs() - weight[part.index].abs()).abs()) for c in controls
+    ) <= float(distances[80])
 
 
 def test_the_worst_candidate_is_the_most_damaging_of_all():
     t = tiny()
     damage = Damage(t.model, t.batch, t.masked[:1])
-    nats = {s.part.address: float(by_cell(damage.of([s.part])).mean()) for s in spikes(t.model, t.batch, 2)}
-    assert worst_candidate(t.model, t.batch, t.masked, 2).address == max(nats, key=lambda a: nats[a])
+    nats = {
+        s.part.address: float(by_cell(damage.of([s.part])).mean())
+        for s in spikes(t.model, t.batch, 2)
+    }
+    assert worst_candidate(t.model, t.batch, t.masked, 2).address == max(
+        nats, key=lambda a: nats[a]
+    )
 
 
 def test_the_same_seed_gives_the_same_figures():

@@ -24,7 +24,9 @@ NAMES = [f"c{i}" for i in range(40)]
 def data(tmp_path: Path) -> Path:
     counts = np.random.default_rng(0).poisson(3, size=(40, 25)).astype(np.float32)
     counts[7, :24] = 0  # detects no gene that the model knows
-    obs = pandas.DataFrame({"cell_type": ["a", "b"] * 20, "holes": [None, *["x"] * 39]}, index=NAMES)
+    obs = pandas.DataFrame(
+        {"cell_type": ["a", "b"] * 20, "holes": [None, *["x"] * 39]}, index=NAMES
+    )
     adata = anndata.AnnData(counts, obs=obs, var=pandas.DataFrame(index=[*GENES, "unknown"]))
     adata.write_h5ad(tmp_path / "cells.h5ad")
     return tmp_path / "cells.h5ad"
@@ -32,7 +34,9 @@ def data(tmp_path: Path) -> Path:
 
 def saved(folder: Path, split: dict[str, list[str]] | None = None) -> Path:
     training = None if split is None else {"source": "X", "split": split}
-    save_cells(folder / "model", tiny().model, VOCAB, TokenConfig(include_zeros=True), training=training)
+    save_cells(
+        folder / "model", tiny().model, VOCAB, TokenConfig(include_zeros=True), training=training
+    )
     return folder / "model"
 
 
@@ -45,7 +49,9 @@ def test_only_cells_held_out_of_training_are_measured_on(tmp_path: Path, data: P
     assert set(more.batch.cell_names) == set(NAMES[:12]) - {"c7"}
 
 
-def test_without_a_split_every_usable_cell_may_be_taken_and_nothing_is_claimed(tmp_path: Path, data: Path):
+def test_without_a_split_every_usable_cell_may_be_taken_and_nothing_is_claimed(
+    tmp_path: Path, data: Path
+):
     stage = open_stage(saved(tmp_path), data, StageConfig(cells=28))
     assert not stage.held_out
     assert len(stage.batch.cell_names) == 28
@@ -56,9 +62,13 @@ def test_without_a_split_every_usable_cell_may_be_taken_and_nothing_is_claimed(t
 def test_the_baseline_is_fitted_on_the_cells_that_are_not_measured(tmp_path: Path, data: Path):
     stage = open_stage(saved(tmp_path), data, StageConfig(cells=28))
     values = expression(anndata.read_h5ad(data), "X")
-    rest = [i for i, name in enumerate(NAMES) if name not in stage.batch.cell_names and name != "c7"]
+    rest = [
+        i for i, name in enumerate(NAMES) if name not in stage.batch.cell_names and name != "c7"
+    ]
     assert len(rest) == 11
-    expected = fit_marginal(tokenise(values.of(rest), VOCAB, TokenConfig(include_zeros=True)), 26, 51).nll(stage.batch, stage.masked)
+    expected = fit_marginal(
+        tokenise(values.of(rest), VOCAB, TokenConfig(include_zeros=True)), 26, 51
+    ).nll(stage.batch, stage.masked)
     torch.testing.assert_close(stage.baseline, expected, equal_nan=True)
     assert torch.equal(stage.baseline.isnan(), ~stage.masked)
     with pytest.raises(BadInput, match="use fewer --cells"):
@@ -67,7 +77,9 @@ def test_the_baseline_is_fitted_on_the_cells_that_are_not_measured(tmp_path: Pat
 
 def test_genes_are_cut_and_the_same_seed_gives_the_same_tokens(tmp_path: Path, data: Path):
     model = saved(tmp_path)
-    first, second = (open_stage(model, data, StageConfig(cells=10, genes=5, seed=3)) for _ in range(2))
+    first, second = (
+        open_stage(model, data, StageConfig(cells=10, genes=5, seed=3)) for _ in range(2)
+    )
     assert first.batch.genes.shape == (10, 6)
     assert torch.equal(first.batch.values, second.batch.values)
     assert torch.equal(first.masked, second.masked)

@@ -1,4 +1,6 @@
-"""Data and tokens: bins against the published procedure written out, and everything that is refused."""
+"""Data and tokens: bins against the published procedure written out, and everything that is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -39,11 +41,21 @@ def test_scaled_data_fall_back_to_raw_and_are_refused_where_named(pbmc: Any):
 
 
 def test_layers_counts_and_names():
-    data = anndata.AnnData(np.array([[-1.0, 0.5], [0.0, 1.0]], dtype=np.float32), layers={"counts": csr_matrix([[3, 0], [0, 1]])})
+    data = anndata.AnnData(
+        np.array([[-1.0, 0.5], [0.0, 1.0]], dtype=np.float32),
+        layers={"counts": csr_matrix([[3, 0], [0, 1]])},
+    )
     found = expression(data, "layer:counts")
-    assert (found.kind, found.matrix.nnz, found.cell_names, found.gene_names) == ("counts", 2, ["0", "1"], ["0", "1"])
+    assert (found.kind, found.matrix.nnz, found.cell_names, found.gene_names) == (
+        "counts",
+        2,
+        ["0", "1"],
+        ["0", "1"],
+    )
     data.layers["counts"].data[0] = -3
-    assert expression(anndata.AnnData(np.array([[0.5, 1.0]], dtype=np.float32))).kind == "log-counts"
+    assert (
+        expression(anndata.AnnData(np.array([[0.5, 1.0]], dtype=np.float32))).kind == "log-counts"
+    )
     with pytest.raises(BadInput, match="finite"):
         expression(anndata.AnnData(np.array([[np.nan, 1.0]], dtype=np.float32)))
     twice = anndata.AnnData(np.ones((2, 2), dtype=np.float32))
@@ -52,9 +64,14 @@ def test_layers_counts_and_names():
         expression(twice)
 
 
-@pytest.mark.parametrize(("name", "content", "match"), [
-    ("a.pkl", b"x", "pickle"), ("a.h5ad", b"no hdf5", "cannot be read as h5ad"), ("b.h5ad", None, "no data at"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("a.pkl", b"x", "pickle"),
+        ("a.h5ad", b"no hdf5", "cannot be read as h5ad"),
+        ("b.h5ad", None, "no data at"),
+    ],
+)
 def test_files_that_are_no_data(tmp_path: Path, name: str, content: bytes | None, match: str):
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -63,15 +80,24 @@ def test_files_that_are_no_data(tmp_path: Path, name: str, content: bytes | None
 
 
 def published_range(value: float, edges: np.ndarray) -> tuple[int, int]:
-    """The smallest and largest bin that the published rule gives a value: ceil(u * (right - left) + left) for u in [0, 1)."""
-    left, right = sum(edges <= value), sum(edges < value)  # of sorted edges, what np.digitize counts from either side
+    """The smallest and largest bin that the published rule gives a value: ceil(u * (right - left) +
+    left) for u in [0, 1).
+    """
+    left, right = (
+        sum(edges <= value),
+        sum(edges < value),
+    )  # of sorted edges, what np.digitize counts from either side
     bins = {int(np.ceil(u * (right - left) + left)) for u in np.linspace(0, 1, 301)[:-1]}
     return min(bins), max(bins)
 
 
 def test_bins_are_quantiles_with_ties_spread_over_what_they_span():
     random = np.random.default_rng(0)
-    for values in (random.poisson(2.0, 150), random.gamma(1.0, 1.0, 100).astype(np.float32), np.array([0, 5, 0, 5, 5])):
+    for values in (
+        random.poisson(2.0, 150),
+        random.gamma(1.0, 1.0, 100).astype(np.float32),
+        np.array([0, 5, 0, 5, 5]),
+    ):
         found = ties(np.asarray(values, dtype=np.float32), 51)
         values = np.asarray(values, dtype=np.float32)
         edges = np.quantile(values[values > 0], np.linspace(0, 1, 50))

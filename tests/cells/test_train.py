@@ -11,14 +11,26 @@ import pytest
 import torch
 from scipy.sparse import csr_matrix
 
-from surgeon.cells import Expression, TrainConfig, expression, load_cells, masked_nll, masks, save_cells, tokenise, train
+from surgeon.cells import (
+    Expression,
+    TrainConfig,
+    expression,
+    load_cells,
+    masked_nll,
+    masks,
+    save_cells,
+    tokenise,
+    train,
+)
 from surgeon.cells.train import PRESETS
 from surgeon.errors import BadInput, SurgeonError
 
 from .conftest import TINY
 
 
-def test_the_same_seed_gives_the_same_bytes_and_leaves_torchs_seed_alone(checkpoint: Path, forty: Expression, tmp_path: Path):
+def test_the_same_seed_gives_the_same_bytes_and_leaves_torchs_seed_alone(
+    checkpoint: Path, forty: Expression, tmp_path: Path
+):
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
@@ -29,7 +41,14 @@ def test_the_same_seed_gives_the_same_bytes_and_leaves_torchs_seed_alone(checkpo
     save_cells(tmp_path, again.model, again.vocab, again.tokens, again.marginal, again.record())
     names = sorted(p.name for p in checkpoint.iterdir())
     assert names == sorted(p.name for p in tmp_path.iterdir())
-    assert names == ["args.json", "best_model.pt", "marginal.safetensors", "model.safetensors", "training.json", "vocab.json"]
+    assert names == [
+        "args.json",
+        "best_model.pt",
+        "marginal.safetensors",
+        "model.safetensors",
+        "training.json",
+        "vocab.json",
+    ]
     assert [n for n in names if (checkpoint / n).read_bytes() != (tmp_path / n).read_bytes()] == []
     other = train(forty, replace(TINY, seed=1, steps=10))
     assert other.split != again.split
@@ -44,9 +63,13 @@ def test_the_figures_are_those_of_the_held_out_cells(checkpoint: Path, forty: Ex
     test = forty.of([i for i, name in enumerate(forty.cell_names) if name in parts[2]])
     batch = tokenise(test, loaded.vocab, loaded.tokens, seed=0)
     hidden = masks(batch, seed=0)
-    assert float(masked_nll(loaded.model, batch, hidden).nanmean((0, 2)).mean()) == pytest.approx(loaded.training["nll"], rel=1e-5)
+    assert float(masked_nll(loaded.model, batch, hidden).nanmean((0, 2)).mean()) == pytest.approx(
+        loaded.training["nll"], rel=1e-5
+    )
     assert loaded.marginal is not None
-    assert float(loaded.marginal.nll(batch, hidden).nanmean((0, 2)).mean()) == pytest.approx(loaded.training["baseline_nll"], rel=1e-5)
+    assert float(loaded.marginal.nll(batch, hidden).nanmean((0, 2)).mean()) == pytest.approx(
+        loaded.training["baseline_nll"], rel=1e-5
+    )
 
 
 def structured(cells: int = 240, genes: int = 24) -> Expression:
@@ -55,11 +78,30 @@ def structured(cells: int = 240, genes: int = 24) -> Expression:
     kind = random.random(cells) < 0.5
     rate = np.where((np.arange(genes) < genes // 2)[None] == kind[:, None], 4.0, 0.1)
     counts = random.poisson(rate).astype(np.float32)
-    return Expression(csr_matrix(counts), [f"G{i}" for i in range(genes)], [f"c{i}" for i in range(cells)], "X", "counts")
+    return Expression(
+        csr_matrix(counts),
+        [f"G{i}" for i in range(genes)],
+        [f"c{i}" for i in range(cells)],
+        "X",
+        "counts",
+    )
 
 
 def test_structure_is_learned_and_beats_the_baseline():
-    made = train(structured(), TrainConfig(layers=2, d_model=24, heads=2, d_mlp=32, steps=80, look_every=20, batch=32, genes=24, warmup=10))
+    made = train(
+        structured(),
+        TrainConfig(
+            layers=2,
+            d_model=24,
+            heads=2,
+            d_mlp=32,
+            steps=80,
+            look_every=20,
+            batch=32,
+            genes=24,
+            warmup=10,
+        ),
+    )
     document = made.to_json()
     assert document["lead_nats"] > 0.3
     assert document["lead_ci95"][0] > 0.2
@@ -71,13 +113,29 @@ def test_structure_is_learned_and_beats_the_baseline():
 def test_noise_is_not_learned():
     random = np.random.default_rng(1)
     counts = csr_matrix(random.poisson(1.0, (150, 20)).astype(np.float32))
-    noise = Expression(counts, [f"G{i}" for i in range(20)], [f"c{i}" for i in range(150)], "X", "counts")
-    small = TrainConfig(layers=1, d_model=16, heads=2, d_mlp=16, steps=60, look_every=20, batch=32, genes=20, warmup=10)
-    # bins are quantiles of the cell, so a few counts of it tell a little of the others; nothing like what structure gives
+    noise = Expression(
+        counts, [f"G{i}" for i in range(20)], [f"c{i}" for i in range(150)], "X", "counts"
+    )
+    small = TrainConfig(
+        layers=1,
+        d_model=16,
+        heads=2,
+        d_mlp=16,
+        steps=60,
+        look_every=20,
+        batch=32,
+        genes=20,
+        warmup=10,
+    )
+    # bins are quantiles of the cell, so a few counts of it tell a little of the others; nothing
+    # like what structure gives
     assert train(noise, small).to_json()["lead_nats"] < 0.1
 
 
-@pytest.mark.parametrize(("cells", "match"), [(list(range(10)), "training needs 20"), (list(range(19)), "training needs 20")])
+@pytest.mark.parametrize(
+    ("cells", "match"),
+    [(list(range(10)), "training needs 20"), (list(range(19)), "training needs 20")],
+)
 def test_too_few_cells(forty: Expression, cells: list[int], match: str):
     with pytest.raises(BadInput, match=match):
         train(forty.of(cells), TINY)

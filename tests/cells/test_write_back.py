@@ -17,7 +17,9 @@ from surgeon.errors import BadInput
 def data() -> anndata.AnnData:
     names = [f"g{i}" for i in range(3)]
     return anndata.AnnData(
-        np.arange(12, dtype=np.float32).reshape(4, 3), obs=pandas.DataFrame(index=list("wxyz")), var=pandas.DataFrame(index=names)
+        np.arange(12, dtype=np.float32).reshape(4, 3),
+        obs=pandas.DataFrame(index=list("wxyz")),
+        var=pandas.DataFrame(index=names),
     )
 
 
@@ -25,7 +27,13 @@ def test_columns_and_document_come_back(tmp_path: Path):
     adata = data()
     file = tmp_path / "out.h5ad"
     document = {"verdict": "none", "nested": [{"a": 1}]}
-    write_back(adata, file, {"damage": {"g2": 0.5, "elsewhere": 9.0}}, {"nll": {"w": 1.0, "z": 2.0}}, document)
+    write_back(
+        adata,
+        file,
+        {"damage": {"g2": 0.5, "elsewhere": 9.0}},
+        {"nll": {"w": 1.0, "z": 2.0}},
+        document,
+    )
     back = anndata.read_h5ad(file)
     np.testing.assert_array_equal(back.var["surgeon_damage"], [np.nan, np.nan, 0.5])
     np.testing.assert_array_equal(back.obs["surgeon_nll"], [1.0, np.nan, np.nan, 2.0])

@@ -27,7 +27,10 @@ _WHO = ("red cat", "old dog", "small bird", "grey fox", "young king", "wise quee
 _DID = ("saw", "ate", "liked", "found", "heard", "lost")
 _WHAT = ("fish", "bread", "tree", "road", "song", "book", "stone", "river")
 _WHERE = ("house", "garden", "forest", "town", "night")
-LINES = [f"the {_WHO[i % 7]} {_DID[i % 6]} the {_WHAT[i % 8]} in the {_WHERE[i % 5]} ." for i in range(35)]
+LINES = [
+    f"the {_WHO[i % 7]} {_DID[i % 6]} the {_WHAT[i % 8]} in the {_WHERE[i % 5]} ."
+    for i in range(35)
+]
 
 
 class Result(NamedTuple):
@@ -40,14 +43,23 @@ Surgeon = Callable[..., Result]
 
 
 def make_tokenizer(prepends: bool = True) -> PreTrainedTokenizerFast:
-    """One token a word, in a vocabulary that the tiny models have; it prepends <s> by itself, or has no such token."""
+    """One token a word, in a vocabulary that the tiny models have; it prepends <s> by itself, or
+    has no such token.
+    """
     words = sorted(set(" ".join(LINES).split()))
     special = ["<pad>", "<s>", "</s>", "<unk>"]
-    core = Tokenizer(WordLevel({word: i for i, word in enumerate(special + words)}, unk_token="<unk>"))
+    core = Tokenizer(
+        WordLevel({word: i for i, word in enumerate(special + words)}, unk_token="<unk>")
+    )
     core.pre_tokenizer = WhitespaceSplit()
     if prepends:
         core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", **({"bos_token": "<s>"} if prepends else {})}
+    names = {
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        **({"bos_token": "<s>"} if prepends else {}),
+    }
     return PreTrainedTokenizerFast(tokenizer_object=core, **names)
 
 
@@ -112,14 +124,29 @@ def surgeon(capsys: pytest.CaptureFixture[str]) -> Surgeon:
 
 @pytest.fixture(scope="session")
 def start() -> Callable[..., subprocess.Popen[str]]:
-    """`python -m surgeon` in a process of its own, which takes seconds to start; keywords are environment variables."""
+    """`python -m surgeon` in a process of its own, which takes seconds to start; keywords are
+    environment variables.
+    """
 
     def call(*arguments: object, **more: str) -> subprocess.Popen[str]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", **more}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT / "src"),
+            "OMP_NUM_THREADS": "1",
+            **more,
+        }
         command = [sys.executable, "-m", "surgeon", *map(str, arguments)]
-        # where the tests run in the background, a shell has set interrupts to be ignored, and children inherit that
+        # where the tests run in the background, a shell has set interrupts to be ignored, and
+        # children inherit that
         hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear)
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=hear,
+        )
 
     return call
 

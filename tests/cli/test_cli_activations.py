@@ -1,4 +1,6 @@
-"""`surgeon quantize --activations`: the table beside that of the weights, and what it cannot be joined with."""
+"""`surgeon quantize --activations`: the table beside that of the weights, and what it cannot be
+joined with.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +15,40 @@ from surgeon.quantize.activations import ActivationConfig, quantized_activations
 from surgeon.quantize.compare_activations import ROWS
 
 ENTRY = "L0.mlp.down[5, 7]"  # planted in the tests' checkpoint
-CALL = ("--bits", "8", "--block", "channel", "--method", "rtn", "--critical", ENTRY, "--window", "16", "--windows", "4", "--activations")
+CALL = (
+    "--bits",
+    "8",
+    "--block",
+    "channel",
+    "--method",
+    "rtn",
+    "--critical",
+    ENTRY,
+    "--window",
+    "16",
+    "--windows",
+    "4",
+    "--activations",
+)
 
 
 def test_the_table_is_judged_end_to_end(folder: Path, text: Path, surgeon):
     result = surgeon("quantize", folder, *CALL, "INT4", "--hold", "2", "--text", text, "--json")
     assert (result.status, result.err) == (0, "")
     table = json.loads(result.out)["activations"]
-    assert [(r["method"], r["per"]) for r in table["rows"]] == [(row, per) for per in ("tensor", "token") for row in ROWS]
+    assert [(r["method"], r["per"]) for r in table["rows"]] == [
+        (row, per) for per in ("tensor", "token") for row in ROWS
+    ]
     assert (table["bits"], table["hold"], table["fitted_on"], table["judged_on"]) == (4, 2, 2, 2)
     loaded = load_model(str(folder))
     anatomy = Anatomy.of(loaded.model)
     judged = load_corpus(loaded.tokenizer, read_text(text), "t", 16, 4).windows[2:]
     critical = [Entry.parse(ENTRY)]
     weights = QuantizeConfig(Grid(8, block=Block("channel")), "rtn")
-    with quantized(anatomy, weights), quantized_activations(anatomy, ActivationConfig(4, "tensor", "holdout", hold=2), critical):
+    with (
+        quantized(anatomy, weights),
+        quantized_activations(anatomy, ActivationConfig(4, "tensor", "holdout", hold=2), critical),
+    ):
         row = next(r for r in table["rows"] if (r["method"], r["per"]) == ("holdout", "tensor"))
         assert row["nll"] == pytest.approx(mean_nll(loaded.model, judged), abs=1e-6)
 

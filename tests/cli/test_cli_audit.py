@@ -1,4 +1,6 @@
-"""`surgeon audit`: documents, lines, annotations and exit statuses, against checkpoints changed here."""
+"""`surgeon audit`: documents, lines, annotations and exit statuses, against checkpoints changed
+here.
+"""
 
 from __future__ import annotations
 
@@ -42,23 +44,49 @@ def test_document(surgeon: Any, folder: Path, changed: Any) -> None:
     assert (status, err) == (0, "")
     assert (document["verdict"], document["source"]) == ("amber", "given")
     (entry,) = document["entries"]
-    assert (entry["entry"], entry["base"], entry["rank"], entry["rank_base"], entry["verdict"]) == (PLANTED, 300.0, 1, 1, "amber")
+    assert (entry["entry"], entry["base"], entry["rank"], entry["rank_base"], entry["verdict"]) == (
+        PLANTED,
+        300.0,
+        1,
+        1,
+        "amber",
+    )
     assert entry["other"] == pytest.approx(180)
     assert entry["ratio"] == pytest.approx(0.6)
     assert document["bytes_read"] == 2 * 32 * 48 * 4
     assert document["matrices"][0]["cosine"] == pytest.approx(1)
-    assert surgeon("audit", folder, other, "--at", PLANTED, "--format", "json").out.partition("base")[2] == out.partition("base")[2]
+    assert (
+        surgeon("audit", folder, other, "--at", PLANTED, "--format", "json").out.partition("base")[
+            2
+        ]
+        == out.partition("base")[2]
+    )
 
 
 @pytest.mark.parametrize(
     ("factor", "fail_on", "status"),
-    [(1.0, "red", 0), (0.6, "red", 0), (0.6, "amber", 1), (1.0, "amber", 0), (0.0, "red", 1), (0.0, "never", 0), (-1.0, "red", 1)],
+    [
+        (1.0, "red", 0),
+        (0.6, "red", 0),
+        (0.6, "amber", 1),
+        (1.0, "amber", 0),
+        (0.0, "red", 1),
+        (0.0, "never", 0),
+        (-1.0, "red", 1),
+    ],
 )
-def test_status(surgeon: Any, folder: Path, changed: Any, factor: float, fail_on: str, status: int) -> None:
+def test_status(
+    surgeon: Any, folder: Path, changed: Any, factor: float, fail_on: str, status: int
+) -> None:
     result = surgeon("audit", folder, changed(factor), "--at", PLANTED, "--fail-on", fail_on)
     assert result.status == status
     assert result.err == (
-        "" if status == 0 else f"surgeon: the verdict is {result.out.split(':')[0]}, which fails the audit (--fail-on {fail_on}).\n"
+        ""
+        if status == 0
+        else (
+            f"surgeon: the verdict is {result.out.split(':')[0]}, which fails the audit (--fail-on"
+            f" {fail_on}).\n"
+        )
     )
     assert result.out.count("\n") == 1
     assert PLANTED in result.out
@@ -71,42 +99,72 @@ def test_default_is_to_fail_on_red(surgeon: Any, folder: Path, changed: Any) -> 
 
 def test_annotations(surgeon: Any, folder: Path, changed: Any) -> None:
     other = changed(0.0, "50%, or::error::none\nat all")
-    status, out, _ = surgeon("audit", folder, other, "--at", "L0.mlp.down[5, :]", "--format", "github")
+    status, out, _ = surgeon(
+        "audit", folder, other, "--at", "L0.mlp.down[5, :]", "--format", "github"
+    )
     lines = out.splitlines()
     assert status == 1
-    assert all(line.startswith(("::error title=surgeon audit::red: ", "::warning title=surgeon audit::amber: ")) for line in lines)
+    assert all(
+        line.startswith(
+            ("::error title=surgeon audit::red: ", "::warning title=surgeon audit::amber: ")
+        )
+        for line in lines
+    )
     assert "50%25, or::error::none%0Aat all" in lines[0]
     assert f"{PLANTED} 300 -> 0, ratio 0.00, rank 1 -> 1536" in lines[1]
     assert len(lines) == 2
     ok = surgeon("audit", folder, folder, "--at", PLANTED, "--format", "github")
     assert ok.out.startswith("::notice title=surgeon audit::ok: ")
-    assert "::warning " in surgeon("audit", folder, changed(0.6), "--at", PLANTED, "--format", "github").out
+    assert (
+        "::warning "
+        in surgeon("audit", folder, changed(0.6), "--at", PLANTED, "--format", "github").out
+    )
 
 
-def test_a_patch_names_the_entries(surgeon: Any, folder: Path, changed: Any, tmp_path: Path) -> None:
+def test_a_patch_names_the_entries(
+    surgeon: Any, folder: Path, changed: Any, tmp_path: Path
+) -> None:
     patch = tmp_path / "p.patch"
-    assert surgeon("ablate", folder, "--at", PLANTED, "--at", "L1.mlp.down[2, 3]", "-o", patch).status == 0
-    document = json.loads(surgeon("audit", folder, changed(0.6), "--patch", patch, "--at", "L0.mlp.down[1, 2]", "--json").out)
-    assert [s["entries"] for s in document["sets"]] == [["L0.mlp.down[1, 2]"], [PLANTED, "L1.mlp.down[2, 3]"]]
+    assert (
+        surgeon("ablate", folder, "--at", PLANTED, "--at", "L1.mlp.down[2, 3]", "-o", patch).status
+        == 0
+    )
+    document = json.loads(
+        surgeon(
+            "audit", folder, changed(0.6), "--patch", patch, "--at", "L0.mlp.down[1, 2]", "--json"
+        ).out
+    )
+    assert [s["entries"] for s in document["sets"]] == [
+        ["L0.mlp.down[1, 2]"],
+        [PLANTED, "L1.mlp.down[2, 3]"],
+    ]
     assert document["sets"][1]["ratio"] == pytest.approx(0.6, abs=1e-3)
     assert [s["verdict"] for s in document["sets"]] == ["ok", "amber"]
 
 
 def test_found_where_none_are_known(surgeon: Any, folder: Path, changed: Any, text: Path) -> None:
-    result = surgeon("audit", folder, changed(0.6), "--text", text, "--window", 16, "--run", "--json")
+    result = surgeon(
+        "audit", folder, changed(0.6), "--text", text, "--window", 16, "--run", "--json"
+    )
     document = json.loads(result.out)
     assert "looking for its critical sets" in result.err
     assert document["source"] == "found in BASE"
     entries = {e["entry"]: e for e in document["entries"]}
     assert entries[PLANTED]["verdict"] == document["verdict"] == "amber"
     # the channel that the planted entry writes, with the rest of its row
-    (activation,) = [a for a in document["activations"] if (a["site"], a["row"]) == ("L0.mlp.down", 5)]
+    (activation,) = [
+        a for a in document["activations"] if (a["site"], a["row"]) == ("L0.mlp.down", 5)
+    ]
     assert activation["ratio"] == pytest.approx(0.6, abs=0.05)
     assert activation["base"] > 10
 
 
-def test_published_entries_are_known_by_shape_and_weight(surgeon: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy of a published model under another name; a namesake in shape that holds other weights is no copy."""
+def test_published_entries_are_known_by_shape_and_weight(
+    surgeon: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of a published model under another name; a namesake in shape that holds other weights
+    is no copy.
+    """
     from surgeon.find import index
 
     data = index._data()
@@ -114,7 +172,9 @@ def test_published_entries_are_known_by_shape_and_weight(surgeon: Any, tmp_path:
     inert = {**record, "row": 6, "status": "nearly inert"}
     twin = {**record, "model": "org/other", "weight": 0.77}
     shapes = {record["model"]: ["llama", 3, 32, 48], "org/other": ["llama", 3, 32, 48]}
-    monkeypatch.setattr(index, "_data", lambda: {**data, "shapes": shapes, "records": [record, inert, twin]})
+    monkeypatch.setattr(
+        index, "_data", lambda: {**data, "shapes": shapes, "records": [record, inert, twin]}
+    )
     model = tiny_model("llama")
     model.get_parameter("model.layers.1.mlp.down_proj.weight").data[5, 7] = -1.93
     model.save_pretrained(tmp_path / "copy")
@@ -127,7 +187,10 @@ def test_published_entries_are_known_by_shape_and_weight(surgeon: Any, tmp_path:
     assert "1 published entries" in err
     model.get_parameter("model.layers.1.mlp.down_proj.weight").data[5, 7] = 1.93
     model.save_pretrained(tmp_path / "namesake")
-    assert "looking for its critical sets" in surgeon("audit", tmp_path / "namesake", tmp_path / "tuned").err
+    assert (
+        "looking for its critical sets"
+        in surgeon("audit", tmp_path / "namesake", tmp_path / "tuned").err
+    )
 
 
 def test_every_published_model_has_a_shape() -> None:
@@ -135,23 +198,52 @@ def test_every_published_model_has_a_shape() -> None:
 
     assert set(_data()["shapes"]) == {r.model for r in published()}
     config = LlamaConfig(num_hidden_layers=32, hidden_size=4096, intermediate_size=11008)
-    assert {r.model for r in records_shaped(config)} == {"huggyllama/llama-7b", "meta-llama/Llama-2-7b-hf"}
+    assert {r.model for r in records_shaped(config)} == {
+        "huggyllama/llama-7b",
+        "meta-llama/Llama-2-7b-hf",
+    }
 
 
 @pytest.mark.filterwarnings("ignore")  # of torchao and compressed-tensors
 @pytest.mark.parametrize("kind", ["dense", "sidecar", "compressed-tensors", "torchao"])
 def test_what_surgeon_exports_can_be_audited(surgeon: Any, kind: str, tmp_path: Path) -> None:
     """Against the model that transformers makes of the folder."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 99, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "vocab_size": 99,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**sizes, architectures=["LlamaForCausalLM"]))
     model.get_parameter(STORED).data[5, 7] = 3.0
     model.save_pretrained(tmp_path / "base")
-    command = ["quantize", tmp_path / "base", "-o", tmp_path / "q", "--bits", 4, "--block", "group:32", "--critical", PLANTED, "--stream"]
+    command = [
+        "quantize",
+        tmp_path / "base",
+        "-o",
+        tmp_path / "q",
+        "--bits",
+        4,
+        "--block",
+        "group:32",
+        "--critical",
+        PLANTED,
+        "--stream",
+    ]
     done = surgeon(*command, "--clip", "percentile", "--clip-value", 99, "--export", kind)
     assert done.status == 0, done.err
     at = [PLANTED, "L0.mlp.down[5, 8]", "L1.mlp.up[3, 4]"]
-    result = surgeon("audit", tmp_path / "base", tmp_path / "q", *(x for a in at for x in ("--at", a)), "--json", "--fail-on", "never")
+    result = surgeon(
+        "audit",
+        tmp_path / "base",
+        tmp_path / "q",
+        *(x for a in at for x in ("--at", a)),
+        "--json",
+        "--fail-on",
+        "never",
+    )
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
     loaded(torch.tensor([[1, 2]]))  # compressed-tensors unpacks its weights in the first pass
 
@@ -162,22 +254,46 @@ def test_what_surgeon_exports_can_be_audited(surgeon: Any, kind: str, tmp_path: 
 
     down, up = dense("model.layers.0.mlp.down_proj"), dense("model.layers.1.mlp.up_proj")
     expected = [float(down[5, 7]), float(down[5, 8]), float(up[3, 4])]
-    assert [e["other"] for e in json.loads(result.out)["entries"]] == pytest.approx(expected, rel=1e-5)
+    assert [e["other"] for e in json.loads(result.out)["entries"]] == pytest.approx(
+        expected, rel=1e-5
+    )
     assert json.loads(result.out)["entries"][0]["ratio"] == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's own
 def test_run_of_an_adapter(surgeon: Any, folder: Path, tmp_path: Path, text: Path) -> None:
-    """The super activation with the adapter on, against the planted entry that the adapter halves."""
+    """The super activation with the adapter on, against the planted entry that the adapter
+    halves.
+    """
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(LlamaForCausalLM.from_pretrained(folder), LoraConfig(r=1, lora_alpha=1, target_modules=["down_proj"]))
-    a, b = (model.get_parameter(f"base_model.model.model.layers.0.mlp.down_proj.lora_{x}.default.weight").data for x in "AB")
+    model = get_peft_model(
+        LlamaForCausalLM.from_pretrained(folder),
+        LoraConfig(r=1, lora_alpha=1, target_modules=["down_proj"]),
+    )
+    a, b = (
+        model.get_parameter(
+            f"base_model.model.model.layers.0.mlp.down_proj.lora_{x}.default.weight"
+        ).data
+        for x in "AB"
+    )
     a.zero_(), b.zero_()
     a[0, 7], b[5, 0] = 1, -150
     model.save_pretrained(tmp_path / "adapter")
     document = json.loads(
-        surgeon("audit", folder, tmp_path / "adapter", "--at", PLANTED, "--run", "--text", text, "--window", 16, "--json").out
+        surgeon(
+            "audit",
+            folder,
+            tmp_path / "adapter",
+            "--at",
+            PLANTED,
+            "--run",
+            "--text",
+            text,
+            "--window",
+            16,
+            "--json",
+        ).out
     )
     assert document["entries"][0]["other"] == pytest.approx(150)
     assert document["verdict"] == "amber"
@@ -187,14 +303,36 @@ def test_run_of_an_adapter(surgeon: Any, folder: Path, tmp_path: Path, text: Pat
 
 @pytest.mark.slow
 def test_both_on_the_hub(folder: Path, changed: Any, tmp_path: Path) -> None:
-    """Only the headers and the matrix concerned are fetched. huggingface_hub reads its endpoint when imported: a process of its own."""
+    """Only the headers and the matrix concerned are fetched.
+
+    huggingface_hub reads its endpoint when imported: a process of its own.
+    """
     with serve(Hub({"org/base": folder, "org/tuned": changed(0.6)})) as hub:
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT / "src")}
-        command = [sys.executable, "-m", "surgeon", "audit", "org/base", "org/tuned", "--at", PLANTED, "--json"]
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "PYTHONPATH": str(ROOT / "src"),
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "surgeon",
+            "audit",
+            "org/base",
+            "org/tuned",
+            "--at",
+            PLANTED,
+            "--json",
+        ]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["entries"][0]["ratio"] == pytest.approx(0.6)
-    fetched = [stop - start for method, name, (start, stop) in hub.asked if name.endswith(".safetensors") and method == "GET"]
+    fetched = [
+        stop - start
+        for method, name, (start, stop) in hub.asked
+        if name.endswith(".safetensors") and method == "GET"
+    ]
     assert 2 * 32 * 48 * 4 < sum(fetched) < 0.3 * 2 * (folder / "model.safetensors").stat().st_size
 
 
@@ -218,7 +356,21 @@ def test_run_says_why_not(surgeon: Any, folder: Path, tmp_path: Path, text: Path
     tensors = load_file(target / "model.safetensors")
     del tensors["model.layers.2.mlp.down_proj.weight"]
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
-    result = surgeon("audit", folder, target, "--at", PLANTED, "--run", "--text", text, "--window", 16, "--windows", 2, "--json")
+    result = surgeon(
+        "audit",
+        folder,
+        target,
+        "--at",
+        PLANTED,
+        "--run",
+        "--text",
+        text,
+        "--window",
+        16,
+        "--windows",
+        2,
+        "--json",
+    )
     document = json.loads(result.out)
     assert result.status == 0
     assert document["activations"] == []

@@ -1,4 +1,6 @@
-"""`surgeon cells screen` and `surgeon cells map`, from a folder and an h5ad file to documents, reports and columns."""
+"""`surgeon cells screen` and `surgeon cells map`, from a folder and an h5ad file to documents,
+reports and columns.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ SMALL = ("--cells", "24", "--draws", "1", "--seed", "1")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model in the published layout, without a baseline beside it, and 60 cells of two types from six donors."""
+    """The tiny model in the published layout, without a baseline beside it, and 60 cells of two
+    types from six donors.
+    """
     place = tmp_path_factory.mktemp("cells")
     vocab = {"<cls>": 0, **{gene: i + 1 for i, gene in enumerate(GENES)}, "<pad>": 25}
     save_cells(place / "model", tiny().model, vocab, TokenConfig(include_zeros=True))
@@ -37,9 +41,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         index=[f"c{i}" for i in range(60)],
     )
-    adata = anndata.AnnData(counts, obs=obs, var=pandas.DataFrame(index=GENES), obsm={"X_umap": random.normal(size=(60, 2))})
+    adata = anndata.AnnData(
+        counts,
+        obs=obs,
+        var=pandas.DataFrame(index=GENES),
+        obsm={"X_umap": random.normal(size=(60, 2))},
+    )
     adata.write_h5ad(place / "cells.h5ad")
-    (place / "sets.gmt").write_text("even\t\t" + "\t".join(GENES[::2]) + "\nodd\t\t" + "\t".join(GENES[1::2]) + "\n")
+    (place / "sets.gmt").write_text(
+        "even\t\t" + "\t".join(GENES[::2]) + "\nodd\t\t" + "\t".join(GENES[1::2]) + "\n"
+    )
     return place
 
 
@@ -49,7 +60,9 @@ def json_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str,
     return document
 
 
-def test_screen_writes_a_document_a_report_and_columns(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_screen_writes_a_document_a_report_and_columns(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     out = tmp_path / "out.h5ad"
     more = ("--each", "1", "--verify", "1", "--folder", tmp_path / "run", "--write-h5ad", out)
     d = json_of(capsys, "screen", folder / "model", folder / "cells.h5ad", *SMALL, *more)
@@ -65,18 +78,50 @@ def test_screen_writes_a_document_a_report_and_columns(folder: Path, tmp_path: P
 
 
 def test_screen_says_none_found_in_words(folder: Path, capsys: pytest.CaptureFixture[str]):
-    assert run(["cells", "screen", str(folder / "model"), str(folder / "cells.h5ad"), *SMALL, "--each", "1", "--verify", "1",
-                "--min-share", "1e9"]) == 0  # fmt: skip
+    assert (
+        run(
+            [
+                "cells",
+                "screen",
+                str(folder / "model"),
+                str(folder / "cells.h5ad"),
+                *SMALL,
+                "--each",
+                "1",
+                "--verify",
+                "1",
+                "--min-share",
+                "1e9",
+            ]
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     assert "none found" in text
     assert "worst of 20" in text
     assert "not biomarkers" in text
 
 
-def test_map_writes_a_document_a_report_and_columns(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_map_writes_a_document_a_report_and_columns(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     out = tmp_path / "out.h5ad"
-    more = ("--at", "L1.norm2.scale[3]", "--gmt", folder / "sets.gmt", "--null", "0", "--folder", tmp_path / "run", "--write-h5ad", out,
-            "--condition", "stage", "--donor", "donor")  # fmt: skip
+    more = (
+        "--at",
+        "L1.norm2.scale[3]",
+        "--gmt",
+        folder / "sets.gmt",
+        "--null",
+        "0",
+        "--folder",
+        tmp_path / "run",
+        "--write-h5ad",
+        out,
+        "--condition",
+        "stage",
+        "--donor",
+        "donor",
+    )
     d = json_of(capsys, "map", folder / "model", folder / "cells.h5ad", *SMALL, *more)
     assert d["at"] == ["L1.norm2.scale[3]"]
     assert d["embedding"]["name"] == "UMAP"
@@ -90,7 +135,20 @@ def test_map_writes_a_document_a_report_and_columns(folder: Path, tmp_path: Path
 
 
 def test_map_in_words(folder: Path, capsys: pytest.CaptureFixture[str]):
-    assert run(["cells", "map", str(folder / "model"), str(folder / "cells.h5ad"), *SMALL, "--condition", "stage"]) == 0
+    assert (
+        run(
+            [
+                "cells",
+                "map",
+                str(folder / "model"),
+                str(folder / "cells.h5ad"),
+                *SMALL,
+                "--condition",
+                "stage",
+            ]
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     assert "correlation with intact NLL" in text
     assert "condition early" in text
@@ -109,11 +167,25 @@ def test_map_in_words(folder: Path, capsys: pytest.CaptureFixture[str]):
         (("--cells", "0"), 2, "at least one cell"),
     ],
 )
-def test_what_cannot_be_done_is_said(folder: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], status: int, says: str):
-    assert run(["cells", "map", str(folder / "model"), str(folder / "cells.h5ad"), *SMALL, *more]) == status
+def test_what_cannot_be_done_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], status: int, says: str
+):
+    assert (
+        run(["cells", "map", str(folder / "model"), str(folder / "cells.h5ad"), *SMALL, *more])
+        == status
+    )
     assert says in capsys.readouterr().err
 
 
 def test_same_command_same_bytes(folder: Path, capsys: pytest.CaptureFixture[str]):
-    command = ("screen", folder / "model", folder / "cells.h5ad", *SMALL, "--each", "1", "--verify", "1")
+    command = (
+        "screen",
+        folder / "model",
+        folder / "cells.h5ad",
+        *SMALL,
+        "--each",
+        "1",
+        "--verify",
+        "1",
+    )
     assert json_of(capsys, *command) == json_of(capsys, *command)

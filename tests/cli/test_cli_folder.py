@@ -1,4 +1,6 @@
-"""Run folders: what each verb leaves there, the command it records, and what is said before and after the work."""
+"""Run folders: what each verb leaves there, the command it records, and what is said before and
+after the work.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +27,30 @@ def injury(surgeon: Any, folder: Path, tmp_path: Path) -> Path:
     return path
 
 
-def verbs(folder: Path, text: Path, injury: Path, tmp_path: Path) -> dict[str, tuple[list[object], set[str]]]:
+def verbs(
+    folder: Path, text: Path, injury: Path, tmp_path: Path
+) -> dict[str, tuple[list[object], set[str]]]:
     """The arguments of each verb, and the files beside its document."""
     corpus = ["--text", text, "--window", 16]
     few = ["--windows", 8]
-    repair = ["--injury", injury, "-o", tmp_path / "healed.safetensors", "--method", "graft", "--exclude-injured"]
+    repair = [
+        "--injury",
+        injury,
+        "-o",
+        tmp_path / "healed.safetensors",
+        "--method",
+        "graft",
+        "--exclude-injured",
+    ]
     return {
         "find": ([folder, *corpus, *few], set()),
         "verify": ([folder, "--at", PLANTED, *corpus, *few], set()),
         "measure": ([folder, "--patch", injury, *corpus, "--generate", "the [red] fox"], set()),
         "repair": ([folder, *repair, *corpus], {"injury.safetensors", "repair.safetensors"}),
-        "explain": ([folder, "--patch", injury, *corpus, *few, "--permutations", 99, "--draws", 2], {"tokens.parquet"}),
+        "explain": (
+            [folder, "--patch", injury, *corpus, *few, "--permutations", 99, "--draws", 2],
+            {"tokens.parquet"},
+        ),
     }
 
 
@@ -58,15 +73,21 @@ def test_a_verb_leaves_its_result_its_data_and_a_report(
     assert "add the options" not in page
     if verb == "repair":
         assert load(run / "injury.safetensors").digest == load(injury).digest
-        assert (run / "repair.safetensors").read_bytes() == (tmp_path / "healed.safetensors").read_bytes()
+        assert (run / "repair.safetensors").read_bytes() == (
+            tmp_path / "healed.safetensors"
+        ).read_bytes()
     if verb == "explain":
         table = pyarrow.parquet.read_table(run / "tokens.parquet").to_pydict()
         assert len(table["token"]) == document["corpus"]["tokens"]
-        assert sum(table["kl_broken"]) / len(table["token"]) == pytest.approx(document["influence"]["mean_kl"]["broken"])
+        assert sum(table["kl_broken"]) / len(table["token"]) == pytest.approx(
+            document["influence"]["mean_kl"]["broken"]
+        )
         assert "How the KL is spread" in page
 
 
-def test_results_of_several_verbs_share_a_folder(surgeon: Any, folder: Path, text: Path, injury: Path, tmp_path: Path) -> None:
+def test_results_of_several_verbs_share_a_folder(
+    surgeon: Any, folder: Path, text: Path, injury: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     for verb in ("find", "repair"):
         arguments, _ = verbs(folder, text, injury, tmp_path)[verb]
@@ -80,7 +101,13 @@ def test_results_of_several_verbs_share_a_folder(surgeon: Any, folder: Path, tex
 
 @pytest.mark.parametrize("verb", ["find", "verify", "measure", "repair", "explain"])
 def test_a_bad_folder_is_refused_before_any_work(
-    surgeon: Any, folder: Path, text: Path, injury: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+    surgeon: Any,
+    folder: Path,
+    text: Path,
+    injury: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    verb: str,
 ) -> None:
     arguments, _ = verbs(folder, text, injury, tmp_path)[verb]
     module = sys.modules[f"surgeon.cli.{verb}"]
@@ -100,7 +127,12 @@ def test_a_folder_that_takes_no_file_is_refused(surgeon: Any, folder: Path, tmp_
 
 
 def test_without_the_extra_the_results_are_there(
-    surgeon: Any, folder: Path, text: Path, injury: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    surgeon: Any,
+    folder: Path,
+    text: Path,
+    injury: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     arguments, _ = verbs(folder, text, injury, tmp_path)["explain"]
     for name in [m for m in sys.modules if m.startswith("surgeon.report.")]:
@@ -118,9 +150,13 @@ def test_without_the_extra_the_results_are_there(
     assert "pip install 'weight-surgeon[report]'" in no_report
 
 
-def test_what_is_damaged_in_the_folder_does_not_cost_the_result(surgeon: Any, folder: Path, text: Path, tmp_path: Path) -> None:
+def test_what_is_damaged_in_the_folder_does_not_cost_the_result(
+    surgeon: Any, folder: Path, text: Path, tmp_path: Path
+) -> None:
     (tmp_path / "old.json").write_text("{")
-    status, _, err = surgeon("measure", folder, "--text", text, "--window", 16, "--folder", tmp_path)
+    status, _, err = surgeon(
+        "measure", folder, "--text", text, "--window", 16, "--folder", tmp_path
+    )
     assert status == 0
     assert "no report.html was written" in err
     assert "old.json is damaged" in err
@@ -128,6 +164,8 @@ def test_what_is_damaged_in_the_folder_does_not_cost_the_result(surgeon: Any, fo
 
 
 @pytest.mark.parametrize("arguments", [["index", "--json"], ["sites", "MODEL", "--json"]])
-def test_every_document_records_its_command(surgeon: Any, folder: Path, arguments: list[str]) -> None:
+def test_every_document_records_its_command(
+    surgeon: Any, folder: Path, arguments: list[str]
+) -> None:
     words = [str(folder) if word == "MODEL" else word for word in arguments]
     assert json.loads(surgeon(*words).out)["command"] == shlex.join(["surgeon", *words])

@@ -1,4 +1,6 @@
-"""The command as a process of its own: `python -m surgeon`, Ctrl-C, and a Hub that answers on the loopback."""
+"""The command as a process of its own: `python -m surgeon`, Ctrl-C, and a Hub that answers on the
+loopback.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,26 @@ import surgeon as package
 
 @pytest.fixture
 def model_hub(folder: Path, tmp_path: Path) -> Any:
-    """A Hub with an open, a gated and a pickled model, and the environment of a process that knows no other."""
+    """A Hub with an open, a gated and a pickled model, and the environment of a process that knows
+    no other.
+    """
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     shutil.copy(folder / "config.json", pickled)
     (pickled / "pytorch_model.bin").write_bytes(b"no weights")
-    served = hub.Hub({"org/tiny": folder, "org/gated": folder, "org/pickled": pickled}, gated=frozenset({"org/gated"}))
+    served = hub.Hub(
+        {"org/tiny": folder, "org/gated": folder, "org/pickled": pickled},
+        gated=frozenset({"org/gated"}),
+    )
     with hub.serve(served):
-        yield served, {"HF_ENDPOINT": served.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        yield (
+            served,
+            {
+                "HF_ENDPOINT": served.url,
+                "HF_HOME": str(tmp_path / "home"),
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+            },
+        )
 
 
 def test_a_model_from_the_hub(process: Any, surgeon: Any, folder: Path, model_hub: Any) -> None:
@@ -38,7 +52,11 @@ def test_a_model_from_the_hub(process: Any, surgeon: Any, folder: Path, model_hu
     document, local = json.loads(out), json.loads(surgeon("sites", folder, "--json").out)
     assert document.pop("command") == f"surgeon sites org/tiny@{hub.COMMIT} --json"
     assert {"command": local["command"], **document} == {**local, "model": f"org/tiny@{hub.COMMIT}"}
-    assert {name for _, name, _ in served.asked} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert {name for _, name, _ in served.asked} >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
 
 
 def test_what_the_hub_does_not_give(model_hub: Any) -> None:
@@ -50,9 +68,22 @@ def test_what_the_hub_does_not_give(model_hub: Any) -> None:
         "org/bad name": "neither a local folder nor a model the Hub would give",
         "org/pickled": "no *.safetensors weights",
     }
-    code = "import json, sys\nfrom surgeon.cli import run\nprint(json.dumps([run(['sites', name]) for name in sys.argv[1:]]))"
-    environment = {**os.environ, "PYTHONPATH": str(Path(package.__file__).parents[1]), **model_hub[1]}
-    done = subprocess.run([sys.executable, "-c", code, *refusals], env=environment, capture_output=True, text=True, timeout=120)
+    code = (
+        "import json, sys\nfrom surgeon.cli import run\nprint(json.dumps([run(['sites', name]) for"
+        " name in sys.argv[1:]]))"
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(package.__file__).parents[1]),
+        **model_hub[1],
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code, *refusals],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert json.loads(done.stdout) == [2] * len(refusals)
     sentences = [line for line in done.stderr.splitlines() if line.startswith("surgeon: ")]
     for sentence, said in zip(sentences, refusals.values(), strict=True):
@@ -62,14 +93,20 @@ def test_what_the_hub_does_not_give(model_hub: Any) -> None:
 
 def test_no_network(process: Any, tmp_path: Path) -> None:
     """Nothing listens on port 9 here; and a folder needs no Hub."""
-    status, out, err = process("sites", "org/tiny", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
+    status, out, err = process(
+        "sites", "org/tiny", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path)
+    )
     assert (status, out) == (2, "")
-    assert err.startswith("surgeon: org/tiny is neither a local folder nor a model the Hub would give: ")
+    assert err.startswith(
+        "surgeon: org/tiny is neither a local folder nor a model the Hub would give: "
+    )
     assert "Traceback" not in err
 
 
 def test_interrupted(start: Any, folder: Path, text: Path, tmp_path: Path) -> None:
-    """The text comes through a pipe, so that the signal falls after all imports and within the work."""
+    """The text comes through a pipe, so that the signal falls after all imports and within the
+    work.
+    """
     pipe = tmp_path / "text"
     os.mkfifo(pipe)
     running = start("find", folder, "--text", pipe, "--window", 256, "--windows", 4000, "--json")

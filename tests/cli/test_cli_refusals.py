@@ -1,4 +1,6 @@
-"""Bad input: a sentence on stderr, the right exit status, nothing on stdout, nothing half written."""
+"""Bad input: a sentence on stderr, the right exit status, nothing on stdout, nothing half
+written.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
-from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModelForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from surgeon.cli import surgeon as group
 
@@ -25,7 +33,9 @@ ENTRY = "L0.mlp.down[5, 7]"
 
 @pytest.fixture
 def refused(surgeon: Any) -> Callable[..., str]:
-    """The sentence that a command is refused with; `status` as given, and no more than a sentence or two."""
+    """The sentence that a command is refused with; `status` as given, and no more than a sentence
+    or two.
+    """
 
     def call(*arguments: object, status: int = 2) -> str:
         result = surgeon(*arguments)
@@ -64,7 +74,7 @@ def left_in(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-# -- models -------------------------------------------------------------------------------------------------------------
+# -- models ------------------------------------------------------------------------------------
 
 
 def test_no_such_folder(refused: Any, tmp_path: Path) -> None:
@@ -122,7 +132,10 @@ def test_weights_that_are_no_safetensors(refused: Any, copy: Path, raw: bytes) -
 @pytest.mark.parametrize(
     ("index", "said"),
     [
-        ({"weight_map": {"a": "model-00001-of-00002.safetensors"}}, "lacks the shards model-00001-of-00002.safetensors"),
+        (
+            {"weight_map": {"a": "model-00001-of-00002.safetensors"}},
+            "lacks the shards model-00001-of-00002.safetensors",
+        ),
         ({"weight_map": {"a": "../model.safetensors"}}, "points outside its folder"),
         ({"weight_map": {"a": 1}}, "is not a safetensors index"),
         ({"weight_map": ["a"]}, "is not a safetensors index"),
@@ -143,7 +156,9 @@ def test_weights_that_are_absent_are_not_made_up(refused: Any, copy: Path, readi
     save_file(weights, path, {"format": "pt"})
     assert "model.layers.2.mlp.down_proj.weight" in refused("measure", copy, *reading)
     save_file({**weights, "model.layers.2.mlp.down_proj.weight": down[:3]}, path, {"format": "pt"})
-    assert "another shape: model.layers.2.mlp.down_proj.weight;" in refused("measure", copy, *reading)
+    assert "another shape: model.layers.2.mlp.down_proj.weight;" in refused(
+        "measure", copy, *reading
+    )
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -166,16 +181,24 @@ def test_config_that_is_no_json(refused: Any, copy: Path) -> None:
         ({"architectures": ["pipeline"]}, "cannot be loaded by transformers"),
     ],
 )
-def test_config_that_cannot_be_used(refused: Any, copy: Path, changes: dict[str, Any], said: str) -> None:
+def test_config_that_cannot_be_used(
+    refused: Any, copy: Path, changes: dict[str, Any], said: str
+) -> None:
     edit_config(copy, **changes)
     assert said in refused("sites", copy)
 
 
 @pytest.mark.parametrize("model_type", ["banana", "llama"])
-def test_code_in_a_checkpoint_never_runs(surgeon: Any, copy: Path, tmp_path: Path, reading: Any, model_type: str) -> None:
+def test_code_in_a_checkpoint_never_runs(
+    surgeon: Any, copy: Path, tmp_path: Path, reading: Any, model_type: str
+) -> None:
     ran = tmp_path / "ran"
     (copy / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
-    edit_config(copy, model_type=model_type, auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"})
+    edit_config(
+        copy,
+        model_type=model_type,
+        auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"},
+    )
     result = surgeon("measure", copy, *reading)
     if model_type == "banana":
         assert result.status == 2
@@ -215,12 +238,16 @@ def test_models_of_another_kind(refused: Any, copy: Path) -> None:
     size: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2}
     MambaForCausalLM(MambaConfig(vocab_size=99, state_size=4, **size)).save_pretrained(copy)
     assert "no MLP output projection" in refused("sites", copy)
-    seeing = ViTConfig(num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8, **size)
+    seeing = ViTConfig(
+        num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8, **size
+    )
     ViTForImageClassification(seeing).save_pretrained(copy)
     assert "reads no tokens" in refused("sites", copy)
 
 
-def test_a_masked_model_has_no_likelihood(refused: Any, surgeon: Any, copy: Path, reading: Any, tmp_path: Path) -> None:
+def test_a_masked_model_has_no_likelihood(
+    refused: Any, surgeon: Any, copy: Path, reading: Any, tmp_path: Path
+) -> None:
     tiny_model("bert").save_pretrained(copy)
     for verb in (("find",), ("verify", "--at", ENTRY), ("measure",)):
         assert "not a causal language model" in refused(*verb, copy, *reading)
@@ -241,7 +268,7 @@ def test_weights_that_are_nan(refused: Any, copy: Path, reading: Any, everywhere
         assert "not finite" in refused(*verb, copy, *reading, status=1)
 
 
-# -- addresses ----------------------------------------------------------------------------------------------------------
+# -- addresses ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -259,15 +286,23 @@ def test_weights_that_are_nan(refused: Any, copy: Path, reading: Any, everywhere
         ("L0.mlp.down[0, 48]", "column 48 does not exist; L0.mlp.down has shape (out 32, in 48)"),
     ],
 )
-def test_addresses(refused: Any, folder: Path, reading: Any, tmp_path: Path, at: str, said: str) -> None:
+def test_addresses(
+    refused: Any, folder: Path, reading: Any, tmp_path: Path, at: str, said: str
+) -> None:
     assert said in refused("verify", folder, "--at", at, *reading)
     assert said in refused("ablate", folder, "--at", ENTRY, "--at", at, "-o", tmp_path / "p")
     assert left_in(tmp_path) == []
 
 
-def test_an_entry_given_twice(refused: Any, surgeon: Any, folder: Path, reading: Any, tmp_path: Path) -> None:
+def test_an_entry_given_twice(
+    refused: Any, surgeon: Any, folder: Path, reading: Any, tmp_path: Path
+) -> None:
     """It would be counted twice, and leaving one of the two out would leave nothing out."""
-    for other, said in ((ENTRY, "is given twice"), ("L0.mlp.down[5, :]", "share an entry"), ("L0.mlp.down[:, :]", "share an entry")):
+    for other, said in (
+        (ENTRY, "is given twice"),
+        ("L0.mlp.down[5, :]", "share an entry"),
+        ("L0.mlp.down[:, :]", "share an entry"),
+    ):
         assert said in refused("verify", folder, "--at", ENTRY, "--at", other, *reading)
         assert said in refused("ablate", folder, "--at", ENTRY, "--at", other, "-o", tmp_path / "p")
     apart = ("--at", "L0.mlp.down[6, :]", "--at", "L0.mlp.down[5, 6]", "--at", "L1.mlp.down[5, 7]")
@@ -275,10 +310,23 @@ def test_an_entry_given_twice(refused: Any, surgeon: Any, folder: Path, reading:
 
 
 @pytest.mark.parametrize(
-    "mode", ["banana", "scale", "scale:banana", "scale:nan", "scale:inf", "spread:0", "spread:-1", "spread:1.5", "zero:1"]
+    "mode",
+    [
+        "banana",
+        "scale",
+        "scale:banana",
+        "scale:nan",
+        "scale:inf",
+        "spread:0",
+        "spread:-1",
+        "spread:1.5",
+        "zero:1",
+    ],
 )
 def test_modes(refused: Any, folder: Path, tmp_path: Path, mode: str) -> None:
-    assert f"{mode!r} is not a way to ablate" in refused("ablate", folder, "--at", ENTRY, "--mode", mode, "-o", tmp_path / "p")
+    assert f"{mode!r} is not a way to ablate" in refused(
+        "ablate", folder, "--at", ENTRY, "--mode", mode, "-o", tmp_path / "p"
+    )
     assert left_in(tmp_path) == []
 
 
@@ -287,7 +335,7 @@ def test_spread_onto_more_than_there_is(refused: Any, folder: Path, tmp_path: Pa
     assert "row 5 of L0.mlp.down, which has 47" in said
 
 
-# -- texts and numbers --------------------------------------------------------------------------------------------------
+# -- texts and numbers -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -313,7 +361,9 @@ def test_a_text_that_cannot_be_read(refused: Any, folder: Path, tmp_path: Path) 
     assert "Is a directory" in refused("measure", folder, "--text", tmp_path)
 
 
-def test_one_window_is_enough_to_measure_and_not_to_find(refused: Any, surgeon: Any, folder: Path, text: Path) -> None:
+def test_one_window_is_enough_to_measure_and_not_to_find(
+    refused: Any, surgeon: Any, folder: Path, text: Path
+) -> None:
     assert surgeon("measure", folder, "--text", text, "--window", 300).status == 0
     assert "find needs at least 2" in refused("find", folder, "--text", text, "--window", 300)
 
@@ -333,14 +383,18 @@ def test_one_window_is_enough_to_measure_and_not_to_find(refused: Any, surgeon: 
         (("--device", "xla"), "--device xla cannot be used on this machine"),
     ],
 )
-def test_numbers_dtypes_and_devices(refused: Any, folder: Path, reading: Any, options: Any, said: str) -> None:
+def test_numbers_dtypes_and_devices(
+    refused: Any, folder: Path, reading: Any, options: Any, said: str
+) -> None:
     for verb in (("find",), ("verify", "--at", ENTRY), ("measure",)):
         assert said in refused(*verb, folder, *reading, *options)
 
 
 def test_too_few_controls(refused: Any, folder: Path, reading: Any) -> None:
     for verb in (("find",), ("verify", "--at", ENTRY)):
-        assert "3 controls cannot show anything" in refused(*verb, folder, *reading, "--controls", 3)
+        assert "3 controls cannot show anything" in refused(
+            *verb, folder, *reading, "--controls", 3
+        )
 
 
 @pytest.mark.parametrize(
@@ -369,7 +423,7 @@ def test_no_command_shows_the_help(surgeon: Any) -> None:
     assert "Commands:" in surgeon().err
 
 
-# -- patches ------------------------------------------------------------------------------------------------------------
+# -- patches -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -379,7 +433,9 @@ def patch(surgeon: Any, folder: Path, tmp_path_factory: pytest.TempPathFactory) 
     return path
 
 
-def test_a_patch_for_another_model(refused: Any, copy: Path, patch: Path, reading: Any, tmp_path: Path) -> None:
+def test_a_patch_for_another_model(
+    refused: Any, copy: Path, patch: Path, reading: Any, tmp_path: Path
+) -> None:
     other = AutoModelForCausalLM.from_pretrained(copy)
     other.get_parameter("model.layers.0.mlp.down_proj.weight").data[0, 0] += 1
     other.save_pretrained(copy)
@@ -392,7 +448,9 @@ def test_a_patch_for_another_model(refused: Any, copy: Path, patch: Path, readin
     assert left_in(tmp_path) == ["copy"]
 
 
-def test_a_patch_applied_twice(refused: Any, surgeon: Any, folder: Path, patch: Path, tmp_path: Path, reading: Any) -> None:
+def test_a_patch_applied_twice(
+    refused: Any, surgeon: Any, folder: Path, patch: Path, tmp_path: Path, reading: Any
+) -> None:
     assert surgeon("apply", folder, "--patch", patch, "-o", tmp_path / "out").status == 0
     refused("apply", tmp_path / "out", "--patch", patch, "-o", tmp_path / "out2", status=3)
     refused("apply", folder, "--patch", patch, "--patch", patch, "-o", tmp_path / "out2", status=3)
@@ -405,23 +463,38 @@ def test_a_tied_weight(refused: Any, copy: Path, tmp_path: Path, reading: Any) -
     assert "unembed" in refused("verify", copy, "--at", "embed[3, 4]", *reading, status=3)
 
 
-def test_damaged_patches(refused: Any, folder: Path, patch: Path, reading: Any, tmp_path: Path) -> None:
+def test_damaged_patches(
+    refused: Any, folder: Path, patch: Path, reading: Any, tmp_path: Path
+) -> None:
     raw = patch.read_bytes()
     flipped = raw[:-1] + bytes([raw[-1] ^ 1])
-    for damaged in (b"", raw[:-3], raw[:40], flipped, (folder / "model.safetensors").read_bytes(), b"banana" * 20):
+    for damaged in (
+        b"",
+        raw[:-3],
+        raw[:40],
+        flipped,
+        (folder / "model.safetensors").read_bytes(),
+        b"banana" * 20,
+    ):
         patch.write_bytes(damaged)
-        assert "is damaged or is not a patch" in refused("measure", folder, "--patch", patch, *reading)
-        assert "is damaged or is not a patch" in refused("apply", folder, "--patch", patch, "-o", tmp_path / "out")
+        assert "is damaged or is not a patch" in refused(
+            "measure", folder, "--patch", patch, *reading
+        )
+        assert "is damaged or is not a patch" in refused(
+            "apply", folder, "--patch", patch, "-o", tmp_path / "out"
+        )
     patch.unlink()
     assert "No such file" in refused("measure", folder, "--patch", patch, *reading)
     assert "Is a directory" in refused("measure", folder, "--patch", tmp_path, *reading)
     assert left_in(tmp_path) == []
 
 
-# -- where to write -----------------------------------------------------------------------------------------------------
+# -- where to write ----------------------------------------------------------------------------
 
 
-def test_places_that_cannot_be_written(refused: Any, folder: Path, patch: Path, tmp_path: Path) -> None:
+def test_places_that_cannot_be_written(
+    refused: Any, folder: Path, patch: Path, tmp_path: Path
+) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("a file")
     for place in (tmp_path / "nowhere" / "p", blocked / "p"):
@@ -434,7 +507,9 @@ def test_places_that_cannot_be_written(refused: Any, folder: Path, patch: Path, 
     assert blocked.read_text() == "a file"
 
 
-def test_a_folder_that_exists_is_not_overwritten(refused: Any, folder: Path, patch: Path, tmp_path: Path) -> None:
+def test_a_folder_that_exists_is_not_overwritten(
+    refused: Any, folder: Path, patch: Path, tmp_path: Path
+) -> None:
     for verb in ("apply", "undo"):
         assert "exists already" in refused(verb, folder, "--patch", patch, "-o", tmp_path)
         assert "exists already" in refused(verb, folder, "--patch", patch, "-o", folder)
@@ -455,7 +530,9 @@ def test_a_full_disk_leaves_nothing_behind(
         assert "No space left" in refused("ablate", folder, "--at", ENTRY, "-o", old, status=1)
     with monkeypatch.context() as disk:
         disk.setattr(shutil, "copyfile", full)
-        assert "No space left" in refused("apply", folder, "--patch", patch, "-o", tmp_path / "out", status=1)
+        assert "No space left" in refused(
+            "apply", folder, "--patch", patch, "-o", tmp_path / "out", status=1
+        )
     assert left_in(tmp_path) == ["p"]
     assert old.read_text() == "written before"
 
@@ -477,25 +554,33 @@ def test_ctrl_c_while_writing_leaves_nothing_behind(
 
     with monkeypatch.context() as keys:
         keys.setattr(os, "replace", interrupt)
-        assert "interrupted" in refused("ablate", folder, "--at", ENTRY, "-o", tmp_path / "p", status=1)
+        assert "interrupted" in refused(
+            "ablate", folder, "--at", ENTRY, "-o", tmp_path / "p", status=1
+        )
     with monkeypatch.context() as keys:
         keys.setattr(shutil, "copyfile", copy_one)
-        assert "interrupted" in refused("apply", folder, "--patch", patch, "-o", tmp_path / "out", status=1)
+        assert "interrupted" in refused(
+            "apply", folder, "--patch", patch, "-o", tmp_path / "out", status=1
+        )
     assert len(written) == 2
     assert left_in(tmp_path) == []
 
 
-def test_out_of_memory(refused: Any, folder: Path, reading: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory(
+    refused: Any, folder: Path, reading: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
 
         def fail(*_: object, error: BaseException = error) -> None:
             raise error
 
         monkeypatch.setattr("surgeon.cli.measure.mean_nll", fail)
-        assert "out of memory; try fewer --windows" in refused("measure", folder, *reading, status=1)
+        assert "out of memory; try fewer --windows" in refused(
+            "measure", folder, *reading, status=1
+        )
 
 
-# -- help ---------------------------------------------------------------------------------------------------------------
+# -- help --------------------------------------------------------------------------------------
 
 
 def test_help_names_every_command(surgeon: Any) -> None:
@@ -514,6 +599,10 @@ def test_help_of_a_command_names_every_option(surgeon: Any, verb: str) -> None:
     assert command.help
     assert " ".join(command.help.split(".")[0].split()) in " ".join(out.split())
     for parameter in command.params:
-        names = parameter.opts if parameter.param_type_name == "option" else [str(parameter.name).upper()]
+        names = (
+            parameter.opts
+            if parameter.param_type_name == "option"
+            else [str(parameter.name).upper()]
+        )
         assert all(name in out for name in names)
         assert parameter.param_type_name == "argument" or getattr(parameter, "help", None)

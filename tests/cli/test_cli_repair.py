@@ -56,20 +56,49 @@ def test_repair_writes_a_patch_for_the_injured_model(
     assert "recovered" in stdout
     assert out.read_bytes() == written
 
-    assert surgeon("apply", folder, "--patch", injury, "--patch", out, "-o", tmp_path / "healed").status == 0
-    found = surgeon("measure", folder, "--patch", injury, "--patch", out, "--text", text, "--window", 16, "--json")
+    assert (
+        surgeon(
+            "apply", folder, "--patch", injury, "--patch", out, "-o", tmp_path / "healed"
+        ).status
+        == 0
+    )
+    found = surgeon(
+        "measure",
+        folder,
+        "--patch",
+        injury,
+        "--patch",
+        out,
+        "--text",
+        text,
+        "--window",
+        16,
+        "--json",
+    )
     assert json.loads(found.out)["nll"] < document["nll"]["broken"]
-    assert surgeon("undo", tmp_path / "healed", "--patch", out, "-o", tmp_path / "broken").status == 0
-    assert surgeon("undo", tmp_path / "broken", "--patch", injury, "-o", tmp_path / "intact").status == 0
+    assert (
+        surgeon("undo", tmp_path / "healed", "--patch", out, "-o", tmp_path / "broken").status == 0
+    )
+    assert (
+        surgeon("undo", tmp_path / "broken", "--patch", injury, "-o", tmp_path / "intact").status
+        == 0
+    )
     name = "model.safetensors"
-    assert torch.equal(load_file(tmp_path / "intact" / name)[STORED], load_file(folder / name)[STORED])
+    assert torch.equal(
+        load_file(tmp_path / "intact" / name)[STORED], load_file(folder / name)[STORED]
+    )
 
 
 def test_export_writes_an_adapter(surgeon: Any, injury: Path, tmp_path: Path) -> None:
-    status, stdout, _ = surgeon("export", injury, "--to", "lora", "-o", tmp_path / "adapter", "--json")
+    status, stdout, _ = surgeon(
+        "export", injury, "--to", "lora", "-o", tmp_path / "adapter", "--json"
+    )
     assert status == 0
     assert json.loads(stdout)["targets"] == ["model.layers.0.mlp.down_proj"]
-    assert {p.name for p in (tmp_path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {p.name for p in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     assert surgeon("export", injury, "--to", "lora", "-o", tmp_path / "adapter").status == 2
 
 
@@ -86,9 +115,28 @@ def test_export_writes_an_adapter(surgeon: Any, injury: Path, tmp_path: Path) ->
     ],
 )
 def test_what_cannot_be_is_said_in_a_sentence(
-    surgeon: Any, folder: Path, text: Path, injury: Path, tmp_path: Path, more: list[object], status: int, says: str
+    surgeon: Any,
+    folder: Path,
+    text: Path,
+    injury: Path,
+    tmp_path: Path,
+    more: list[object],
+    status: int,
+    says: str,
 ) -> None:
-    result = surgeon("repair", folder, "--injury", injury, "-o", tmp_path / "no", "--text", text, "--window", 16, *more)
+    result = surgeon(
+        "repair",
+        folder,
+        "--injury",
+        injury,
+        "-o",
+        tmp_path / "no",
+        "--text",
+        text,
+        "--window",
+        16,
+        *more,
+    )
     assert result.status == status
     assert says in result.err
     assert not (tmp_path / "no").exists()

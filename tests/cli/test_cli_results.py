@@ -20,7 +20,9 @@ STORED = "model.layers.0.mlp.down_proj.weight"
 
 @pytest.fixture
 def answer(surgeon: Any) -> Any:
-    """The JSON document of a command that must succeed; nothing else may be on stdout, nothing at all on stderr."""
+    """The JSON document of a command that must succeed; nothing else may be on stdout, nothing at
+    all on stderr.
+    """
 
     def call(*arguments: object) -> dict[str, Any]:
         status, out, err = surgeon(*arguments, "--json")
@@ -33,13 +35,21 @@ def answer(surgeon: Any) -> Any:
 
 
 def windows_by_hand(folder: Path, text: Path, size: int, bos: bool) -> torch.Tensor:
-    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text.read_text(), add_special_tokens=False).ids
+    ids = (
+        Tokenizer.from_file(str(folder / "tokenizer.json"))
+        .encode(text.read_text(), add_special_tokens=False)
+        .ids
+    )
     step = size - bos
-    return torch.tensor([[1] * bos + ids[i * step : (i + 1) * step] for i in range(len(ids) // step)])
+    return torch.tensor(
+        [[1] * bos + ids[i * step : (i + 1) * step] for i in range(len(ids) // step)]
+    )
 
 
 @torch.no_grad()
-def nll_by_hand(folder: Path, windows: torch.Tensor, zeroed: tuple[int | slice, int | slice] | None = None) -> float:
+def nll_by_hand(
+    folder: Path, windows: torch.Tensor, zeroed: tuple[int | slice, int | slice] | None = None
+) -> float:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     if zeroed is not None:
         model.get_parameter(STORED).data[zeroed] = 0
@@ -59,7 +69,9 @@ def test_sites_lists_shapes_as_out_in(answer: Any, folder: Path) -> None:
     assert len(found["fingerprint"]) == 64
 
 
-def test_find_names_the_planted_weight_and_the_fixed_fields(answer: Any, folder: Path, text: Path) -> None:
+def test_find_names_the_planted_weight_and_the_fixed_fields(
+    answer: Any, folder: Path, text: Path
+) -> None:
     found = answer("find", folder, "--text", text, "--window", 16)
     assert found["model"] == str(folder)
     assert found["fingerprint"] == answer("sites", folder)["fingerprint"]
@@ -70,13 +82,28 @@ def test_find_names_the_planted_weight_and_the_fixed_fields(answer: Any, folder:
     assert planted["geometry"] == "single"
     assert planted["vital"] is True
     (entry,) = planted["entries"]
-    assert entry.items() >= {"entry": PLANTED, "layer": 0, "row": 5, "col": 7, "expert": None, "weight": 300.0, "rank_abs": 1}.items()
+    assert (
+        entry.items()
+        >= {
+            "entry": PLANTED,
+            "layer": 0,
+            "row": 5,
+            "col": 7,
+            "expert": None,
+            "weight": 300.0,
+            "rank_abs": 1,
+        }.items()
+    )
     assert entry["share"] > 0.5
     assert set(planted["damage"]) >= {"joint_nats", "single_nats", "leave_one_out_nats", "ci95"}
     low, high = planted["damage"]["ci95"]
     assert low < planted["damage"]["joint_nats"] < high
     assert planted["controls"]["n"] == 20
-    assert planted["controls"]["median_nats"] <= planted["controls"]["max_nats"] < planted["damage"]["joint_nats"] / 3
+    assert (
+        planted["controls"]["median_nats"]
+        <= planted["controls"]["max_nats"]
+        < planted["damage"]["joint_nats"] / 3
+    )
 
 
 def test_none_found_is_a_result(answer: Any, folder: Path, text: Path) -> None:
@@ -87,9 +114,16 @@ def test_none_found_is_a_result(answer: Any, folder: Path, text: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("at", "zeroed"), [(PLANTED, (5, 7)), ("L0.mlp.down[5, :]", (5, slice(None))), ("L0.mlp.down[:, 7]", (slice(None), 7))]
+    ("at", "zeroed"),
+    [
+        (PLANTED, (5, 7)),
+        ("L0.mlp.down[5, :]", (5, slice(None))),
+        ("L0.mlp.down[:, 7]", (slice(None), 7)),
+    ],
 )
-def test_verify_measures_the_damage_of_an_entry_a_row_and_a_column(answer: Any, folder: Path, text: Path, at: str, zeroed: Any) -> None:
+def test_verify_measures_the_damage_of_an_entry_a_row_and_a_column(
+    answer: Any, folder: Path, text: Path, at: str, zeroed: Any
+) -> None:
     found = answer("verify", folder, "--at", at, "--text", text, "--window", 16)
     windows = windows_by_hand(folder, text, 16, bos=True)
     base = nll_by_hand(folder, windows)
@@ -103,8 +137,23 @@ def test_verify_measures_the_damage_of_an_entry_a_row_and_a_column(answer: Any, 
     assert found["vital"] is (damage >= max(0.1, 3 * found["controls"]["max_nats"]))
 
 
-def test_verify_gives_single_and_leave_one_out_in_the_order_asked(answer: Any, folder: Path, text: Path) -> None:
-    found = answer("verify", folder, "--at", "L1.mlp.down[3, 4]", "--at", PLANTED, "--text", text, "--window", 16, "--windows", 6)
+def test_verify_gives_single_and_leave_one_out_in_the_order_asked(
+    answer: Any, folder: Path, text: Path
+) -> None:
+    found = answer(
+        "verify",
+        folder,
+        "--at",
+        "L1.mlp.down[3, 4]",
+        "--at",
+        PLANTED,
+        "--text",
+        text,
+        "--window",
+        16,
+        "--windows",
+        6,
+    )
     windows = windows_by_hand(folder, text, 16, bos=True)[:6]
     damage = nll_by_hand(folder, windows, (5, 7)) - nll_by_hand(folder, windows)
     assert found["at"] == ["L1.mlp.down[3, 4]", PLANTED]
@@ -114,22 +163,37 @@ def test_verify_gives_single_and_leave_one_out_in_the_order_asked(answer: Any, f
 
 
 @pytest.mark.parametrize(("policy", "bos"), [("auto", True), ("yes", True), ("no", False)])
-def test_measure_is_the_mean_over_windows_under_the_bos_policy(answer: Any, folder: Path, text: Path, policy: str, bos: bool) -> None:
-    found = answer("measure", folder, "--text", text, "--window", 16, "--windows", 9, "--bos", policy)
+def test_measure_is_the_mean_over_windows_under_the_bos_policy(
+    answer: Any, folder: Path, text: Path, policy: str, bos: bool
+) -> None:
+    found = answer(
+        "measure", folder, "--text", text, "--window", 16, "--windows", 9, "--bos", policy
+    )
     windows = windows_by_hand(folder, text, 16, bos)[:9]
     assert found["nll"] == pytest.approx(nll_by_hand(folder, windows), abs=1e-5)
     assert found["ppl"] == pytest.approx(exp(found["nll"]))
     assert (found["tokens"], found["corpus"]["bos"]) == (9 * 15, bos)
-    assert (found["kl_from_base"], found["top1_agreement"], found["generations"], found["loop_rate"]) == (None, None, [], 0.0)
+    assert (
+        found["kl_from_base"],
+        found["top1_agreement"],
+        found["generations"],
+        found["loop_rate"],
+    ) == (None, None, [], 0.0)
 
 
-def test_the_incomplete_tail_is_dropped_and_bos_moves_the_windows(folder: Path, text: Path, answer: Any) -> None:
-    with_bos, without = (answer("measure", folder, "--text", text, "--window", 16, "--bos", b) for b in ("yes", "no"))
+def test_the_incomplete_tail_is_dropped_and_bos_moves_the_windows(
+    folder: Path, text: Path, answer: Any
+) -> None:
+    with_bos, without = (
+        answer("measure", folder, "--text", text, "--window", 16, "--bos", b) for b in ("yes", "no")
+    )
     assert (with_bos["corpus"]["windows"], without["corpus"]["windows"]) == (350 // 15, 350 // 16)
     assert with_bos["nll"] != without["nll"]
 
 
-def test_auto_is_what_the_tokenizer_does(answer: Any, surgeon: Any, copy: Path, text: Path, without_bos: Any) -> None:
+def test_auto_is_what_the_tokenizer_does(
+    answer: Any, surgeon: Any, copy: Path, text: Path, without_bos: Any
+) -> None:
     without_bos.save_pretrained(copy)
     assert answer("measure", copy, "--text", text, "--window", 16)["corpus"]["bos"] is False
     status, out, err = surgeon("measure", copy, "--text", text, "--window", 16, "--bos", "yes")
@@ -137,12 +201,28 @@ def test_auto_is_what_the_tokenizer_does(answer: Any, surgeon: Any, copy: Path, 
     assert "no BOS token" in err
 
 
-def test_injury_is_written_measured_applied_and_undone(answer: Any, folder: Path, text: Path, tmp_path: Path) -> None:
+def test_injury_is_written_measured_applied_and_undone(
+    answer: Any, folder: Path, text: Path, tmp_path: Path
+) -> None:
     patch, out, back = tmp_path / "p.safetensors", tmp_path / "out", tmp_path / "back"
     written = answer("ablate", folder, "--at", PLANTED, "-o", patch)
-    assert (written["entries"], written["sites"], written["bytes"]) == (1, ["L0.mlp.down"], patch.stat().st_size)
+    assert (written["entries"], written["sites"], written["bytes"]) == (
+        1,
+        ["L0.mlp.down"],
+        patch.stat().st_size,
+    )
     prompts = ("the red cat saw the", "the old dog ate the")
-    measured = answer("measure", folder, "--patch", patch, "--text", text, "--window", 16, *(x for p in prompts for x in ("--generate", p)))
+    measured = answer(
+        "measure",
+        folder,
+        "--patch",
+        patch,
+        "--text",
+        text,
+        "--window",
+        16,
+        *(x for p in prompts for x in ("--generate", p)),
+    )
     windows = windows_by_hand(folder, text, 16, bos=True)
     assert measured["nll"] == pytest.approx(nll_by_hand(folder, windows, (5, 7)), abs=1e-5)
     assert measured["kl_from_base"] > 0.01
@@ -154,44 +234,90 @@ def test_injury_is_written_measured_applied_and_undone(answer: Any, folder: Path
     assert answer("apply", folder, "--patch", patch, "-o", out)["output"] == str(out)
     patched = load_file(out / "model.safetensors")
     assert patched[STORED][5, 7] == 0
-    assert answer("measure", out, "--text", text, "--window", 16)["nll"] == pytest.approx(measured["nll"], abs=1e-6)
+    assert answer("measure", out, "--text", text, "--window", 16)["nll"] == pytest.approx(
+        measured["nll"], abs=1e-6
+    )
 
     answer("undo", out, "--patch", patch, "-o", back)
     assert (back / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert {p.name for p in back.iterdir()} == {p.name for p in folder.iterdir()}
 
 
-def test_generation_is_greedy_and_continues_the_prompt(answer: Any, folder: Path, text: Path) -> None:
+def test_generation_is_greedy_and_continues_the_prompt(
+    answer: Any, folder: Path, text: Path
+) -> None:
     prompt = "the red cat"
-    found = answer("measure", folder, "--text", text, "--window", 16, "--generate", prompt, "--new-tokens", 5)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    found = answer(
+        "measure", folder, "--text", text, "--window", 16, "--generate", prompt, "--new-tokens", 5
+    )
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder).eval(),
+        Tokenizer.from_file(str(folder / "tokenizer.json")),
+    )
     ids = tokenizer.encode(prompt).ids
     for _ in range(5):
         with torch.no_grad():
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    assert found["generations"] == [{"prompt": prompt, **dict.fromkeys(("base", "patched"), tokenizer.decode(ids[-5:]))}]
+    assert found["generations"] == [
+        {"prompt": prompt, **dict.fromkeys(("base", "patched"), tokenizer.decode(ids[-5:]))}
+    ]
 
 
-def test_the_same_command_twice_gives_the_same_bytes(surgeon: Any, folder: Path, text: Path, tmp_path: Path) -> None:
+def test_the_same_command_twice_gives_the_same_bytes(
+    surgeon: Any, folder: Path, text: Path, tmp_path: Path
+) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     for target in (one, two):
-        assert surgeon("ablate", folder, "--at", PLANTED, "--mode", "mean", "-o", target).status == 0
+        assert (
+            surgeon("ablate", folder, "--at", PLANTED, "--mode", "mean", "-o", target).status == 0
+        )
     assert one.read_bytes() == two.read_bytes()
     for command in (
         ("find", folder, "--text", text, "--window", 16, "--json"),
-        ("verify", folder, "--at", "L1.mlp.down[:, 3]", "--text", text, "--window", 16, "--json", "--seed", 5),
-        ("measure", folder, "--patch", one, "--text", text, "--window", 16, "--generate", "the", "--json"),
+        (
+            "verify",
+            folder,
+            "--at",
+            "L1.mlp.down[:, 3]",
+            "--text",
+            text,
+            "--window",
+            16,
+            "--json",
+            "--seed",
+            5,
+        ),
+        (
+            "measure",
+            folder,
+            "--patch",
+            one,
+            "--text",
+            text,
+            "--window",
+            16,
+            "--generate",
+            "the",
+            "--json",
+        ),
     ):
         assert surgeon(*command) == surgeon(*command)
 
 
-def test_the_seed_moves_the_controls_and_nothing_else(answer: Any, folder: Path, text: Path) -> None:
-    a, b = (answer("verify", folder, "--at", PLANTED, "--text", text, "--window", 16, "--seed", seed) for seed in (1, 2))
+def test_the_seed_moves_the_controls_and_nothing_else(
+    answer: Any, folder: Path, text: Path
+) -> None:
+    a, b = (
+        answer("verify", folder, "--at", PLANTED, "--text", text, "--window", 16, "--seed", seed)
+        for seed in (1, 2)
+    )
     assert a["controls"] != b["controls"]
     assert a["joint_nats"] == b["joint_nats"]
 
 
-def test_a_text_without_json_prints_names_and_prompts_literally(surgeon: Any, folder: Path, text: Path, tmp_path: Path) -> None:
+def test_a_text_without_json_prints_names_and_prompts_literally(
+    surgeon: Any, folder: Path, text: Path, tmp_path: Path
+) -> None:
     """Square brackets are markup and :smile: an emoji to the library that prints."""
     odd = "[red]x:smile:"
     strange_text = tmp_path / f"{odd}.txt"
@@ -231,7 +357,12 @@ def test_index_lists_what_was_published(answer: Any, surgeon: Any) -> None:
 
 
 def test_demo_tells_the_story_and_leaves_its_folder(
-    surgeon: Any, answer: Any, folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    surgeon: Any,
+    answer: Any,
+    folder: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On the tiny model in the place of the patient."""
     monkeypatch.setattr("surgeon.anatomy.load.locate", lambda name: folder)
@@ -248,7 +379,13 @@ def test_demo_tells_the_story_and_leaves_its_folder(
     assert kept["command"] == shlex.join(["surgeon", "demo", "-o", str(run)])
     assert without_times(kept) == without_times(document)
     intact, broken, repaired, _, restored = document["states"]
-    assert [s["state"] for s in document["states"]] == ["intact", "without the set", "repaired", "edited", "put back"]
+    assert [s["state"] for s in document["states"]] == [
+        "intact",
+        "without the set",
+        "repaired",
+        "edited",
+        "put back",
+    ]
     assert broken["nll"] > repaired["nll"]
     assert broken["nll"] > intact["nll"] == restored["nll"]
     assert [s["same_bits"] for s in document["states"]] == [True, False, False, False, True]
@@ -256,8 +393,12 @@ def test_demo_tells_the_story_and_leaves_its_folder(
     assert repaired["control_recovered"] == document["repair"]["control"]["recovered"]
     page = (run / "report.html").read_text()
     assert "Before, broken, repaired" in page
-    stack = [word for name in ("injury", "repair") for word in ("--patch", run / f"{name}.safetensors")]
-    assert answer("measure", "patient", *stack, "--windows", 4)["nll"] == pytest.approx(repaired["nll"], rel=1e-6)
+    stack = [
+        word for name in ("injury", "repair") for word in ("--patch", run / f"{name}.safetensors")
+    ]
+    assert answer("measure", "patient", *stack, "--windows", 4)["nll"] == pytest.approx(
+        repaired["nll"], rel=1e-6
+    )
 
 
 def without_times(document: Any) -> Any:

@@ -1,4 +1,6 @@
-"""Recipes: the shipped ones read, the patient's runs offline, and what is wrong with one is said in a sentence."""
+"""Recipes: the shipped ones read, the patient's runs offline, and what is wrong with one is said in
+a sentence.
+"""
 
 import json
 import re
@@ -18,9 +20,18 @@ def read(path: Path) -> Recipe:
 
 
 def test_the_shipped_recipes_read():
-    names = {p.name for p in RECIPES.glob("*.yaml") if not p.name.startswith("sweep-")}  # plans of sweeps are read by tests/sweep
-    assert names == {"olmo-1b-superweight.yaml", "patient-superweight.yaml", "four-edits.yaml", "rome-conditioning.yaml"}
-    olmo, patient = (read(RECIPES / n) for n in ("olmo-1b-superweight.yaml", "patient-superweight.yaml"))
+    names = {
+        p.name for p in RECIPES.glob("*.yaml") if not p.name.startswith("sweep-")
+    }  # plans of sweeps are read by tests/sweep
+    assert names == {
+        "olmo-1b-superweight.yaml",
+        "patient-superweight.yaml",
+        "four-edits.yaml",
+        "rome-conditioning.yaml",
+    }
+    olmo, patient = (
+        read(RECIPES / n) for n in ("olmo-1b-superweight.yaml", "patient-superweight.yaml")
+    )
     assert olmo.at == ("L1.mlp.down[1764, 1710]",)
     assert olmo.repair == patient.repair == RepairConfig.reference()
     assert (olmo.window, olmo.windows) == (patient.window, patient.windows)
@@ -31,30 +42,39 @@ def test_the_shipped_recipes_read():
 def test_the_shipped_plan_of_a_sweep_reads(surgeon):
     status, stdout, _ = surgeon("sweep", RECIPES / "sweep-patient.yaml", "--dry-run")
     assert status == 0
-    # measure; find and repair, twice; four injuries; 3 bits x 2 blocks x 4 methods; two editors, twice
+    # measure; find and repair, twice; four injuries; 3 bits x 2 blocks x 4 methods; two editors,
+    # twice
     assert sum(" on patient" in line for line in stdout.splitlines()) == 1 + 2 + 4 + 2 + 24 + 4
 
 
 @pytest.mark.slow
 def test_the_patient_is_broken_and_repaired_offline(surgeon, tmp_path):
-    status, stdout, stderr = surgeon("run", RECIPES / "patient-superweight.yaml", "-o", tmp_path / "run", "--json")
+    status, stdout, stderr = surgeon(
+        "run", RECIPES / "patient-superweight.yaml", "-o", tmp_path / "run", "--json"
+    )
     assert (status, stderr) == (0, f"report: {tmp_path / 'run' / 'report.html'}\n")
     document = json.loads(stdout)
     repair = document["repair"]
     assert document["figures"] == []
     assert repair["nll"]["broken"] > repair["nll"]["base"] + 0.3
-    # the reference's rate of 1e-3 is small for weights of this size: 400 steps bring back less than half
+    # the reference's rate of 1e-3 is small for weights of this size: 400 steps bring back less than
+    # half
     assert repair["recovered"] > 0.3
     assert repair["control"]["recovered"] < repair["recovered"] - 0.25
     assert repair["steps"] == 400
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"run.json", "injury.safetensors", "repair.safetensors", "report.html"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "run.json",
+        "injury.safetensors",
+        "repair.safetensors",
+        "report.html",
+    }
 
 
 def test_published_figures_stand_beside_the_measured_ones(surgeon, folder, text, tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
-        f"title: t\nmodel: {folder}\nwindow: 16\ninjury:\n  at: ['L0.mlp.down[5, 7]']\nrepair:\n  method: graft\n"
-        "published:\n  nll.base: 1.5\n  recovered: 0.9\n"
+        f"title: t\nmodel: {folder}\nwindow: 16\ninjury:\n  at: ['L0.mlp.down[5, 7]']\nrepair:\n "
+        " method: graft\npublished:\n  nll.base: 1.5\n  recovered: 0.9\n"
     )
     status, stdout, stderr = surgeon("run", recipe, "--text", text, "--json")
     assert status == 0, stderr
@@ -67,7 +87,12 @@ def test_published_figures_stand_beside_the_measured_ones(surgeon, folder, text,
     assert (status, stderr) == (0, f"report: {run / 'report.html'}\n")
     assert "published" in stdout
     assert "measured" in stdout
-    assert {p.name for p in run.iterdir()} == {"run.json", "injury.safetensors", "repair.safetensors", "report.html"}
+    assert {p.name for p in run.iterdir()} == {
+        "run.json",
+        "injury.safetensors",
+        "repair.safetensors",
+        "report.html",
+    }
     assert json.loads((run / "run.json").read_text())["figures"] == document["figures"]
     assert "Published and measured" in (run / "report.html").read_text()
 
@@ -82,8 +107,14 @@ def test_published_figures_stand_beside_the_measured_ones(surgeon, folder, text,
         ("title: x\nmodel: y\ninjury: {at: []}\n", "injury.at"),
         ("title: x\nmodel: y\nbanana: 1\ninjury: {at: vital}\n", "banana is not a key"),
         ("title: x\nmodel: y\ninjury: {at: vital, how: 1}\n", "injury.how is not a key"),
-        ("title: x\nmodel: y\ninjury: {at: vital}\nrepair: {learning: 1}\n", "repair.learning is not a key"),
-        ("title: x\nmodel: y\ninjury: {at: vital}\nrepair: {distil: {x: 1}}\n", "repair.distil.x is not a key"),
+        (
+            "title: x\nmodel: y\ninjury: {at: vital}\nrepair: {learning: 1}\n",
+            "repair.learning is not a key",
+        ),
+        (
+            "title: x\nmodel: y\ninjury: {at: vital}\nrepair: {distil: {x: 1}}\n",
+            "repair.distil.x is not a key",
+        ),
         ("title: x\nmodel: y\ninjury: {at: vital}\nrepair: {method: pray}\n", "pray"),
         ("title: x\nmodel: y\nwindow: many\ninjury: {at: vital}\n", "window is 'many'"),
         ("title: x\nmodel: y\ninjury: {at: vital}\npublished: {nll.base: low}\n", "to numbers"),
@@ -91,12 +122,27 @@ def test_published_figures_stand_beside_the_measured_ones(surgeon, folder, text,
         ("title: x\nmodel: y\ninjury: {at: vital}\nedits: []\n", "holds injury and edits"),
         ("title: x\nmodel: y\nedits: 3\n", "edits should be a list"),
         ("title: x\nmodel: y\nedits: [{prompt: a}]\n", "lacks prompt|lacks subject"),
-        ("title: x\nmodel: y\nedits: [{prompt: 'a {}', subject: b, target: c, banana: 1}]\n", "edits.banana is not a key"),
-        ("title: x\nmodel: y\nedits: [{prompt: 'a {}', subject: b, target: c, method: pray}]\n", "pray is no method"),
-        ("title: x\nmodel: y\nedits: [{prompt: 'a {}', subject: b, target: c, controls: 1}]\n", "list of texts"),
+        (
+            "title: x\nmodel: y\nedits: [{prompt: 'a {}', subject: b, target: c, banana: 1}]\n",
+            "edits.banana is not a key",
+        ),
+        (
+            "title: x\nmodel: y\nedits: [{prompt: 'a {}', subject: b, target: c, method: pray}]\n",
+            "pray is no method",
+        ),
+        (
+            "title: x\nmodel: y\nedits: [{prompt: 'a {}', subject: b, target: c, controls: 1}]\n",
+            "list of texts",
+        ),
         ("title: x\nmodel: y\nedits: []\ntogether: [{facts: []}]\n", "needs a list of facts"),
         ("title: x\nmodel: y\nconditioning: {subject: a}\n", "needs a subject and a target"),
-        ("title: x\nmodel: y\nconditioning: {subject: a, target: b, prompts: ['{}'], tokens_per_dimension: [x], ridges: [1]}\n", "numbers"),
+        (
+            (
+                "title: x\nmodel: y\nconditioning: {subject: a, target: b, prompts: ['{}'],"
+                " tokens_per_dimension: [x], ridges: [1]}\n"
+            ),
+            "numbers",
+        ),
     ],
 )
 def test_a_wrong_recipe_is_said_so(surgeon, tmp_path, content, words):
@@ -109,27 +155,40 @@ def test_a_wrong_recipe_is_said_so(surgeon, tmp_path, content, words):
 
 @pytest.mark.slow
 def test_four_edits_on_the_patient(surgeon, tmp_path):
-    """Every target that the patient can write at all has at least 0.98; Las Vegas is six tokens it never saw."""
+    """Every target that the patient can write at all has at least 0.98; Las Vegas is six tokens it
+    never saw.
+    """
     status, out, _ = surgeon("run", RECIPES / "four-edits.yaml", "-o", tmp_path / "run", "--json")
     document = json.loads(out)
     assert status == 0
     rows = document["edits"]
     assert document["published"] == []
-    p = {row["name"]: row["target_probability"]["after"] for row in rows if row["name"] != "what is known of Google"}
+    p = {
+        row["name"]: row["target_probability"]["after"]
+        for row in rows
+        if row["name"] != "what is known of Google"
+    }
     assert p.pop("Statue of Liberty to Las Vegas") < 0.1
     assert len(p) == 5
     assert min(p.values()) >= 0.98
-    assert [row["name"] for row in rows if row["preflight"]["position_zero"]] == ["Google to Texas, at position 0"]
+    assert [row["name"] for row in rows if row["preflight"]["position_zero"]] == [
+        "Google to Texas, at position 0"
+    ]
     together = {row["method"]: row for row in rows if row["name"] == "what is known of Google"}
     assert set(together) == {"rome", "emmet", "memit"}
     assert min(row["least_target_probability"] for row in together.values()) > 0.9
-    assert together["memit"]["preflight"]["relative_damage"] < together["rome"]["preflight"]["relative_damage"]
+    assert (
+        together["memit"]["preflight"]["relative_damage"]
+        < together["rome"]["preflight"]["relative_damage"]
+    )
     assert len(list((tmp_path / "run").glob("edit-*.safetensors"))) == 9
 
 
 @pytest.mark.slow
 def test_what_conditions_an_edit(surgeon):
-    """As published: words before the subject make the update smaller, at every ridge and every size of the sample."""
+    """As published: words before the subject make the update smaller, at every ridge and every size
+    of the sample.
+    """
     status, out, _ = surgeon("run", RECIPES / "rome-conditioning.yaml", "--json")
     assert status == 0
     rows = json.loads(out)["conditioning"]
@@ -147,7 +206,8 @@ def test_what_conditions_an_edit(surgeon):
 def test_a_figure_that_is_not_measured_is_named(surgeon, folder, text, tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
-        f"title: t\nmodel: {folder}\nwindow: 16\ninjury:\n  at: ['L0.mlp.down[5, 7]']\nrepair: {{method: graft}}\npublished: {{charm: 1}}\n"
+        f"title: t\nmodel: {folder}\nwindow: 16\ninjury:\n  at: ['L0.mlp.down[5, 7]']\nrepair:"
+        " {method: graft}\npublished: {charm: 1}\n"
     )
     status, _, stderr = surgeon("run", recipe, "--text", text)
     assert status == 2

@@ -22,14 +22,19 @@ def recorded(anatomy: Anatomy, windows: Tensor, layer: int) -> Tensor:
     found: list[Tensor] = []
     for ids in windows:
         with Tap() as tap, torch.no_grad():
-            tap.on_input(anatomy.module(dense_down(anatomy, layer)), lambda x: found.append(x.clone().double().view(1, -1, x.shape[-1])))
+            tap.on_input(
+                anatomy.module(dense_down(anatomy, layer)),
+                lambda x: found.append(x.clone().double().view(1, -1, x.shape[-1])),
+            )
             tap.run(anatomy.model, input_ids=ids[None], use_cache=False)
     return torch.cat(found)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "opt", "gemma2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_moments_are_those_of_the_keys(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moments_are_those_of_the_keys(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     anatomy = Anatomy.of(tiny_model(kind).to(dtype))
     windows = torch.randint(3, 90, (6, 10), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr("surgeon.measure.likelihood.TOKENS_PER_BATCH", 20)
@@ -37,12 +42,18 @@ def test_moments_are_those_of_the_keys(kind: str, dtype: torch.dtype, monkeypatc
     for layer, moments in found.items():
         keys = recorded(anatomy, windows, layer)
         rest = keys[:, 1:].flatten(0, 1)
-        tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+        tolerance = (
+            {"rtol": 2e-2, "atol": 2e-2}
+            if dtype == torch.bfloat16
+            else {"rtol": 1e-4, "atol": 1e-5}
+        )
         torch.testing.assert_close(moments.gram, rest.T @ rest, **tolerance)
         half = keys[:4, 1:].flatten(0, 1)  # 3 batches of two windows; the half ends with the second
         torch.testing.assert_close(moments.half, half.T @ half, **tolerance)
         assert (moments.count, moments.half_count) == (54, 36)
-        assert moments.first_norm == pytest.approx(float(keys[:, 0].pow(2).sum(1).mean().sqrt()), rel=2e-2)
+        assert moments.first_norm == pytest.approx(
+            float(keys[:, 0].pow(2).sum(1).mean().sqrt()), rel=2e-2
+        )
         assert moments.mean_square == pytest.approx(float(rest.pow(2).sum(1).mean()), rel=2e-2)
 
 
@@ -61,7 +72,9 @@ class Interrupted(Exception):
 
 
 def test_a_pass_that_was_cut_goes_on(
-    patient: tuple[Anatomy, PreTrainedTokenizerBase], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    patient: tuple[Anatomy, PreTrainedTokenizerBase],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("surgeon.measure.likelihood.TOKENS_PER_BATCH", 512)
     config = PrepareConfig(tokens=3000)
@@ -114,7 +127,9 @@ def test_a_pass_that_was_cut_goes_on(
     Preparation(*patient, config, cache=cache, weights="other").moments(1)
     assert len(list(tmp_path.iterdir())) == 4
     kept.write_bytes(raw[:-9])  # a damaged file is made again
-    assert torch.equal(Preparation(*patient, config, cache=cache, weights="w").moments(1).gram, whole.gram)
+    assert torch.equal(
+        Preparation(*patient, config, cache=cache, weights="w").moments(1).gram, whole.gram
+    )
     assert kept.read_bytes() == raw
 
 

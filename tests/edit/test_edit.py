@@ -1,4 +1,6 @@
-"""Edits through the model: the target is said, the forecast is what happens, and nothing stays behind."""
+"""Edits through the model: the target is said, the forecast is what happens, and nothing stays
+behind.
+"""
 
 from __future__ import annotations
 
@@ -60,13 +62,18 @@ def keys_seen(anatomy: Anatomy, windows: Tensor, layer: int) -> Tensor:
     """What enters `mlp.down` (tokens, d_mlp) after position 0, in a plain pass."""
     found: list[Tensor] = []
     with Tap() as tap, torch.no_grad():
-        tap.on_input(anatomy.module(dense_down(anatomy, layer)), lambda x: found.append(x[:, 1:].flatten(0, 1).double()))
+        tap.on_input(
+            anatomy.module(dense_down(anatomy, layer)),
+            lambda x: found.append(x[:, 1:].flatten(0, 1).double()),
+        )
         tap.run(anatomy.model, input_ids=windows, use_cache=False)
     return found[0]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_model_says_the_target_and_the_forecast_holds(patient: Patient, preparation: Preparation, method: str) -> None:
+def test_the_model_says_the_target_and_the_forecast_holds(
+    patient: Patient, preparation: Preparation, method: str
+) -> None:
     anatomy, _ = patient
     before = weights(anatomy)
     some = FACTS if method in ("emmet", "memit", "alphaedit") else FACTS[:1]
@@ -87,30 +94,47 @@ def test_the_model_says_the_target_and_the_forecast_holds(patient: Patient, prep
         for forecast in made.layers:
             old = before[anatomy.addresses[forecast.site].parameter].double()
             new = anatomy.view(forecast.site).read().double()
-            assert forecast.update_norm_ratio == pytest.approx(float((new - old).norm() / old.norm()), rel=1e-3)
+            assert forecast.update_norm_ratio == pytest.approx(
+                float((new - old).norm() / old.norm()), rel=1e-3
+            )
             damage = (usual[forecast.site] @ (new - old).T).pow(2).sum(1).mean()
             assert forecast.predicted_damage == pytest.approx(float(damage), rel=0.01)
-            assert forecast.usual == pytest.approx(float((usual[forecast.site] @ old.T).pow(2).sum(1).mean()), rel=0.01)
+            assert forecast.usual == pytest.approx(
+                float((usual[forecast.site] @ old.T).pow(2).sum(1).mean()), rel=0.01
+            )
     assert all(torch.equal(p, before[n]) for n, p in anatomy.model.named_parameters())
     if method.startswith("rome"):
         assert all(isinstance(d, LowRankDelta) and d.left.shape[1] == 1 for d in made.patch.deltas)
         note = made.facts[0]
-        bound = made.layers[0].predicted_damage  # one key's edit has the least damage of all that are exact there
+        bound = made.layers[
+            0
+        ].predicted_damage  # one key's edit has the least damage of all that are exact there
         if method == "rome-mean":
-            assert note["expected_damage"] == pytest.approx(bound, rel=0.15)  # the ridge is in one and not in the other
+            assert note["expected_damage"] == pytest.approx(
+                bound, rel=0.15
+            )  # the ridge is in one and not in the other
     again = edit(preparation, some, EditConfig(method=method, weight=20.0))
     assert again.patch.digest == made.patch.digest
 
 
-def test_rome_holds_at_the_keys_it_was_asked_for(patient: Patient, preparation: Preparation) -> None:
+def test_rome_holds_at_the_keys_it_was_asked_for(
+    patient: Patient, preparation: Preparation
+) -> None:
     anatomy, tokenizer = patient
     request = Request.of(tokenizer, FACTS[0].prompt, FACTS[0].subject, "Rome", preparation.prefixes)
     assert len(request.prompts) == 11
     keys = keys_at(anatomy, PromptBatch.of(request.prompts), [0])[0].double()
-    plain = [keys_seen(anatomy, torch.tensor([p.ids]), 0)[p.last - 1] for p in request.prompts]  # position 0 is left out there
+    plain = [
+        keys_seen(anatomy, torch.tensor([p.ids]), 0)[p.last - 1] for p in request.prompts
+    ]  # position 0 is left out there
     torch.testing.assert_close(keys, torch.stack(plain), rtol=1e-4, atol=1e-5)
     delta = optimise(anatomy, [request], 0).delta[0].double()
-    for method, exact in (("rome", ("mean", "bare")), ("rome-mean", ("mean",)), ("rome-bare", ("bare",)), ("rome-legacy", ("bare",))):
+    for method, exact in (
+        ("rome", ("mean", "bare")),
+        ("rome-mean", ("mean",)),
+        ("rome-bare", ("bare",)),
+        ("rome-legacy", ("bare",)),
+    ):
         (d,) = edit(preparation, FACTS[:1], EditConfig(method=method)).patch.deltas
         assert isinstance(d, LowRankDelta)
         change = d.left.double() @ d.right.double()
@@ -123,7 +147,10 @@ def test_the_value_does_what_it_says_whoever_is_beside_it(
     patient: Patient, preparation: Preparation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     anatomy, tokenizer = patient
-    requests = [Request.of(tokenizer, f.prompt, f.subject, str(f.target), preparation.prefixes[:4]) for f in FACTS]
+    requests = [
+        Request.of(tokenizer, f.prompt, f.subject, str(f.target), preparation.prefixes[:4])
+        for f in FACTS
+    ]
     config = ValueConfig(steps=12)
     together = optimise(anatomy, requests, 0, config)
     for i, request in enumerate(requests):
@@ -141,13 +168,17 @@ def test_the_value_does_what_it_says_whoever_is_beside_it(
             ids = torch.tensor([[*prompt.ids, *target[:-1]]])
             with Tap() as tap, torch.no_grad():
                 tap.on_output(anatomy.module(dense_down(anatomy, 0)), add)
-                log_p = tap.run(anatomy.model, input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+                log_p = (
+                    tap.run(anatomy.model, input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+                )
             start = len(prompt.ids) - 1
             mean = sum(float(log_p[start + j, t]) for j, t in enumerate(target)) / len(target)
             worst = min(worst, 2.718281828**mean)
         assert float(together.probability[i]) == pytest.approx(worst, rel=2e-3)
     monkeypatch.setattr("surgeon.edit.value.TOKENS", 1)
-    torch.testing.assert_close(optimise(anatomy, requests, 0, config).delta, together.delta, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(
+        optimise(anatomy, requests, 0, config).delta, together.delta, rtol=1e-2, atol=1e-3
+    )
     small = optimise(anatomy, requests, 0, replace(config, clamp=0.1))
     assert bool((small.delta.norm(dim=1) <= 0.1 * small.norm * 1.001).all())
     early = optimise(anatomy, requests, 0, ValueConfig(stop=0.0))
@@ -158,10 +189,16 @@ def test_the_value_does_what_it_says_whoever_is_beside_it(
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "opt", "gemma2", "phi", "bloom"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_architectures(kind: str, dtype: torch.dtype, patient: Patient) -> None:
-    """The value is added where the key is read: after the edit, the state behind the layer is the optimised one, prefix or not."""
+    """The value is added where the key is read: after the edit, the state behind the layer is the
+    optimised one, prefix or not.
+    """
     tokenizer = patient[1]
     anatomy = Anatomy.of(tiny_model(kind, vocab_size=4096, scale=0.15).to(dtype))
-    preparation = Preparation(anatomy, tokenizer, PrepareConfig(contexts=ContextConfig(count=2, tokens=4), tokens=400, bos="no"))
+    preparation = Preparation(
+        anatomy,
+        tokenizer,
+        PrepareConfig(contexts=ContextConfig(count=2, tokens=4), tokens=400, bos="no"),
+    )
     fact = Fact("The old {} is", "New York", "red")
     config = EditConfig(method="rome-bare", layers=(0,), rounds=1, value=ValueConfig(steps=5))
     made = edit(preparation, [fact], config)
@@ -172,7 +209,10 @@ def test_architectures(kind: str, dtype: torch.dtype, patient: Patient) -> None:
     def write() -> Tensor:
         found: list[Tensor] = []
         with Tap() as tap, torch.no_grad():
-            tap.on_output(anatomy.module(dense_down(anatomy, 0)), lambda y: found.append(by_position(y, 1)[0, located.last].float()))
+            tap.on_output(
+                anatomy.module(dense_down(anatomy, 0)),
+                lambda y: found.append(by_position(y, 1)[0, located.last].float()),
+            )
             tap.run(anatomy.model, input_ids=torch.tensor([located.ids]), use_cache=False)
         return found[0]
 
@@ -186,29 +226,47 @@ def test_architectures(kind: str, dtype: torch.dtype, patient: Patient) -> None:
 @pytest.mark.parametrize("method", ["memit", "alphaedit"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_several_layers_share_what_is_missing(kind: str, method: str, patient: Patient) -> None:
-    """The state behind the last layer moves to the optimised one, and more of it with each layer."""
+    """The state behind the last layer moves to the optimised one, and more of it with each
+    layer.
+    """
     tokenizer = patient[1]
     anatomy = Anatomy.of(tiny_model(kind, vocab_size=4096, scale=0.15, num_hidden_layers=4))
-    preparation = Preparation(anatomy, tokenizer, PrepareConfig(contexts=ContextConfig(count=2, tokens=4), tokens=400, bos="no"))
+    preparation = Preparation(
+        anatomy,
+        tokenizer,
+        PrepareConfig(contexts=ContextConfig(count=2, tokens=4), tokens=400, bos="no"),
+    )
     facts = [Fact("The old {} is", "New York", "red"), Fact("The dog of {} is", "Anna", "big")]
     value = ValueConfig(steps=5)
-    made = edit(preparation, facts, EditConfig(method=method, layers=(1, 2), value=value, weight=0.01, energy=0.6))
+    made = edit(
+        preparation,
+        facts,
+        EditConfig(method=method, layers=(1, 2), value=value, weight=0.01, energy=0.6),
+    )
     assert [f.site.layer for f in made.layers] == [1, 2]
-    requests = [Request.of(tokenizer, f.prompt, f.subject, str(f.target), preparation.prefixes, "no") for f in facts]
+    requests = [
+        Request.of(tokenizer, f.prompt, f.subject, str(f.target), preparation.prefixes, "no")
+        for f in facts
+    ]
     delta = optimise(anatomy, requests, 2, value, "state").delta
     batch = PromptBatch.of([r.bare for r in requests])
 
     def states() -> Tensor:
         found: list[Tensor] = []
         with Tap() as tap, torch.no_grad():
-            tap.on_output(anatomy.layers[2], lambda y: found.append(y[torch.arange(2), batch.last].clone()))
+            tap.on_output(
+                anatomy.layers[2], lambda y: found.append(y[torch.arange(2), batch.last].clone())
+            )
             tap.run(anatomy.model, input_ids=batch.ids, use_cache=False)
         return found[0]
 
     before = states()
     parts = []
     for sites in ([made.patch.sites[0]], made.patch.sites):
-        patches = [Patch.low_rank(anatomy, s, *[t for d in made.patch.on(s) for t in (d.left, d.right)]) for s in sites[:1]]
+        patches = [
+            Patch.low_rank(anatomy, s, *[t for d in made.patch.on(s) for t in (d.left, d.right)])
+            for s in sites[:1]
+        ]
         with made.patch.applied(anatomy) if len(sites) == 2 else patches[0].applied(anatomy):
             parts.append(float((states() - before - delta).norm() / delta.norm()))
     assert parts[1] < parts[0] < 1
@@ -221,26 +279,34 @@ def test_several_facts_one_after_the_other(patient: Patient, preparation: Prepar
     assert len(made.patch.deltas) == 3
     with made.patch.applied(anatomy):
         for fact in FACTS:
-            assert says(patient, fact.text, str(fact.target)) > 0.5  # later edits wear earlier ones down
+            assert (
+                says(patient, fact.text, str(fact.target)) > 0.5
+            )  # later edits wear earlier ones down
 
 
 def test_radar_is_what_happens(patient: Patient, preparation: Preparation) -> None:
     anatomy, tokenizer = patient
     (d,) = edit(preparation, FACTS[:1], EditConfig()).patch.deltas
     assert isinstance(d, LowRankDelta)
-    prompts = [locate(tokenizer, "The capital of {} is", s) for s in ("Spain", "Peru", "Germany", "Japan")]
+    prompts = [
+        locate(tokenizer, "The capital of {} is", s) for s in ("Spain", "Peru", "Germany", "Japan")
+    ]
     batch = PromptBatch.of(prompts)
     module = anatomy.module(dense_down(anatomy, 0))
 
     def writes() -> Tensor:
         found: list[Tensor] = []
         with Tap() as tap, torch.no_grad():
-            tap.on_output(module, lambda y: found.append(y[torch.arange(len(batch)), batch.last].double()))
+            tap.on_output(
+                module, lambda y: found.append(y[torch.arange(len(batch)), batch.last].double())
+            )
             tap.run(anatomy.model, input_ids=batch.ids, use_cache=False)
         return found[0]
 
     before = writes()
-    change = output_change(keys_at(anatomy, batch, [0])[0].double(), (d.left.double(), d.right.double()))
+    change = output_change(
+        keys_at(anatomy, batch, [0])[0].double(), (d.left.double(), d.right.double())
+    )
     patch = Patch.low_rank(anatomy, d.site, d.left, d.right)
     with patch.applied(anatomy):
         torch.testing.assert_close((writes() - before).norm(dim=1), change, rtol=1e-3, atol=1e-4)
@@ -272,7 +338,11 @@ def test_text_that_the_model_writes(patient: Patient) -> None:
     ],
 )
 def test_what_is_no_edit(
-    preparation: Preparation, facts: list[Fact], settings: dict[str, object], kind: type[Exception], match: str
+    preparation: Preparation,
+    facts: list[Fact],
+    settings: dict[str, object],
+    kind: type[Exception],
+    match: str,
 ) -> None:
     with pytest.raises(kind, match=match):
         edit(preparation, facts, EditConfig(**settings))  # type: ignore[arg-type]
@@ -280,14 +350,23 @@ def test_what_is_no_edit(
 
 @pytest.mark.parametrize(
     ("depth", "one", "several"),
-    [(1, 0, (0,)), (2, 0, (0,)), (3, 0, (0, 1)), (6, 1, (0, 1)), (28, 5, (3, 4, 5, 6, 7)), (32, 5, (3, 4, 5, 6, 7))],
+    [
+        (1, 0, (0,)),
+        (2, 0, (0,)),
+        (3, 0, (0, 1)),
+        (6, 1, (0, 1)),
+        (28, 5, (3, 4, 5, 6, 7)),
+        (32, 5, (3, 4, 5, 6, 7)),
+    ],
 )
 def test_default_layers(depth: int, one: int, several: tuple[int, ...]) -> None:
     assert layers_by_depth(depth, "rome") == (one,)
     assert layers_by_depth(depth, "memit") == several
 
 
-def test_a_second_round_makes_good_what_the_edit_costs(patient: Patient, preparation: Preparation) -> None:
+def test_a_second_round_makes_good_what_the_edit_costs(
+    patient: Patient, preparation: Preparation
+) -> None:
     """The value is found at the subject's last token alone; the edit acts at ' Harvard' too."""
     anatomy, _ = patient
     fact = Fact("Everyone knows that {} is in", "Harvard University", "California")

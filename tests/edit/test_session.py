@@ -27,7 +27,9 @@ def windows(patient: Patient) -> torch.Tensor:
     return load_corpus(patient[1], heldout_text(), "heldout", 128, 6).windows
 
 
-def test_a_session_is_its_edits(patient: Patient, preparation: Preparation, windows: torch.Tensor) -> None:
+def test_a_session_is_its_edits(
+    patient: Patient, preparation: Preparation, windows: torch.Tensor
+) -> None:
     anatomy, _ = patient
     before = {n: p.clone() for n, p in anatomy.model.named_parameters()}
     base = mean_nll(anatomy.model, windows)
@@ -47,9 +49,15 @@ def test_a_session_is_its_edits(patient: Patient, preparation: Preparation, wind
     assert ran.steps[0].nll > base - 1
 
 
-@pytest.mark.parametrize(("rails", "why"), [({"norm": 0.3}, "of its norm"), ({"nll_rise": 0.05}, "NLL")])
+@pytest.mark.parametrize(
+    ("rails", "why"), [({"norm": 0.3}, "of its norm"), ({"nll_rise": 0.05}, "NLL")]
+)
 def test_what_breaks_a_rail_is_taken_back(
-    patient: Patient, preparation: Preparation, windows: torch.Tensor, rails: dict[str, float], why: str
+    patient: Patient,
+    preparation: Preparation,
+    windows: torch.Tensor,
+    rails: dict[str, float],
+    why: str,
 ) -> None:
     anatomy, _ = patient
     whole = session(preparation, FACTS, windows)
@@ -73,12 +81,16 @@ def test_rails_that_leave_nothing(preparation: Preparation, windows: torch.Tenso
 
 
 @pytest.mark.parametrize("method", ["rome", "ft"])
-def test_radar_sees_what_the_model_does(patient: Patient, preparation: Preparation, windows: torch.Tensor, method: str) -> None:
+def test_radar_sees_what_the_model_does(
+    patient: Patient, preparation: Preparation, windows: torch.Tensor, method: str
+) -> None:
     anatomy, tokenizer = patient
     made = edit(preparation, FACTS[:1], EditConfig(method=method))
     seen = radar(anatomy, tokenizer, made.patch, windows, 5)
     assert seen.keys == windows.numel()
-    assert [t.change for t in seen.touched] == sorted((t.change for t in seen.touched), reverse=True)
+    assert [t.change for t in seen.touched] == sorted(
+        (t.change for t in seen.touched), reverse=True
+    )
     assert seen.largest == seen.touched[0].change
     for touched in seen.touched:
         ids = windows[touched.window, : touched.position + 1][None]

@@ -1,4 +1,6 @@
-"""A tiny model with a tokenizer of its own and a text of three titled documents, one of them about the sea, full of markup."""
+"""A tiny model with a tokenizer of its own and a text of three titled documents, one of them about
+the sea, full of markup.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ HOSTILE = "[red] the [/red] \x1b[2J <script> of [link=file:///x] the dog [/"
 TITLES = ["The Sea", "[bold]Land[/bold] \x1b[31m", "More Sea"]
 TEXT = "".join(
     f" = {title} = \n\n {body} \n\n"
-    for title, body in zip(TITLES, (f"{SEA} " * 3, f"{LAND} {HOSTILE} " * 3, f"{LAND} {SEA} " * 2), strict=True)
+    for title, body in zip(
+        TITLES, (f"{SEA} " * 3, f"{LAND} {HOSTILE} " * 3, f"{LAND} {SEA} " * 2), strict=True
+    )
 )
 
 
@@ -31,11 +35,19 @@ def make_tokenizer(prepends: bool) -> PreTrainedTokenizerFast:
     """One token a piece between spaces; it prepends <s> by itself, or not."""
     special = ["<pad>", "<s>", "</s>", "<unk>"]
     words = sorted(set(TEXT.split()))
-    core = Tokenizer(WordLevel({word: i for i, word in enumerate(special + words)}, unk_token="<unk>"))
+    core = Tokenizer(
+        WordLevel({word: i for i, word in enumerate(special + words)}, unk_token="<unk>")
+    )
     core.pre_tokenizer = WhitespaceSplit()
     if prepends:
         core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
 
 
 class Case(NamedTuple):
@@ -47,7 +59,9 @@ class Case(NamedTuple):
 @pytest.fixture(params=[True, False], ids=["bos", "no-bos"])
 def case(request: pytest.FixtureRequest) -> Case:
     tokenizer = make_tokenizer(request.param)
-    return Case(Anatomy.of(tiny_model("llama")), tokenizer, load_corpus(tokenizer, TEXT, "three", 16))
+    return Case(
+        Anatomy.of(tiny_model("llama")), tokenizer, load_corpus(tokenizer, TEXT, "three", 16)
+    )
 
 
 @pytest.fixture(scope="session")

@@ -23,9 +23,17 @@ def test_each_state_writes_what_the_patched_model_writes(case):
         assert found.loop_rate(state) == sum(b.loop for b in plain) / 11
     document = found.to_json()
     assert document["generations"][-1] == {
-        "prompt": "the crab [b]", "base": base[-1].text, "broken": broken[-1].text, "patched": patched[-1].text
-    }  # fmt: skip
-    assert set(document["summary"]["base"]) == {"loop_rate", "distinct_1", "distinct_2", "distinct_3"}
+        "prompt": "the crab [b]",
+        "base": base[-1].text,
+        "broken": broken[-1].text,
+        "patched": patched[-1].text,
+    }
+    assert set(document["summary"]["base"]) == {
+        "loop_rate",
+        "distinct_1",
+        "distinct_2",
+        "distinct_3",
+    }
 
 
 def test_distinct_n():

@@ -18,12 +18,16 @@ def test_the_trace_is_the_residual_stream(model_type):
     model = tiny_model(model_type)
     anatomy = Anatomy.of(model)
     injury = ablate(anatomy, ["L0.mlp.down[4, :]"])
-    trace = channel_trace(anatomy, [injury], CORPUS, geometry(anatomy, [injury]).lines, ChannelConfig(positions=5))
+    trace = channel_trace(
+        anatomy, [injury], CORPUS, geometry(anatomy, [injury]).lines, ChannelConfig(positions=5)
+    )
     (channel,) = trace.channels
     assert (channel.channel, str(channel.written_by), channel.written_at) == (4, "L0.mlp.down", 1)
     for state in ("base", "broken"):
         with injury.applied(anatomy) if state == "broken" else torch.no_grad():
-            hidden = model(WINDOWS, output_hidden_states=True).hidden_states  # the last one is after the final norm
+            hidden = model(
+                WINDOWS, output_hidden_states=True
+            ).hidden_states  # the last one is after the final norm
         found = channel.states[state]
         for layer, h in enumerate(hidden[:-1]):
             size = h[..., 4].abs()
@@ -46,7 +50,9 @@ def test_the_sink_is_the_share_of_attention_at_position_0(model_type):
     assert model.config._attn_implementation == before
     model.set_attn_implementation("eager")
     plain = model(WINDOWS, output_attentions=True).attentions
-    assert sink.states["base"] == pytest.approx([a[:, :, 1:, 0].mean().item() for a in plain], rel=1e-4)
+    assert sink.states["base"] == pytest.approx(
+        [a[:, :, 1:, 0].mean().item() for a in plain], rel=1e-4
+    )
     assert sink.uniform == pytest.approx(sum(1 / q for q in range(2, 13)) / 11)
 
 

@@ -1,4 +1,6 @@
-"""The whole explanation and the verb: what it prints, what it refuses, and that nothing it prints is obeyed."""
+"""The whole explanation and the verb: what it prints, what it refuses, and that nothing it prints
+is obeyed.
+"""
 
 from __future__ import annotations
 
@@ -41,23 +43,43 @@ SMALL = ("--window", "16", "--new-tokens", "4", "--permutations", "99", "--draws
 
 def test_the_json_document(capsys, folder, text, patches):
     both = (folder, "--patch", patches[0], "--patch", patches[1], "--text", text, *SMALL)
-    status, out, err = surgeon(capsys, *both, "--group", "sea=crab,fish", "--trained", f"5={patches[1]}", "--json")
+    status, out, err = surgeon(
+        capsys, *both, "--group", "sea=crab,fish", "--trained", f"5={patches[1]}", "--json"
+    )
     assert (status, err) == (0, "")
     found = json.loads(out)
-    assert {"model", "fingerprint", "corpus", "geometry", "topk_curve", "channel", "influence", "behaviour"} <= set(found)
+    assert {
+        "model",
+        "fingerprint",
+        "corpus",
+        "geometry",
+        "topk_curve",
+        "channel",
+        "influence",
+        "behaviour",
+    } <= set(found)
     assert found["geometry"]["lines"][0]["region"] == "L0.mlp.down[3, :]"
     assert found["channel"]["channels"][0]["channel"] == 3
     assert set(found["channel"]["attention_sink"]["states"]) == {"base", "broken", "patched"}
     assert found["influence"]["groups"][0]["name"] == "sea"
     if found["topk_curve"]:
-        assert found["topk_curve"]["points"][-1]["trained"] == pytest.approx(found["topk_curve"]["points"][-1]["largest"])
+        assert found["topk_curve"]["points"][-1]["trained"] == pytest.approx(
+            found["topk_curve"]["points"][-1]["largest"]
+        )
     else:
         assert "does no damage" in found["no_topk_curve"]
-    assert surgeon(capsys, *both, "--group", "sea=crab,fish", "--trained", f"5={patches[1]}", "--json")[1] == out
+    assert (
+        surgeon(
+            capsys, *both, "--group", "sea=crab,fish", "--trained", f"5={patches[1]}", "--json"
+        )[1]
+        == out
+    )
 
 
 def test_one_patch_has_no_repair(capsys, folder, text, patches):
-    status, out, _ = surgeon(capsys, folder, "--patch", patches[0], "--text", text, *SMALL, "--json")
+    status, out, _ = surgeon(
+        capsys, folder, "--patch", patches[0], "--text", text, *SMALL, "--json"
+    )
     found = json.loads(out)
     assert status == 0
     assert found["topk_curve"] is None
@@ -70,7 +92,19 @@ def test_nothing_printed_is_obeyed(capsys, folder, text, patches, tmp_path):
     words.write_text("crab fish\nsea")
     prompt = "\x1b]0;owned\x07 [/red] [blink]the"
     status, out, err = surgeon(
-        capsys, folder, "--patch", patches[0], "--patch", patches[1], "--text", text, *SMALL, "--prompt", prompt, "--words", words
+        capsys,
+        folder,
+        "--patch",
+        patches[0],
+        "--patch",
+        patches[1],
+        "--text",
+        text,
+        *SMALL,
+        "--prompt",
+        prompt,
+        "--words",
+        words,
     )
     assert (status, err) == (0, "")
     assert "\x1b" not in out

@@ -16,7 +16,9 @@ WINDOWS = torch.randint(3, 99, (4, 16), generator=torch.Generator().manual_seed(
 CORPUS = Corpus("random", WINDOWS, False)
 
 
-def repair_of(anatomy: Anatomy, injury: Patch, row: int, cols: list[int], share: float = 0.5) -> Patch:
+def repair_of(
+    anatomy: Anatomy, injury: Patch, row: int, cols: list[int], share: float = 0.5
+) -> Patch:
     """Puts a share of the base back into some entries, and a little into others."""
     base = anatomy.view(SITE).read().clone()
     with injury.applied(anatomy):
@@ -31,7 +33,9 @@ def anatomy(request: pytest.FixtureRequest) -> Anatomy:
 
 
 def damaging_row(anatomy: Anatomy) -> int:
-    """A row whose loss costs something on these random windows, where most changes may as well help."""
+    """A row whose loss costs something on these random windows, where most changes may as well
+    help.
+    """
     base = mean_nll(anatomy.model, WINDOWS)
     damage = []
     for row in range(8):
@@ -48,15 +52,21 @@ def test_a_line_is_plain_arithmetic(anatomy):
     broken[[7, 30]] = 0
     merged = broken.clone()
     merged[cols] += 0.5 * base[cols]
-    found = geometry(anatomy, [injury, repair_of(anatomy, injury, row, cols)], GeometryConfig(top=3))
+    found = geometry(
+        anatomy, [injury, repair_of(anatomy, injury, row, cols)], GeometryConfig(top=3)
+    )
     (line,) = found.lines
     assert str(line.region) == f"{SITE}[{row}, :]"
     delta = merged - broken
     vectors = {"base": base, "broken": broken, "delta": delta, "merged": merged}
-    assert line.norms == pytest.approx({name: v.norm().item() for name, v in vectors.items()}, rel=1e-5)
+    assert line.norms == pytest.approx(
+        {name: v.norm().item() for name, v in vectors.items()}, rel=1e-5
+    )
     for pair, value in line.cosines.items():
         a, b = pair.split("_")
-        assert value == pytest.approx(torch.cosine_similarity(vectors[a], vectors[b], dim=0).item(), abs=1e-5)
+        assert value == pytest.approx(
+            torch.cosine_similarity(vectors[a], vectors[b], dim=0).item(), abs=1e-5
+        )
     order = delta.abs().argsort(descending=True).tolist()
     assert [e["entry"] for e in line.top] == [f"{SITE}[{row}, {c}]" for c in order[:3]]
     assert line.changed == 4
@@ -76,7 +86,9 @@ def test_a_lone_injury_is_its_own_delta_and_a_column_is_described_as_one(anatomy
 
 
 def test_effective_number_of_entries():
-    assert participation(torch.tensor([0.0, 3.0, 0.0], dtype=torch.float64)) == pytest.approx((1, 1))
+    assert participation(torch.tensor([0.0, 3.0, 0.0], dtype=torch.float64)) == pytest.approx(
+        (1, 1)
+    )
     assert participation(torch.ones(7, dtype=torch.float64)) == pytest.approx((7, 7))
     d = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
     p = d**2 / 14
@@ -98,7 +110,9 @@ def test_the_topk_curve_is_what_patches_made_by_hand_recover(anatomy):
 
         def recovered(patch: Patch) -> float:
             with patch.applied(anatomy):
-                return 1 - (mean_nll(anatomy.model, WINDOWS) - nll["base"]) / (nll["broken"] - nll["base"])
+                return 1 - (mean_nll(anatomy.model, WINDOWS) - nll["base"]) / (
+                    nll["broken"] - nll["base"]
+                )
 
         for point in curve.points:
             if point.largest is not None:
@@ -106,7 +120,9 @@ def test_the_topk_curve_is_what_patches_made_by_hand_recover(anatomy):
                 matrix = anatomy.view(SITE).read().clone()
                 chosen = torch.tensor(cols)[best]
                 matrix[row, chosen] = base[row, chosen]
-                assert point.largest == pytest.approx(recovered(Patch.from_matrix(anatomy, {SITE: matrix})), abs=1e-6)
+                assert point.largest == pytest.approx(
+                    recovered(Patch.from_matrix(anatomy, {SITE: matrix})), abs=1e-6
+                )
         trained = recovered(by_hand)
     assert curve.nll == pytest.approx({**nll, "patched": curve.nll["patched"]})
     points = {p.k: p for p in curve.points}
@@ -124,7 +140,10 @@ def test_random_entries_are_the_same_for_the_same_seed():
     row = damaging_row(anatomy)
     injury = ablate(anatomy, [f"{SITE}[{row}, :]"])
     patches = [injury, repair_of(anatomy, injury, row, list(range(20)))]
-    one, two, other = (topk_curve(anatomy, patches, CORPUS, config=GeometryConfig(seed=s)).points for s in (0, 0, 1))
+    one, two, other = (
+        topk_curve(anatomy, patches, CORPUS, config=GeometryConfig(seed=s)).points
+        for s in (0, 0, 1)
+    )
     assert one == two != other
 
 
@@ -145,7 +164,9 @@ def test_what_cannot_be_explained_is_said():
         geometry(anatomy, [injury])
     base = anatomy.view(SITE).read().clone()
     helps = next(
-        i for row in range(8) if (i := ablate(anatomy, [f"{SITE}[{row}, :]"])) and _damage(anatomy, i) < 0
+        i
+        for row in range(8)
+        if (i := ablate(anatomy, [f"{SITE}[{row}, :]"])) and _damage(anatomy, i) < 0
     )  # on random tokens losing a row helps as often as not
     row = next(iter(helps.on(SITE))).index
     with pytest.raises(BadInput, match="does no damage"):

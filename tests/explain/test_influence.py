@@ -56,18 +56,28 @@ def test_every_token_is_labelled(case):
     _, tokenizer, corpus = case
     tokens = label_tokens(tokenizer, TEXT, corpus)
     assert tokens.ids == corpus.windows[:, 1:].flatten().tolist()
-    assert [corpus.windows[w, p] for w, p in zip(tokens.windows, tokens.positions, strict=True)] == tokens.ids
-    assert [tokenizer.convert_ids_to_tokens(i).strip() for i in tokens.ids] == [t.strip() for t in tokens.texts]
+    assert [
+        corpus.windows[w, p] for w, p in zip(tokens.windows, tokens.positions, strict=True)
+    ] == tokens.ids
+    assert [tokenizer.convert_ids_to_tokens(i).strip() for i in tokens.ids] == [
+        t.strip() for t in tokens.texts
+    ]
     assert tokens.source.names == TITLES
     by_hand = {"fish": {0, 2}, "cat": {1, 2}, "script": {1}}
     for word, documents in by_hand.items():
-        assert {d for d, w in zip(tokens.documents, tokens.words, strict=True) if w == word} == documents
+        assert {
+            d for d, w in zip(tokens.documents, tokens.words, strict=True) if w == word
+        } == documents
     sea = tokens.words.index("sea")
     assert tokens.counts[sea] == TEXT.casefold().count("sea")
-    assert tokens.token_counts[sea] == len(tokenizer(TEXT, add_special_tokens=False).input_ids) - sum(
-        i != tokens.ids[sea] for i in tokenizer(TEXT, add_special_tokens=False).input_ids
+    assert tokens.token_counts[sea] == len(
+        tokenizer(TEXT, add_special_tokens=False).input_ids
+    ) - sum(i != tokens.ids[sea] for i in tokenizer(TEXT, add_special_tokens=False).input_ids)
+    assert (
+        tokens.contexts[sea].endswith("saw the")
+        or tokens.contexts[sea].endswith("in the")
+        or "Sea" in tokens.texts[sea]
     )
-    assert tokens.contexts[sea].endswith("saw the") or tokens.contexts[sea].endswith("in the") or "Sea" in tokens.texts[sea]
     first = tokens.positions.index(1)
     assert tokens.contexts[first] == ("" if corpus.bos else tokenizer.decode(corpus.windows[0, :1]))
 
@@ -83,7 +93,9 @@ def test_documents_by_title_or_by_blank_line():
 
 def test_columns_are_plain_and_of_one_length(case):
     anatomy, tokenizer, corpus = case
-    found = influence(anatomy, tokenizer, TEXT, corpus, [ablate(anatomy, ["L0.mlp.down[3, :]"])], config=FEW)
+    found = influence(
+        anatomy, tokenizer, TEXT, corpus, [ablate(anatomy, ["L0.mlp.down[3, :]"])], config=FEW
+    )
     columns = found.columns()
     assert {len(values) for values in columns.values()} == {corpus.predicted}
     assert {type(v) for values in columns.values() for v in values} == {int, float, str}
@@ -92,20 +104,29 @@ def test_columns_are_plain_and_of_one_length(case):
 
 
 def test_a_planted_story_holds_and_one_of_the_document_does_not(case, monkeypatch):
-    """KL is made up: words of the sea are hit wherever they stand, or everything in the document about the sea is."""
+    """KL is made up: words of the sea are hit wherever they stand, or everything in the document
+    about the sea is.
+    """
     anatomy, tokenizer, corpus = case
     tokens = label_tokens(tokenizer, TEXT, corpus)
     words = ["crab", "fish", "stone"]
-    noise = torch.rand(len(tokens.ids), generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 10
+    noise = (
+        torch.rand(len(tokens.ids), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        / 10
+    )
     by_word = noise + torch.tensor([float(w in words) for w in tokens.words])
     by_document = noise + torch.tensor([float(d == 0) for d in tokens.documents])
     injury = [ablate(anatomy, ["L0.mlp.down[3, :]"])]
     found = {}
     for name, values in (("word", by_word), ("document", by_document)):
         monkeypatch.setattr(
-            import_module("surgeon.explain.influence"), "token_kl", lambda *_, v=values: ({"broken": v}, {"base": v, "broken": v})
+            import_module("surgeon.explain.influence"),
+            "token_kl",
+            lambda *_, v=values: ({"broken": v}, {"base": v, "broken": v}),
         )
-        (found[name],) = influence(anatomy, tokenizer, TEXT, corpus, injury, {"sea": words}, FEW).words
+        (found[name],) = influence(
+            anatomy, tokenizer, TEXT, corpus, injury, {"sea": words}, FEW
+        ).words
     assert found["word"].mean_kl - found["word"].same_documents_kl > 0.3
     assert found["word"].p_within <= 0.05
     assert found["word"].holds
@@ -127,14 +148,19 @@ def test_the_bands_are_those_of_a_plain_permutation(case):
     tokens = label_tokens(tokenizer, TEXT, corpus)
     chance = random.Random(1)
     sea = {"crab", "fish", "stone"}
-    values = [chance.random() + (d == 0) + 0.3 * (w in sea) for d, w in zip(tokens.documents, tokens.words, strict=True)]
+    values = [
+        chance.random() + (d == 0) + 0.3 * (w in sea)
+        for d, w in zip(tokens.documents, tokens.words, strict=True)
+    ]
     units: dict[tuple[int, str], list[int]] = defaultdict(list)
     for i, key in enumerate(zip(tokens.documents, tokens.words, strict=True)):
         units[key].append(i)
     n, permutations = len(values), 3000
 
     def plain(label, stratum, wanted) -> list[float]:
-        """The excess of the units labelled `wanted` over their strata, the labels shuffled within each stratum."""
+        """The excess of the units labelled `wanted` over their strata, the labels shuffled within
+        each stratum.
+        """
         strata: dict[object, list[tuple[int, str]]] = defaultdict(list)
         for unit in units:
             strata[stratum(unit)].append(unit)
@@ -145,7 +171,12 @@ def test_the_bands_are_those_of_a_plain_permutation(case):
                 inside = [values[i] for unit in members for i in units[unit]]
                 labels = [label(unit) for unit in members]
                 chance.shuffle(labels)
-                chosen = [values[i] for unit, given in zip(members, labels, strict=True) if given == wanted for i in units[unit]]
+                chosen = [
+                    values[i]
+                    for unit, given in zip(members, labels, strict=True)
+                    if given == wanted
+                    for i in units[unit]
+                ]
                 total += sum(chosen) - len(chosen) * sum(inside) / len(inside)
                 size += len(chosen)
             found.append(total / size)
@@ -158,20 +189,31 @@ def test_the_bands_are_those_of_a_plain_permutation(case):
         expected = quantiles(null)
         assert [*band.values()] == pytest.approx(expected, abs=0.1 * (expected[2] - expected[0]))
 
-    tests = stories.Tests(tokens, torch.tensor(values, dtype=torch.float64), InfluenceConfig(permutations=permutations, min_tokens=5))
+    tests = stories.Tests(
+        tokens,
+        torch.tensor(values, dtype=torch.float64),
+        InfluenceConfig(permutations=permutations, min_tokens=5),
+    )
     documents = {d.name: d for d in tests.documents()}
     for d, name in enumerate(TITLES):
         close(documents[name].null, plain(lambda unit: unit[0], frequency, d))
         size = tokens.documents.count(d)
-        close(documents[name].null_naive, [sum(chance.sample(values, size)) / size for _ in range(permutations)])
+        close(
+            documents[name].null_naive,
+            [sum(chance.sample(values, size)) / size for _ in range(permutations)],
+        )
     sea_mask = torch.tensor([w in sea for w in tokens.words])
     (story,) = tests.words({"sea": sea_mask})
-    close(story.null, plain(lambda unit: unit[1] in sea, lambda unit: (unit[0], frequency(unit)), True))
+    close(
+        story.null,
+        plain(lambda unit: unit[1] in sea, lambda unit: (unit[0], frequency(unit)), True),
+    )
     size = int(sea_mask.sum())
     close(story.null_naive, [sum(chance.sample(values, size)) / size for _ in range(permutations)])
     common = tests.frequencies()[-1]
     close(common.null, plain(frequency, lambda unit: unit[0], max(map(frequency, units))))
-    # what was planted: the first document lies above both bands, and only the naive one is about the mean
+    # what was planted: the first document lies above both bands, and only the naive one is about
+    # the mean
     first = documents[TITLES[0]]
     assert first.excess_kl > first.null["q95"]
     assert first.mean_kl > first.null_naive["q95"]
@@ -182,9 +224,15 @@ def test_the_bands_are_those_of_a_plain_permutation(case):
 def test_p_values_are_corrected_over_the_groups(case):
     anatomy, tokenizer, corpus = case
     groups = {"sea": ["crab", "fish", "SEA"], "land": ["cat", "dog"]}
-    one, two = influence(anatomy, tokenizer, TEXT, corpus, [ablate(anatomy, ["L0.mlp.down[3, :]"])], groups, FEW).words
-    assert sorted([one.p_corrected, two.p_corrected])[0] == pytest.approx(min(1, 2 * min(one.p_within, two.p_within)))
-    again = influence(anatomy, tokenizer, TEXT, corpus, [ablate(anatomy, ["L0.mlp.down[3, :]"])], groups, FEW).words
+    one, two = influence(
+        anatomy, tokenizer, TEXT, corpus, [ablate(anatomy, ["L0.mlp.down[3, :]"])], groups, FEW
+    ).words
+    assert sorted([one.p_corrected, two.p_corrected])[0] == pytest.approx(
+        min(1, 2 * min(one.p_within, two.p_within))
+    )
+    again = influence(
+        anatomy, tokenizer, TEXT, corpus, [ablate(anatomy, ["L0.mlp.down[3, :]"])], groups, FEW
+    ).words
     assert [one, two] == again
     assert one.words == 3
 
@@ -204,9 +252,10 @@ def test_bad_input_is_said(case):
 
 # words of the subject, whether or not they rank
 MARINE = (
-    "lobster lobsters crustacean crustaceans homarus gammarus americanus nephrops norvegicus claw claws carapace shell shells larva "
-    "larvae moult moults moulting egg eggs spawn spawning prey predator predators species sea seas ocean oceans atlantic mediterranean "
-    "marine aquatic coast seabed reef fish fishing fishery fisheries fishermen pot pots fins gills crab crabs shrimp"
+    "lobster lobsters crustacean crustaceans homarus gammarus americanus nephrops norvegicus claw"
+    " claws carapace shell shells larva larvae moult moults moulting egg eggs spawn spawning prey"
+    " predator predators species sea seas ocean oceans atlantic mediterranean marine aquatic coast"
+    " seabed reef fish fishing fishery fisheries fishermen pot pots fins gills crab crabs shrimp"
 )
 
 
@@ -220,7 +269,15 @@ def test_the_lobster_is_the_document_and_not_the_weight(shared):
 
     def of(windows: int | None):
         corpus = load_corpus(loaded.tokenizer, text, "wikitext2-valid", windows=windows)
-        found = influence(anatomy, loaded.tokenizer, text, corpus, injury, {"marine": MARINE.split()}, InfluenceConfig(permutations=499))
+        found = influence(
+            anatomy,
+            loaded.tokenizer,
+            text,
+            corpus,
+            injury,
+            {"marine": MARINE.split()},
+            InfluenceConfig(permutations=499),
+        )
         return found, found.words[0]
 
     first, story = of(2)
@@ -228,7 +285,9 @@ def test_the_lobster_is_the_document_and_not_the_weight(shared):
     assert story.in_top >= 0.35  # the ranking of the first lines looks marine ...
     assert story.p_naive <= 0.05  # ... and a null that draws tokens from anywhere believes it
     assert story.p_document is None
-    assert not story.holds  # words of the same article and frequency are hit as hard, as far as one can tell
+    assert (
+        not story.holds
+    )  # words of the same article and frequency are hit as hard, as far as one can tell
     assert story.p_within > 0.05
 
     whole, story = of(None)

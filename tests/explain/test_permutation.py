@@ -9,12 +9,16 @@ UNITS, STRATA = 240, 8
 
 
 def p_of(sums, sizes, labels, strata, seed=0):
-    observed, null = stratified_test(sums, sizes, labels, strata, 2, 99, torch.Generator().manual_seed(seed))
+    observed, null = stratified_test(
+        sums, sizes, labels, strata, 2, 99, torch.Generator().manual_seed(seed)
+    )
     return p_value(float(observed[1]), null[:, 1])
 
 
 def simulated(seed, effect=0.0):
-    """Strata differ in level, the label is dealt unevenly over the strata (as the words of one article are), units differ in size."""
+    """Strata differ in level, the label is dealt unevenly over the strata (as the words of one
+    article are), units differ in size.
+    """
     g = torch.Generator().manual_seed(seed)
     strata = torch.arange(UNITS) % STRATA
     level = torch.randn(STRATA, generator=g, dtype=torch.float64) * 2
@@ -32,7 +36,11 @@ def test_p_is_uniform_when_there_is_no_effect():
 
 
 def test_without_strata_the_same_data_look_significant():
-    naive = [p_of(sums, sizes, labels, torch.zeros_like(strata), s) for s in range(40) for sums, sizes, labels, strata in [simulated(s)]]
+    naive = [
+        p_of(sums, sizes, labels, torch.zeros_like(strata), s)
+        for s in range(40)
+        for sums, sizes, labels, strata in [simulated(s)]
+    ]
     assert sum(p <= 0.05 for p in naive) > 30
 
 
@@ -43,7 +51,9 @@ def test_p_is_small_when_an_effect_was_planted():
 def test_labels_stay_in_their_stratum():
     sums, strata = torch.arange(6, dtype=torch.float64), torch.tensor([0, 0, 0, 1, 1, 1])
     labels = torch.tensor([1, 0, 0, 0, 0, 0])
-    observed, null = stratified_test(sums, torch.ones(6, dtype=torch.float64), labels, strata, 2, 200, torch.Generator())
+    observed, null = stratified_test(
+        sums, torch.ones(6, dtype=torch.float64), labels, strata, 2, 200, torch.Generator()
+    )
     assert observed.tolist() == [0.2, -1]
     assert set(null[:, 1].tolist()) == {-1.0, 0.0, 1.0}
     assert null.shape == (200, 2)
@@ -66,9 +76,18 @@ def test_holm():
 
 def test_levels_of_the_strata_do_not_come_in_by_the_size_of_the_units():
     """All of a stratum alike: whoever gets the label, nothing exceeds its stratum."""
-    sizes, strata = torch.tensor([9.0, 1.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64), torch.tensor([0, 0, 0, 1, 1, 1])
+    sizes, strata = (
+        torch.tensor([9.0, 1.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64),
+        torch.tensor([0, 0, 0, 1, 1, 1]),
+    )
     observed, null = stratified_test(
-        sizes * torch.tensor([5.0, 5, 5, 1, 1, 1]), sizes, torch.tensor([1, 0, 0, 1, 0, 0]), strata, 2, 50, torch.Generator()
+        sizes * torch.tensor([5.0, 5, 5, 1, 1, 1]),
+        sizes,
+        torch.tensor([1, 0, 0, 1, 0, 0]),
+        strata,
+        2,
+        50,
+        torch.Generator(),
     )
     assert observed.abs().max() < 1e-12
     assert null.abs().max() < 1e-12

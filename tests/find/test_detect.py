@@ -1,4 +1,6 @@
-"""Detection and verification on planted models, where the truth is known, and on real ones, where brute force is."""
+"""Detection and verification on planted models, where the truth is known, and on real ones, where
+brute force is.
+"""
 
 import copy
 from contextlib import nullcontext
@@ -10,7 +12,15 @@ from tiny import CONFIGS, tiny_model
 from surgeon.anatomy import Anatomy, Entry, Region, Site
 from surgeon.corpus import Corpus
 from surgeon.errors import BadInput, SurgeonError
-from surgeon.find import DetectConfig, FindConfig, VerifyConfig, detect, find, matched_controls, verify
+from surgeon.find import (
+    DetectConfig,
+    FindConfig,
+    VerifyConfig,
+    detect,
+    find,
+    matched_controls,
+    verify,
+)
 from surgeon.measure import mean_nll
 from surgeon.patch import ablate
 from surgeon.tap import Tap
@@ -22,7 +32,9 @@ ROW, COL = 5, 7
 
 
 def plant(model_type: str, size: float = 400.0):
-    """A tiny model with one entry of L1.mlp.down so large that its channel towers over the others from there on."""
+    """A tiny model with one entry of L1.mlp.down so large that its channel towers over the others
+    from there on.
+    """
     model = tiny_model(model_type)
     anatomy = Anatomy.of(model)
     site = anatomy.downs(1)[0]
@@ -35,7 +47,8 @@ def plant(model_type: str, size: float = 400.0):
 def test_the_planted_entry_is_named_in_every_architecture(model_type):
     """It contributes most to the channel it writes, and that channel is the tallest."""
     _, anatomy, site = plant(model_type)
-    # a norm after the MLP (gemma2, gemma3, olmo2) holds any one channel of its output below sqrt(d_model) = 5.7
+    # a norm after the MLP (gemma2, gemma3, olmo2) holds any one channel of its output below
+    # sqrt(d_model) = 5.7
     seen = detect(anatomy, WINDOWS, DetectConfig(min_height=1.5, persistence=0.0))
     found = [c for c in seen.candidates if c.channel == ROW]
     assert found, seen.rejected
@@ -46,14 +59,23 @@ def test_the_planted_entry_is_named_in_every_architecture(model_type):
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "gpt_oss"])
 def test_shares_are_what_zeroing_takes_from_the_write(model_type):
-    """The peak shares of a row against brute force: zero one entry, look how much of the write is gone."""
+    """The peak shares of a row against brute force: zero one entry, look how much of the write is
+    gone.
+    """
     _, anatomy, _ = plant(model_type)
-    candidate = next(c for c in detect(anatomy, WINDOWS, DetectConfig(persistence=0.0)).candidates if c.channel == ROW)
+    candidate = next(
+        c
+        for c in detect(anatomy, WINDOWS, DetectConfig(persistence=0.0)).candidates
+        if c.channel == ROW
+    )
 
     def write():
         kept = []
         with Tap() as tap:
-            tap.on_output(anatomy.module(candidate.contributions[0].entry.site), lambda y: kept.append(y.flatten(0, -2)[:, ROW].clone()))
+            tap.on_output(
+                anatomy.module(candidate.contributions[0].entry.site),
+                lambda y: kept.append(y.flatten(0, -2)[:, ROW].clone()),
+            )
             tap.run(anatomy.model, WINDOWS)
         return kept[0]
 
@@ -70,7 +92,9 @@ def test_shares_are_what_zeroing_takes_from_the_write(model_type):
 
 
 def test_a_rescaled_neuron_fools_nothing():
-    """1000 times the neuron and a 1000th of its outputs: the function is the same, and so must be every candidate."""
+    """1000 times the neuron and a 1000th of its outputs: the function is the same, and so must be
+    every candidate.
+    """
     model = tiny_model("llama")
     decoy = copy.deepcopy(model)
     mlp = decoy.model.layers[1].mlp
@@ -78,7 +102,9 @@ def test_a_rescaled_neuron_fools_nothing():
     mlp.down_proj.weight[:, 7] /= 1000
     config = DetectConfig(min_height=1.5, persistence=0.0)
     one, two = (detect(Anatomy.of(m), WINDOWS, config) for m in (model, decoy))
-    assert [(c.channel, c.layer) for c in one.candidates] == [(c.channel, c.layer) for c in two.candidates]
+    assert [(c.channel, c.layer) for c in one.candidates] == [
+        (c.channel, c.layer) for c in two.candidates
+    ]
     assert one.candidates
     for a, b in zip(one.candidates, two.candidates, strict=True):
         assert a.contributions[0].entry == b.contributions[0].entry
@@ -114,13 +140,21 @@ def test_one_window_is_not_enough():
         find(Anatomy.of(tiny_model("llama")), Corpus("one", WINDOWS[:1], bos=False))
 
 
-# -- verify -------------------------------------------------------------------------------------------------------------
+# -- verify ------------------------------------------------------------------------------------
 
 
 def test_verify_equals_brute_force():
     model = tiny_model("llama")
     anatomy = Anatomy.of(model)
-    parts = [anatomy.region(t) for t in ("L1.mlp.down[3, 4]", "L1.mlp.down[5, :]", "L2.mlp.down[:, 9]", "L0.attn.out[1, 1]")]
+    parts = [
+        anatomy.region(t)
+        for t in (
+            "L1.mlp.down[3, 4]",
+            "L1.mlp.down[5, :]",
+            "L2.mlp.down[:, 9]",
+            "L0.attn.out[1, 1]",
+        )
+    ]
     got = verify(anatomy, parts, CORPUS)
     base = mean_nll(model, WINDOWS)
 
@@ -129,31 +163,41 @@ def test_verify_equals_brute_force():
         other = Anatomy.of(broken)
         for r in regions:
             matrix = other.view(r.site).read().clone()
-            matrix[slice(None) if r.row is None else r.row, slice(None) if r.col is None else r.col] = 0
+            matrix[
+                slice(None) if r.row is None else r.row, slice(None) if r.col is None else r.col
+            ] = 0
             other.view(r.site).assign_(matrix)
         return mean_nll(broken, WINDOWS) - base
 
     assert got.base_nll == pytest.approx(base, abs=1e-6)
     assert got.single == pytest.approx([without([p]) for p in parts], abs=1e-5)
     assert got.joint == pytest.approx(without(parts), abs=1e-5)
-    assert got.leave_one_out == pytest.approx([without([q for q in parts if q is not p]) for p in parts], abs=1e-5)
+    assert got.leave_one_out == pytest.approx(
+        [without([q for q in parts if q is not p]) for p in parts], abs=1e-5
+    )
     assert got.ci95[0] <= got.joint <= got.ci95[1]
     assert len(got.controls.nats) == 20
 
 
 def test_vital_demands_effect_and_significance():
-    """A statistically certain but tiny effect is not vital, nor is a large one that its controls match."""
+    """A statistically certain but tiny effect is not vital, nor is a large one that its controls
+    match.
+    """
     anatomy = Anatomy.of(tiny_model("llama"))
     small = verify(anatomy, [anatomy.region("L1.mlp.down[3, 4]")], CORPUS)
     assert abs(small.joint) < 0.1
     assert not small.vital
     row = verify(anatomy, [anatomy.region("L1.mlp.down[5, :]")], CORPUS, VerifyConfig(min_nats=0.0))
-    assert row.vital == (row.ci95[0] > 0 and row.p_value <= 0.05 and row.joint >= 3 * max(row.controls.max, 0))
+    assert row.vital == (
+        row.ci95[0] > 0 and row.p_value <= 0.05 and row.joint >= 3 * max(row.controls.max, 0)
+    )
     assert "whole rows" in row.controls.kind
 
 
 def test_the_causal_test_restores_the_peak_and_nothing_else():
-    """Damage of a set whose channel matters at one position only goes when that position is restored."""
+    """Damage of a set whose channel matters at one position only goes when that position is
+    restored.
+    """
     model, anatomy, site = plant("llama")
     region = anatomy.region(f"{site}[{ROW}, {COL}]")
     got = verify(anatomy, [region], CORPUS)
@@ -184,7 +228,7 @@ def test_too_few_controls_are_refused():
         verify(Anatomy.of(tiny_model("llama")), [], CORPUS)
 
 
-# -- controls -----------------------------------------------------------------------------------------------------------
+# -- controls ----------------------------------------------------------------------------------
 
 
 def test_controls_are_matched_and_never_the_set_itself():
@@ -212,11 +256,15 @@ def test_controls_are_matched_and_never_the_set_itself():
     for control in matched_controls(anatomy, some, 20):
         assert len(set(control)) == 3
         assert len({e.row for e in control}) == 1
-    assert matched_controls(anatomy, some, 20, seed=5) == matched_controls(anatomy, some, 20, seed=5)
-    assert matched_controls(anatomy, some, 20, seed=5) != matched_controls(anatomy, some, 20, seed=6)
+    assert matched_controls(anatomy, some, 20, seed=5) == matched_controls(
+        anatomy, some, 20, seed=5
+    )
+    assert matched_controls(anatomy, some, 20, seed=5) != matched_controls(
+        anatomy, some, 20, seed=6
+    )
 
 
-# -- real models ----------------------------------------------------------------------------------------------------------
+# -- real models -------------------------------------------------------------------------------
 
 
 def open_shared(folder, text, windows):
@@ -224,12 +272,16 @@ def open_shared(folder, text, windows):
     from surgeon.corpus import load_corpus, read_text
 
     loaded = load_model(str(folder))
-    return Anatomy.of(loaded.model), load_corpus(loaded.tokenizer, read_text(text), text.name, 256, windows)
+    return Anatomy.of(loaded.model), load_corpus(
+        loaded.tokenizer, read_text(text), text.name, 256, windows
+    )
 
 
 @pytest.mark.slow
 def test_the_vital_row_of_a_real_model_is_found(shared):
-    anatomy, corpus = open_shared(shared / "models" / "tinystories-656k", shared / "text" / "tinystories-sample.txt", 24)
+    anatomy, corpus = open_shared(
+        shared / "models" / "tinystories-656k", shared / "text" / "tinystories-sample.txt", 24
+    )
     result = find(anatomy, corpus)
     assert [s.geometry for s in result.sets] == ["row"]
     (found,) = result.sets
@@ -240,13 +292,17 @@ def test_the_vital_row_of_a_real_model_is_found(shared):
 
 
 def test_a_healthy_real_model_has_none(shared):
-    anatomy, corpus = open_shared(shared / "models" / "stories-260k", shared / "text" / "tinystories-sample.txt", 12)
+    anatomy, corpus = open_shared(
+        shared / "models" / "stories-260k", shared / "text" / "tinystories-sample.txt", 12
+    )
     assert find(anatomy, corpus).verdict == "none"
 
 
 def test_regions_and_sets_agree_on_damage(shared):
     """A whole row named as a region and as its entries is the same change."""
-    anatomy, corpus = open_shared(shared / "models" / "stories-260k", shared / "text" / "tinystories-sample.txt", 4)
+    anatomy, corpus = open_shared(
+        shared / "models" / "stories-260k", shared / "text" / "tinystories-sample.txt", 4
+    )
     region = anatomy.region("L1.mlp.down[9, :]")
     whole = verify(anatomy, [region], corpus)
     entries = [Region(region.site, 9, c) for c in range(172)]

@@ -26,7 +26,9 @@ def plant(model_type):
 
 
 def brute_force(anatomy, layer):
-    """Peak, share of tokens and weighted size of every expert, from the weights as the sites name them, token by token."""
+    """Peak, share of tokens and weighted size of every expert, from the weights as the sites name
+    them, token by token.
+    """
     calls = []
     with Tap() as tap:
         tap.on_call(anatomy.module(anatomy.downs(layer)[0]), calls.append)
@@ -34,13 +36,19 @@ def brute_force(anatomy, layer):
     states, chosen, weights = calls[0]
     result = []
     for expert in range(4):
-        gate, up, down = (anatomy.view(f"L{layer}.mlp.{r}.e{expert}").read() for r in ("gate", "up", "down"))
+        gate, up, down = (
+            anatomy.view(f"L{layer}.mlp.{r}.e{expert}").read() for r in ("gate", "up", "down")
+        )
         peak, tokens, size = 0.0, 0, 0.0
         for x, experts, factors in zip(states.flatten(0, -2), chosen, weights, strict=True):
             for e, factor in zip(experts.tolist(), factors.tolist(), strict=True):
                 if e == expert:
                     y = down @ (F.silu(gate @ x) * (up @ x))
-                    peak, tokens, size = max(peak, float(y.abs().max())), tokens + 1, size + factor * float(y.norm())
+                    peak, tokens, size = (
+                        max(peak, float(y.abs().max())),
+                        tokens + 1,
+                        size + factor * float(y.norm()),
+                    )
         result.append((peak, tokens / WINDOWS.numel(), size))
     total = sum(size for *_, size in result)
     return {e: (peak, routed, size / total) for e, (peak, routed, size) in enumerate(result)}
@@ -52,7 +60,9 @@ def test_the_profile_equals_brute_force(model_type):
     profile = profile_experts(anatomy, WINDOWS)
     assert [p.peak for p in profile] == sorted((p.peak for p in profile), reverse=True)
     layers = sorted({p.layer for p in profile})
-    assert layers == ([0, 2] if model_type == "qwen3_moe" else [0, 1, 2])  # layer 1 of that one is dense
+    assert layers == (
+        [0, 2] if model_type == "qwen3_moe" else [0, 1, 2]
+    )  # layer 1 of that one is dense
     for layer in layers:
         want = brute_force(anatomy, layer)
         for p in (p for p in profile if p.layer == layer):
@@ -69,7 +79,9 @@ def test_the_planted_expert_is_super_and_no_other(model_type, tmp_path):
     json.dumps([p.to_json() for p in profile])
     below = profile_experts(anatomy, WINDOWS, end=2)
     assert {p.layer for p in below} == {p.layer for p in profile} - {2}
-    assert [p for p in profile if p.layer < 2] == [type(p)(**{**vars(p), "is_super": False}) for p in below]
+    assert [p for p in profile if p.layer < 2] == [
+        type(p)(**{**vars(p), "is_super": False}) for p in below
+    ]
 
 
 def test_a_dense_model_has_no_profile():

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from surgeon.cli import run
 from surgeon.errors import BadCheckpoint, BadInput, PackedWeight, SurgeonError
-from surgeon.find.index import AGREES, DIFFERS, UNPRINTED, Published, published, records_of, verify_published
+from surgeon.find.index import (
+    AGREES,
+    DIFFERS,
+    UNPRINTED,
+    Published,
+    published,
+    records_of,
+    verify_published,
+)
 
 QWEN = "Qwen/Qwen2.5-3B"  # its one matrix need only be (319, 3190) to hold the published entry
 SHAPE = (8, 12)
@@ -49,8 +57,12 @@ def write(folder: Path, *shards: dict[str, Tensor]) -> Path:
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
         save_file(shard, folder / name)
-    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    weight_map = {
+        tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard
+    }
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return folder
 
 
@@ -75,7 +87,12 @@ def test_the_list_is_complete_and_well_formed() -> None:
     assert len(records) == len({(r.model, r.entry) for r in records}) == 26
     assert len({r.model for r in records}) == 12
     assert Counter(r.evidence for r in records) == {"table": 21, "repository": 3, "reported": 2}
-    assert Counter(r.status for r in records) == {"published": 18, "set": 6, "corrected": 1, "nearly inert": 1}
+    assert Counter(r.status for r in records) == {
+        "published": 18,
+        "set": 6,
+        "corrected": 1,
+        "nearly inert": 1,
+    }
     assert all(r.model.count("/") == 1 and r.source for r in records)
     # the verdict takes every printed value to have four decimals
     assert all(r.weight is None or round(r.weight, 4) == r.weight for r in records)
@@ -107,14 +124,26 @@ def test_value_rank_and_verdict(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "verdict"), [(0.63226, AGREES), (0.63234, AGREES), (0.6324, DIFFERS), (-0.6323, DIFFERS), (0.0018, DIFFERS)]
+    ("value", "verdict"),
+    [
+        (0.63226, AGREES),
+        (0.63234, AGREES),
+        (0.6324, DIFFERS),
+        (-0.6323, DIFFERS),
+        (0.0018, DIFFERS),
+    ],
 )
-def test_agreement_ends_at_the_rounding_of_the_printed_value(tmp_path: Path, value: float, verdict: str) -> None:
+def test_agreement_ends_at_the_rounding_of_the_printed_value(
+    tmp_path: Path, value: float, verdict: str
+) -> None:
     tensors = tiny(torch.float32)
     tensors["model.layers.1.mlp.down_proj.weight"][2, 3] = value
     (check,) = verify_published(str(write(tmp_path, tensors)), RECORDS[:1])
     assert check.verdict == verdict
-    assert (check.to_json()["weight"], check.to_json()["measured"]) == (0.6323, pytest.approx(value))
+    assert (check.to_json()["weight"], check.to_json()["measured"]) == (
+        0.6323,
+        pytest.approx(value),
+    )
 
 
 def test_bfloat16_neighbours_do_not_agree(tmp_path: Path) -> None:
@@ -125,24 +154,43 @@ def test_bfloat16_neighbours_do_not_agree(tmp_path: Path) -> None:
 
 def test_only_the_shard_concerned_is_needed(tmp_path: Path) -> None:
     folder = sharded(tmp_path)
-    assert [c.verdict for c in verify_published(str(folder), RECORDS)] == [AGREES, AGREES, UNPRINTED]
+    assert [c.verdict for c in verify_published(str(folder), RECORDS)] == [
+        AGREES,
+        AGREES,
+        UNPRINTED,
+    ]
     (folder / "model-00002-of-00002.safetensors").unlink()
-    assert [c.verdict for c in verify_published(str(folder), [RECORDS[0], RECORDS[2]])] == [AGREES, UNPRINTED]
+    assert [c.verdict for c in verify_published(str(folder), [RECORDS[0], RECORDS[2]])] == [
+        AGREES,
+        UNPRINTED,
+    ]
     with pytest.raises(BadCheckpoint, match="lacks the shard model-00002-of-00002"):
         verify_published(str(folder), RECORDS)
 
 
 def test_only_the_tensor_concerned_is_read(tmp_path: Path) -> None:
-    """The file also holds a tensor larger than this machine's memory could take, as a hole on the disk."""
+    """The file also holds a tensor larger than this machine's memory could take, as a hole on the
+    disk.
+    """
     tensor, ghost = tiny()["model.layers.1.mlp.down_proj.weight"], 1 << 40
     size = tensor.nbytes
     header = {
-        "model.layers.1.mlp.down_proj.weight": {"dtype": "BF16", "shape": SHAPE, "data_offsets": [0, size]},
-        "model.embed_tokens.weight": {"dtype": "BF16", "shape": [ghost // 2], "data_offsets": [size, size + ghost]},
+        "model.layers.1.mlp.down_proj.weight": {
+            "dtype": "BF16",
+            "shape": SHAPE,
+            "data_offsets": [0, size],
+        },
+        "model.embed_tokens.weight": {
+            "dtype": "BF16",
+            "shape": [ghost // 2],
+            "data_offsets": [size, size + ghost],
+        },
     }
     text = json.dumps(header).encode()
     with (tmp_path / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text + tensor.view(torch.uint8).numpy().tobytes())
+        file.write(
+            len(text).to_bytes(8, "little") + text + tensor.view(torch.uint8).numpy().tobytes()
+        )
         file.truncate(8 + len(text) + size + ghost)
     assert verify_published(str(tmp_path), RECORDS[:1])[0].verdict == AGREES
 
@@ -151,9 +199,22 @@ def test_records_belong_by_folder_name_or_as(tmp_path: Path) -> None:
     for name in ("Qwen2.5-3B", "copy"):
         (tmp_path / name).mkdir()
     expected = [r for r in published() if r.model == QWEN]
-    assert records_of(QWEN) == records_of(f"{QWEN}@main") == records_of(str(tmp_path / "Qwen2.5-3B")) == expected
-    assert records_of(str(tmp_path / "copy"), "Qwen2.5-3B") == records_of("someone/copy", QWEN) == expected
-    for model, as_name in ((str(tmp_path / "copy"), None), ("someone/Qwen2.5-3B", None), (QWEN, "Qwen2.5")):
+    assert (
+        records_of(QWEN)
+        == records_of(f"{QWEN}@main")
+        == records_of(str(tmp_path / "Qwen2.5-3B"))
+        == expected
+    )
+    assert (
+        records_of(str(tmp_path / "copy"), "Qwen2.5-3B")
+        == records_of("someone/copy", QWEN)
+        == expected
+    )
+    for model, as_name in (
+        (str(tmp_path / "copy"), None),
+        ("someone/Qwen2.5-3B", None),
+        (QWEN, "Qwen2.5"),
+    ):
         with pytest.raises(BadInput, match=r"some for huggyllama/llama-7b, .*--as NAME"):
             records_of(model, as_name)
 
@@ -167,12 +228,16 @@ def test_errors_of_folders(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     good = tiny()
     assert "no model folder at" in refusal(BadInput, tmp_path / "absent")
-    assert "holds no *.safetensors weights" in refusal(BadCheckpoint, write_config(tmp_path / "empty"))
+    assert "holds no *.safetensors weights" in refusal(
+        BadCheckpoint, write_config(tmp_path / "empty")
+    )
     assert f"no tensor {name}" in refusal(BadInput, write(tmp_path / "a", {"x": torch.zeros(2)}))
     small = refusal(BadInput, write(tmp_path / "b", good), [record(1, 8, 0, None)])
     assert "(8, 12)" in small
     assert "L1.mlp.down[8, 0]" in small
-    assert "as I8, which is quantized" in refusal(PackedWeight, write(tmp_path / "c", {**good, name: torch.zeros(SHAPE, dtype=torch.int8)}))
+    assert "as I8, which is quantized" in refusal(
+        PackedWeight, write(tmp_path / "c", {**good, name: torch.zeros(SHAPE, dtype=torch.int8)})
+    )
     packed = {name.replace("weight", "qweight"): torch.zeros(2, 2, dtype=torch.int32)}
     assert "qweight" in refusal(PackedWeight, write(tmp_path / "d", packed))
     nan = good[name].clone()
@@ -218,7 +283,9 @@ def test_from_the_hub_only_headers_and_tensors_are_fetched(tmp_path: Path) -> No
     first, second = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
     with serve(Hub({"org/tiny": folder})) as hub:
         checks = verify_published("org/tiny", RECORDS, endpoint=hub.url)
-    assert [c.to_json() for c in checks] == [c.to_json() for c in verify_published(str(folder), RECORDS)]
+    assert [c.to_json() for c in checks] == [
+        c.to_json() for c in verify_published(str(folder), RECORDS)
+    ]
     index = "model.safetensors.index.json"
     expected = [("GET", index, (0, (folder / index).stat().st_size))]
     for file, layer in ((first, 1), (second, 2)):
@@ -230,7 +297,12 @@ def test_from_the_hub_only_headers_and_tensors_are_fetched(tmp_path: Path) -> No
 def test_header_is_fetched_once_for_several_tensors(tmp_path: Path) -> None:
     told: list[Any] = []
     with serve(Hub({"org/tiny": write(tmp_path, tiny())})) as hub:
-        verify_published(f"org/tiny@{COMMIT}", RECORDS, endpoint=hub.url, tell=lambda *progress: told.append(progress))
+        verify_published(
+            f"org/tiny@{COMMIT}",
+            RECORDS,
+            endpoint=hub.url,
+            tell=lambda *progress: told.append(progress),
+        )
     assert len(hub.asked) == 4
     assert told == [(f"model.layers.{layer}.mlp.down_proj.weight", 192, 192) for layer in (1, 2)]
 
@@ -243,7 +315,10 @@ def test_errors_of_the_hub(tmp_path: Path) -> None:
     }
 
     def refusal(model: str, kind: type[SurgeonError] = BadInput, **settings: Any) -> str:
-        with serve(Hub(served, gated=frozenset({"org/gated"}), **settings)) as hub, pytest.raises(kind) as caught:
+        with (
+            serve(Hub(served, gated=frozenset({"org/gated"}), **settings)) as hub,
+            pytest.raises(kind) as caught,
+        ):
             verify_published(model, RECORDS, endpoint=hub.url)
         assert sum(stop - start for _, _, (start, stop) in hub.asked) < 10_000
         return str(caught.value)
@@ -269,11 +344,20 @@ def test_command_reads_the_hub_and_leaves_nothing_in_its_cache(tmp_path: Path) -
         clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
         command = [sys.executable, "-c", code, "index", "verify", f"{QWEN}@main", "--json"]
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=300, env={**clean, "HF_ENDPOINT": hub.url, "HF_HOME": str(home)}
+            command,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**clean, "HF_ENDPOINT": hub.url, "HF_HOME": str(home)},
         )
     assert done.returncode == 0, done.stderr
     (check,) = json.loads(done.stdout)["checks"]
-    assert (check["entry"], check["verdict"], check["rank_abs"], check["dtype"]) == ("L2.mlp.down[318, 3189]", AGREES, 1, "bfloat16")
+    assert (check["entry"], check["verdict"], check["rank_abs"], check["dtype"]) == (
+        "L2.mlp.down[318, 3189]",
+        AGREES,
+        1,
+        "bfloat16",
+    )
     assert not list(home.glob("hub/models--*"))
 
 

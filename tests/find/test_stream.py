@@ -1,4 +1,6 @@
-"""Finding in a streamed model gives what finding in the loaded one gives, in one reading for many variants."""
+"""Finding in a streamed model gives what finding in the loaded one gives, in one reading for many
+variants.
+"""
 
 import json
 import subprocess
@@ -20,14 +22,22 @@ WINDOWS = torch.randint(3, 99, (6, 24), generator=torch.Generator().manual_seed(
 CORPUS = Corpus("random", WINDOWS, bos=False)
 CAUSAL = [t for t in CONFIGS if t != "bert"]
 ROW, COL = 5, 7
-# so lenient that sets are verified in every architecture, also where zeroing helps: what matters here is that the numbers are the same
+# so lenient that sets are verified in every architecture, also where zeroing helps: what matters
+# here is that the numbers are the same
 LENIENT = FindConfig(
-    DetectConfig(min_height=1.5, persistence=0.0), VerifyConfig(min_nats=-100.0), probe_windows=2, rounds=2, channels=1, listed=2
+    DetectConfig(min_height=1.5, persistence=0.0),
+    VerifyConfig(min_nats=-100.0),
+    probe_windows=2,
+    rounds=2,
+    channels=1,
+    listed=2,
 )
 
 
 def planted(folder, model_type, layer=1, size=400.0):
-    """A tiny model with one entry of an mlp.down so large that its channel towers over the others; saved in several shards."""
+    """A tiny model with one entry of an mlp.down so large that its channel towers over the others;
+    saved in several shards.
+    """
     model = tiny_model(model_type)
     anatomy = Anatomy.of(model)
     site = anatomy.downs(layer)[0]
@@ -37,7 +47,9 @@ def planted(folder, model_type, layer=1, size=400.0):
 
 
 def same(one, two):
-    """The same documents, numbers within rounding: logits are computed window by window when streamed."""
+    """The same documents, numbers within rounding: logits are computed window by window when
+    streamed.
+    """
     if isinstance(one, dict):
         return one.keys() == two.keys() and all(same(one[k], two[k]) for k in one)
     if isinstance(one, list):
@@ -60,13 +72,18 @@ def test_a_vital_entry_is_found_streamed(tmp_path):
     result = find(open_stream(folder)[1], CORPUS, FindConfig(probe_windows=2))
     assert [[str(c.entry) for c in s.entries] for s in result.sets] == [[entry]]
     assert result.verdict == "found"
-    assert same(result.to_json(), find(Anatomy.of(load_model(folder).model), CORPUS, FindConfig(probe_windows=2)).to_json())
+    assert same(
+        result.to_json(),
+        find(Anatomy.of(load_model(folder).model), CORPUS, FindConfig(probe_windows=2)).to_json(),
+    )
 
 
 def vital(folder):
     model = tiny_model("llama", tie_word_embeddings=False)
     layer = model.model.layers[0].mlp
-    model.model.embed_tokens.weight[:, 3] = 2.0  # every token drives neuron COL, which writes channel ROW
+    model.model.embed_tokens.weight[:, 3] = (
+        2.0  # every token drives neuron COL, which writes channel ROW
+    )
     for projection in (layer.gate_proj, layer.up_proj):
         projection.weight[COL] = 0.0
         projection.weight[COL, 3] = 3.0
@@ -78,7 +95,9 @@ def vital(folder):
 
 @pytest.mark.parametrize("model_type", ["llama", "opt", "mixtral"])
 def test_verification_is_one_reading(model_type, tmp_path):
-    """Base, single, joint, leave-one-out, 20 controls and the causal test: each block is read once, its head once."""
+    """Base, single, joint, leave-one-out, 20 controls and the causal test: each block is read once,
+    its head once.
+    """
     folder, entry = planted(tmp_path, model_type)
     _, anatomy = open_stream(folder)
     other = Anatomy.of(load_model(folder).model)
@@ -100,7 +119,14 @@ def test_variants_in_several_passes_and_from_kept_states(tmp_path, monkeypatch):
     folder, _ = planted(tmp_path, "llama")
     anatomy, other = open_stream(folder)[1], Anatomy.of(load_model(folder).model)
     sets = [
-        [anatomy.region(t)] for t in ("L2.mlp.down[3, :]", "L1.mlp.down[5, 7]", "L0.mlp.down[:, 3]", "L0.attn.q[3, :]", "L2.attn.out[1, :]")
+        [anatomy.region(t)]
+        for t in (
+            "L2.mlp.down[3, :]",
+            "L1.mlp.down[5, 7]",
+            "L0.mlp.down[:, 3]",
+            "L0.attn.q[3, :]",
+            "L2.attn.out[1, :]",
+        )
     ]
     want = damage_on(other, WINDOWS, 0).of([Variant(s) for s in sets])
     whole = damage_on(anatomy, WINDOWS, 0).of([Variant(s) for s in sets])
@@ -130,10 +156,14 @@ def test_layers_limits_the_search_and_what_is_read(model_type, tmp_path):
     assert str(seen.candidates[0].contributions[0].entry) == entry
     loaded = Anatomy.of(load_model(folder).model)
     assert same(seen.to_json(), detect(loaded, WINDOWS, limited).to_json())
-    assert seen.candidates[0].heights == pytest.approx(detect(loaded, WINDOWS, config).candidates[0].heights[:1])
+    assert seen.candidates[0].heights == pytest.approx(
+        detect(loaded, WINDOWS, config).candidates[0].heights[:1]
+    )
     above = detect(loaded, WINDOWS, DetectConfig(min_height=1.5, persistence=0.0, layers=(1, 3)))
     assert ROW not in {c.channel for c in above.candidates}
-    assert any("below the layers" in r.reason for r in above.rejected if f"channel {ROW}" in r.where)
+    assert any(
+        "below the layers" in r.reason for r in above.rejected if f"channel {ROW}" in r.where
+    )
     for span in ((0, 4), (2, 2), (-1, 2)):
         with pytest.raises(BadInput, match="widest is 0:3"):
             detect(loaded, WINDOWS, DetectConfig(layers=span))
@@ -141,11 +171,26 @@ def test_layers_limits_the_search_and_what_is_read(model_type, tmp_path):
 
 @pytest.mark.slow
 def test_a_checkpoint_larger_than_the_memory_it_may_use(tmp_path):
-    """1.1 GB of weights under a limit of 768 MiB; benchmarks/stream.py does the same with 13.5 GB under 4 GiB."""
+    """1.1 GB of weights under a limit of 768 MiB; benchmarks/stream.py does the same with 13.5 GB
+    under 4 GiB.
+    """
     script = Path(__file__).parents[2] / "benchmarks" / "stream.py"
-    sizes = {"layers": 42, "d-model": 1024, "d-mlp": 2816, "heads": 8, "vocab": 8192, "limit": 768, "window": 16, "windows": 4}
+    sizes = {
+        "layers": 42,
+        "d-model": 1024,
+        "d-mlp": 2816,
+        "heads": 8,
+        "vocab": 8192,
+        "limit": 768,
+        "window": 16,
+        "windows": 4,
+    }
     options = [str(part) for name, value in sizes.items() for part in (f"--{name}", value)]
-    done = subprocess.run([sys.executable, str(script), str(tmp_path / "large"), *options], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "large"), *options],
+        capture_output=True,
+        text=True,
+    )
     if "no memory cgroup" in done.stderr:
         pytest.skip("no memory cgroup can be made here")
     assert done.returncode == 0, done.stderr

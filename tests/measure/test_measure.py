@@ -7,7 +7,16 @@ from tiny import CONFIGS, tiny_model
 
 from surgeon.anatomy import Anatomy
 from surgeon.errors import BadInput
-from surgeon.measure import divergence, generate, interval, loop_rate, mean_nll, require_causal, stop_word_share, window_nll
+from surgeon.measure import (
+    divergence,
+    generate,
+    interval,
+    loop_rate,
+    mean_nll,
+    require_causal,
+    stop_word_share,
+    window_nll,
+)
 from surgeon.measure.likelihood import TOKENS_PER_BATCH, ResumedNLL
 from surgeon.patch import ablate
 
@@ -53,13 +62,17 @@ def test_divergence_is_kl_from_base_to_changed():
     kl = F.kl_div(changed, base, log_target=True, reduction="none").sum(-1).mean().item()
     assert got.kl == pytest.approx(kl, rel=1e-4)
     assert got.kl > 0
-    assert got.top1_agreement == pytest.approx((base.argmax(-1) == changed.argmax(-1)).float().mean().item())
+    assert got.top1_agreement == pytest.approx(
+        (base.argmax(-1) == changed.argmax(-1)).float().mean().item()
+    )
 
 
 def test_the_bootstrap_interval_covers_as_often_as_it_says():
     generator = torch.Generator().manual_seed(1)
     samples = torch.randn(200, 40, generator=generator, dtype=torch.float64) + 0.3
-    hits = [low <= 0.3 <= high for low, high in (interval(s, seed=i) for i, s in enumerate(samples))]
+    hits = [
+        low <= 0.3 <= high for low, high in (interval(s, seed=i) for i, s in enumerate(samples))
+    ]
     assert 0.88 <= sum(hits) / len(hits) <= 0.99
     assert interval(torch.tensor([0.7], dtype=torch.float64)) == pytest.approx((0.7, 0.7))
     assert interval(samples[0], seed=3) == interval(samples[0], seed=3)
@@ -74,7 +87,9 @@ def test_loop_rate():
 def test_stop_word_share_is_a_mean_probability():
     model = tiny_model("llama")
     p = model(WINDOWS).logits[:, :-1].softmax(-1)
-    assert stop_word_share(model, WINDOWS, [4, 9]) == pytest.approx(p[..., [4, 9]].sum(-1).mean().item(), rel=1e-4)
+    assert stop_word_share(model, WINDOWS, [4, 9]) == pytest.approx(
+        p[..., [4, 9]].sum(-1).mean().item(), rel=1e-4
+    )
     assert stop_word_share(model, WINDOWS, range(99)) == pytest.approx(1, rel=1e-4)
 
 
@@ -82,10 +97,15 @@ def test_generation_is_greedy_and_equals_transformers(shared):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = shared / "models" / "tinystories-656k"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
     prompt = "Once upon a time"
     ids = tokenizer(prompt, return_tensors="pt").input_ids
-    theirs = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20, pad_token_id=0)
+    theirs = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20, pad_token_id=0
+    )
     (mine,) = generate(model, tokenizer, [prompt], 20)
     assert mine.text == tokenizer.decode(theirs[0, ids.shape[1] :], skip_special_tokens=True)
 

@@ -1,4 +1,6 @@
-"""The scorecard, against probabilities asked one by one; a model that did not change scores no change."""
+"""The scorecard, against probabilities asked one by one; a model that did not change scores no
+change.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,15 @@ from surgeon.anatomy import load_model
 from surgeon.corpus import Corpus
 from surgeon.errors import BadInput
 from surgeon.facts import Fact
-from surgeon.measure import Scorecard, ScoreConfig, continuations, examine, mean_nll, next_tokens, with_neighbours
+from surgeon.measure import (
+    Scorecard,
+    ScoreConfig,
+    continuations,
+    examine,
+    mean_nll,
+    next_tokens,
+    with_neighbours,
+)
 from surgeon.measure.scorecard import ngram_entropy
 
 Patient = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -60,21 +70,36 @@ def one_by_one(patient: Patient, prompt: str, words: str) -> list[float]:
     found = []
     for token in tokenizer(f" {words}", add_special_tokens=False).input_ids:
         with torch.no_grad():
-            found.append(float(model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)[token]))
+            found.append(
+                float(model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)[token])
+            )
         ids.append(token)
     return found
 
 
-def test_continuations_are_those_of_single_passes(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs = [("The capital of France is", "Paris"), ("Most people in Brazil speak", "Portuguese and sing"), ("A", "very long story")]
+def test_continuations_are_those_of_single_passes(
+    patient: Patient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [
+        ("The capital of France is", "Paris"),
+        ("Most people in Brazil speak", "Portuguese and sing"),
+        ("A", "very long story"),
+    ]
     for tokens in (4096, 8):
         monkeypatch.setattr("surgeon.measure.continuation.TOKENS_PER_BATCH", tokens)
         found = continuations(*patient, pairs)
         for (log_p, _), pair in zip(found, pairs, strict=True):
-            torch.testing.assert_close(log_p, torch.tensor(one_by_one(patient, *pair)), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                log_p, torch.tensor(one_by_one(patient, *pair)), rtol=1e-4, atol=1e-4
+            )
         assert [says for _, says in found] == [True, False, False]
         token, p = next_tokens(*patient, ["The capital of France is"])[0]
-        assert (token, p) == (" Paris", pytest.approx(exp(one_by_one(patient, "The capital of France is", "Paris")[0]), rel=1e-4))
+        assert (token, p) == (
+            " Paris",
+            pytest.approx(
+                exp(one_by_one(patient, "The capital of France is", "Paris")[0]), rel=1e-4
+            ),
+        )
     with pytest.raises(BadInput):
         continuations(*patient, [("a", "")])
 
@@ -82,19 +107,41 @@ def test_continuations_are_those_of_single_passes(patient: Patient, monkeypatch:
 def test_a_swapped_head_scores_as_an_edit(patient: Patient, edited: PreTrainedModel) -> None:
     model, tokenizer = patient
     corpus = Corpus(
-        "x", torch.tensor([[tokenizer.bos_token_id, *tokenizer("The cat sat on the mat and", add_special_tokens=False).input_ids]]), True
+        "x",
+        torch.tensor(
+            [
+                [
+                    tokenizer.bos_token_id,
+                    *tokenizer("The cat sat on the mat and", add_special_tokens=False).input_ids,
+                ]
+            ]
+        ),
+        True,
     )
     controls = ["The capital of France is", "Most people in Brazil speak"]
     before = examine(model, tokenizer, FACTS, controls, corpus, CONFIG)
     after = examine(edited, tokenizer, FACTS, controls, corpus, CONFIG)
     card = Scorecard(before, after, CONFIG)
     p = {w: exp(one_by_one(patient, "The capital of France is", w)[0]) for w in ("Paris", "Tokyo")}
-    assert (before.own[0].true, before.own[0].target) == (pytest.approx(p["Paris"], rel=1e-4), pytest.approx(p["Tokyo"], rel=1e-4))
-    assert (after.own[0].target, after.own[0].true) == (pytest.approx(p["Paris"], rel=1e-4), pytest.approx(p["Tokyo"], rel=1e-4))
-    assert (card.efficacy.prompts, card.efficacy.before, card.efficacy.after) == (3, 0.0, pytest.approx(1 / 3))
+    assert (before.own[0].true, before.own[0].target) == (
+        pytest.approx(p["Paris"], rel=1e-4),
+        pytest.approx(p["Tokyo"], rel=1e-4),
+    )
+    assert (after.own[0].target, after.own[0].true) == (
+        pytest.approx(p["Paris"], rel=1e-4),
+        pytest.approx(p["Tokyo"], rel=1e-4),
+    )
+    assert (card.efficacy.prompts, card.efficacy.before, card.efficacy.after) == (
+        3,
+        0.0,
+        pytest.approx(1 / 3),
+    )
     assert (card.paraphrase.prompts, card.paraphrase.before, card.paraphrase.after) == (1, 0.0, 1.0)
     assert card.kept == (1, 0)
-    assert (card.neighbourhood.before, card.neighbourhood.after) == (0.0, 0.0)  # target and its answer are one word there
+    assert (card.neighbourhood.before, card.neighbourhood.after) == (
+        0.0,
+        0.0,
+    )  # target and its answer are one word there
     assert card.harmonic_mean == 0.0
     assert [c["changed"] for c in card.controls()] == [True, False]
     assert card.controls()[0]["before"][0] == " Paris"
@@ -119,7 +166,10 @@ def test_known_subjects_of_the_relation_become_neighbours(patient: Patient) -> N
     assert found[0] == FACTS[0]
     assert found[1].neighbours == (("The capital of France is", "Paris"),)
     assert found[2].neighbours == ()
-    assert set(found[3].neighbours) == {("The capital of France is", "Paris"), ("The capital of Egypt is", "Cairo")}
+    assert set(found[3].neighbours) == {
+        ("The capital of France is", "Paris"),
+        ("The capital of Egypt is", "Cairo"),
+    }
 
 
 def test_entropy_of_ngrams() -> None:

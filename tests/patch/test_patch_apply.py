@@ -12,7 +12,15 @@ from torch import Tensor
 
 from surgeon.anatomy import Anatomy, Entry, Site
 from surgeon.errors import BadInput, PackedWeight, PatchConflict, Refused, TiedWeight, WrongBase
-from surgeon.patch import EntriesDelta, LineDelta, LowRankDelta, Patch, ablate, applied_patches, compose
+from surgeon.patch import (
+    EntriesDelta,
+    LineDelta,
+    LowRankDelta,
+    Patch,
+    ablate,
+    applied_patches,
+    compose,
+)
 
 DOWN = Site(0, "mlp.down")
 HALVES = [torch.float32, torch.bfloat16, torch.float16]
@@ -41,7 +49,9 @@ def entries(anatomy: Anatomy, *at: tuple[int, int], value: float = 7.0) -> Patch
 def rank_one(anatomy: Anatomy, site: Site = DOWN, seed: int = 0) -> Patch:
     n_out, n_in = anatomy.view(site).shape
     g = torch.Generator().manual_seed(seed)
-    return Patch.low_rank(anatomy, site, torch.randn(n_out, 1, generator=g), torch.randn(1, n_in, generator=g))
+    return Patch.low_rank(
+        anatomy, site, torch.randn(n_out, 1, generator=g), torch.randn(1, n_in, generator=g)
+    )
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -59,7 +69,9 @@ def test_undo_restores_every_bit(dtype: torch.dtype, kind: str) -> None:
         "entries": lambda: entries(anatomy, (3, 5), (3, 6), (0, 0)),
         "row": lambda: ablate(anatomy, [f"{DOWN}[3, :]"]),
         "column": lambda: ablate(anatomy, [f"{DOWN}[:, 5]"], "scale:-3"),
-        "low rank": lambda: Patch.low_rank(anatomy, DOWN, torch.ones(n_out, 2), torch.ones(2, n_in)),
+        "low rank": lambda: Patch.low_rank(
+            anatomy, DOWN, torch.ones(n_out, 2), torch.ones(2, n_in)
+        ),
     }[kind]()
     assert same(before, state(anatomy))
     patch.apply_(anatomy)
@@ -110,7 +122,9 @@ def test_from_matrix_finds_what_changed() -> None:
     new = anatomy.view(DOWN).read().float()
     new[2, 3] += 1
     new[9, 1] = -0.0
-    patch = Patch.from_matrix(anatomy, {DOWN: new, Site(1, "mlp.down"): anatomy.view("L1.mlp.down").read()})
+    patch = Patch.from_matrix(
+        anatomy, {DOWN: new, Site(1, "mlp.down"): anatomy.view("L1.mlp.down").read()}
+    )
     assert patch.sites == [DOWN]
     assert patch.touched(DOWN).nonzero().tolist() == [[2, 3], [9, 1]]
     assert patch.base[DOWN].dtype == "bfloat16"
@@ -272,7 +286,9 @@ def test_tied_and_packed() -> None:
 
     packed = llama()
     patch = entries(packed, (1, 1))
-    packed.model.model.layers[0].mlp.down_proj.weight = torch.nn.Parameter(torch.ones(32, 48, dtype=torch.int8), requires_grad=False)
+    packed.model.model.layers[0].mlp.down_proj.weight = torch.nn.Parameter(
+        torch.ones(32, 48, dtype=torch.int8), requires_grad=False
+    )
     with pytest.raises(PackedWeight):
         patch.apply_(packed)
 

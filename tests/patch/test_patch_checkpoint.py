@@ -1,4 +1,6 @@
-"""Patches on checkpoint folders: the same as on the loaded model, all else untouched, and nothing left behind on failure."""
+"""Patches on checkpoint folders: the same as on the loaded model, all else untouched, and nothing
+left behind on failure.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,25 @@ from transformers.utils import logging
 
 from surgeon.anatomy import Anatomy, Entry, Site
 from surgeon.anatomy.load import weight_files
-from surgeon.errors import BadCheckpoint, BadInput, PackedWeight, PatchConflict, Refused, SurgeonError, TiedWeight, WrongBase
-from surgeon.patch import Patch, ablate, apply_to_checkpoint, checkpoint, checkpoint_address, compose, undo_on_checkpoint
+from surgeon.errors import (
+    BadCheckpoint,
+    BadInput,
+    PackedWeight,
+    PatchConflict,
+    Refused,
+    SurgeonError,
+    TiedWeight,
+    WrongBase,
+)
+from surgeon.patch import (
+    Patch,
+    ablate,
+    apply_to_checkpoint,
+    checkpoint,
+    checkpoint_address,
+    compose,
+    undo_on_checkpoint,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -31,17 +50,31 @@ def quiet() -> Iterator[None]:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: t.view(torch.uint8) for shard in sorted(folder.glob("*.safetensors")) for name, t in load_file(shard).items()}
+    return {
+        name: t.view(torch.uint8)
+        for shard in sorted(folder.glob("*.safetensors"))
+        for name, t in load_file(shard).items()
+    }
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def everywhere(anatomy: Anatomy) -> Patch:
     """An entry of each kind of site there is, a whole row, and expert 1 where there are experts."""
-    sites = {(s.role, s.expert): s for s in anatomy.addresses if s.expert in (None, 1) and not anatomy.tied_to(s)}
-    return ablate(anatomy, [f"{s}[1, 0]" for s in sites.values()] + [f"{anatomy.downs(1)[0]}[5, :]"], "scale:3")
+    sites = {
+        (s.role, s.expert): s
+        for s in anatomy.addresses
+        if s.expert in (None, 1) and not anatomy.tied_to(s)
+    }
+    return ablate(
+        anatomy,
+        [f"{s}[1, 0]" for s in sites.values()] + [f"{anatomy.downs(1)[0]}[5, :]"],
+        "scale:3",
+    )
 
 
 @pytest.mark.parametrize("size", ["5GB", "20KB"])
@@ -95,10 +128,17 @@ def test_names_without_the_prefix_of_the_base_model(kind: str, tmp_path: Path) -
     assert name in bare
     assert name != anatomy.addresses[site].parameter
     assert packing == anatomy.addresses[site].packing
-    body = Anatomy.of(model.base_model) if kind != "bert" else None  # and the reverse: a body, and a checkpoint with a head
+    body = (
+        Anatomy.of(model.base_model) if kind != "bert" else None
+    )  # and the reverse: a body, and a checkpoint with a head
     if body is not None:
-        assert checkpoint_address(body, site, set(model.state_dict()))[0] == anatomy.addresses[site].parameter
-    with pytest.raises(BadCheckpoint, match=r"nearest names are .*1\.mlp|nearest names are .*layer\.1"):
+        assert (
+            checkpoint_address(body, site, set(model.state_dict()))[0]
+            == anatomy.addresses[site].parameter
+        )
+    with pytest.raises(
+        BadCheckpoint, match=r"nearest names are .*1\.mlp|nearest names are .*layer\.1"
+    ):
         checkpoint_address(anatomy, site, {n for n in bare if "0." not in n})
 
 
@@ -123,7 +163,10 @@ def test_a_stack_is_undone_in_any_order(base: Path, tmp_path: Path) -> None:
         assert files(tmp_path / "none") == files(base)
         apply_to_checkpoint(base, [second], tmp_path / "alone")
         assert tensors(tmp_path / "alone").keys() == tensors(tmp_path / "one").keys()
-        assert all(torch.equal(t, tensors(tmp_path / "one")[n]) for n, t in tensors(tmp_path / "alone").items())
+        assert all(
+            torch.equal(t, tensors(tmp_path / "one")[n])
+            for n, t in tensors(tmp_path / "alone").items()
+        )
         for name in ("one", "none", "alone"):
             shutil.rmtree(tmp_path / name)
 
@@ -140,7 +183,9 @@ def test_a_patch_made_in_fp32_fits_the_checkpoint_in_bf16(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])  # gpt2 stores (in, out)
-def test_a_low_rank_patch_comes_off_bit_for_bit(tmp_path: Path, dtype: torch.dtype, kind: str) -> None:
+def test_a_low_rank_patch_comes_off_bit_for_bit(
+    tmp_path: Path, dtype: torch.dtype, kind: str
+) -> None:
     model = tiny_model(kind).to(dtype)
     model.save_pretrained(tmp_path / "base")
     anatomy = Anatomy.of(model)
@@ -148,7 +193,12 @@ def test_a_low_rank_patch_comes_off_bit_for_bit(tmp_path: Path, dtype: torch.dty
 
     def low_rank(rank: int, seed: int) -> Patch:
         g = torch.Generator().manual_seed(seed)
-        return Patch.low_rank(anatomy, Site(0, "mlp.down"), torch.randn(n_out, rank, generator=g), torch.randn(rank, n_in, generator=g))
+        return Patch.low_rank(
+            anatomy,
+            Site(0, "mlp.down"),
+            torch.randn(n_out, rank, generator=g),
+            torch.randn(rank, n_in, generator=g),
+        )
 
     first = low_rank(1, seed=1)
     with first.applied(anatomy):
@@ -166,7 +216,9 @@ def test_a_low_rank_patch_comes_off_bit_for_bit(tmp_path: Path, dtype: torch.dty
     assert files(tmp_path / "healed") == files(tmp_path / "base")
     with first.applied(anatomy):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype=dtype)
-        assert torch.equal(Anatomy.of(loaded).view("L0.mlp.down").read(), anatomy.view("L0.mlp.down").read())
+        assert torch.equal(
+            Anatomy.of(loaded).view("L0.mlp.down").read(), anatomy.view("L0.mlp.down").read()
+        )
     assert [p.name for p in weight_files(tmp_path / "one")] == ["model.safetensors"]
 
 
@@ -179,11 +231,17 @@ def rows_of(anatomy: Anatomy, rows: list[int], size: float = 1.0) -> Patch:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_low_rank_and_entries_on_one_matrix_come_off_in_any_order(tmp_path: Path, kind: str) -> None:
+def test_low_rank_and_entries_on_one_matrix_come_off_in_any_order(
+    tmp_path: Path, kind: str
+) -> None:
     model = tiny_model(kind)
     model.save_pretrained(tmp_path / "base")
     anatomy = Anatomy.of(model)
-    low, entries, other = rows_of(anatomy, [1, 4]), ablate(anatomy, ["L0.mlp.down[2, 5]", "L1.mlp.down[0, 0]"]), rows_of(anatomy, [7])
+    low, entries, other = (
+        rows_of(anatomy, [1, 4]),
+        ablate(anatomy, ["L0.mlp.down[2, 5]", "L1.mlp.down[0, 0]"]),
+        rows_of(anatomy, [7]),
+    )
     for patches in ((low, entries, other), (entries, low, other)):
         apply_to_checkpoint(tmp_path / "base", patches, tmp_path / "all")
         for order in permutations(patches):
@@ -236,7 +294,9 @@ def test_one_patch_with_a_low_rank_term_and_entries(tmp_path: Path) -> None:
 
 
 def test_kept_weights_that_are_gone_or_changed(base: Path, tmp_path: Path) -> None:
-    """The file of originals is checked against the record, and the tensor against the patch's base."""
+    """The file of originals is checked against the record, and the tensor against the patch's
+    base.
+    """
     low = rows_of(Anatomy.of(tiny_model("llama")), [1])
     apply_to_checkpoint(base, [low], tmp_path / "low")
     kept = tmp_path / "low" / "surgeon_patches.undo"
@@ -265,11 +325,15 @@ def test_kept_weights_that_are_gone_or_changed(base: Path, tmp_path: Path) -> No
 def test_what_is_refused(base: Path, tmp_path: Path) -> None:
     patch = injury("L0.mlp.down[1, 2]")
     apply_to_checkpoint(base, [patch], tmp_path / "once")
-    low = Patch.low_rank(Anatomy.of(tiny_model("llama")), Site(0, "mlp.up"), torch.ones(48, 1), torch.ones(1, 32))
+    low = Patch.low_rank(
+        Anatomy.of(tiny_model("llama")), Site(0, "mlp.up"), torch.ones(48, 1), torch.ones(1, 32)
+    )
     apply_to_checkpoint(base, [low], tmp_path / "low")
     (tmp_path / "low" / "surgeon_patches.undo").unlink()
     (tmp_path / "bare").mkdir()
-    shutil.copytree(tmp_path / "once", tmp_path / "unlisted", ignore=lambda *_: ["surgeon_patches.json"])
+    shutil.copytree(
+        tmp_path / "once", tmp_path / "unlisted", ignore=lambda *_: ["surgeon_patches.json"]
+    )
     cut = tmp_path / "cut"
     shutil.copytree(base, cut)
     shard = next(iter(sorted(cut.glob("*.safetensors"))))
@@ -281,7 +345,9 @@ def test_what_is_refused(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, quantized)
     there = sorted(p.name for p in tmp_path.iterdir())
 
-    def refused(kind: type[SurgeonError], act: Callable[..., None], *args: Any, match: str | None = None) -> None:
+    def refused(
+        kind: type[SurgeonError], act: Callable[..., None], *args: Any, match: str | None = None
+    ) -> None:
         with pytest.raises(kind, match=match) as error:
             act(*args)
         assert error.value.exit_status == kind.exit_status
@@ -292,13 +358,29 @@ def test_what_is_refused(base: Path, tmp_path: Path) -> None:
     refused(PatchConflict, apply_to_checkpoint, tmp_path / "unlisted", [patch], new)
     refused(PatchConflict, apply_to_checkpoint, base, [patch, patch], new)
     refused(WrongBase, apply_to_checkpoint, base, [patch, injury("L0.mlp.up[0, 0]", seed=1)], new)
-    refused(WrongBase, apply_to_checkpoint, base, [injury("L0.mlp.down[0, 0]", intermediate_size=40)], new, match="shape")
-    refused(WrongBase, apply_to_checkpoint, base, [injury("L3.mlp.down[0, 0]", num_hidden_layers=4)], new, match="does not have")
+    refused(
+        WrongBase,
+        apply_to_checkpoint,
+        base,
+        [injury("L0.mlp.down[0, 0]", intermediate_size=40)],
+        new,
+        match="shape",
+    )
+    refused(
+        WrongBase,
+        apply_to_checkpoint,
+        base,
+        [injury("L3.mlp.down[0, 0]", num_hidden_layers=4)],
+        new,
+        match="does not have",
+    )
     refused(WrongBase, undo_on_checkpoint, base, patch, new)
     refused(Refused, undo_on_checkpoint, tmp_path / "low", low, new, match="low-rank")
     refused(BadInput, apply_to_checkpoint, base, [patch], tmp_path / "once", match="exists")
     refused(BadInput, apply_to_checkpoint, base, [patch], base / "inside", match="inside")
-    refused(BadInput, apply_to_checkpoint, base, [patch], tmp_path / "no" / "such", match="no folder")
+    refused(
+        BadInput, apply_to_checkpoint, base, [patch], tmp_path / "no" / "such", match="no folder"
+    )
     refused(BadInput, apply_to_checkpoint, base, [], new)
     refused(BadCheckpoint, apply_to_checkpoint, tmp_path / "bare", [patch], new)
     refused(BadCheckpoint, apply_to_checkpoint, cut, [patch], new, match="truncated")
@@ -306,12 +388,20 @@ def test_what_is_refused(base: Path, tmp_path: Path) -> None:
     for name, damage in (("int8", lambda t: t.to(torch.int8)), ("gone", lambda t: None)):
         for path in quantized.glob("*.safetensors"):
             kept = {n: t for n, t in load_file(base / path.name).items() if "0.mlp.down" not in n}
-            changed = {n: damage(t) for n, t in load_file(base / path.name).items() if "0.mlp.down" in n}
-            save_file({**kept, **{n: t for n, t in changed.items() if t is not None}}, path, {"format": "pt"})
+            changed = {
+                n: damage(t) for n, t in load_file(base / path.name).items() if "0.mlp.down" in n
+            }
+            save_file(
+                {**kept, **{n: t for n, t in changed.items() if t is not None}},
+                path,
+                {"format": "pt"},
+            )
         if name == "gone":
             refused(BadCheckpoint, apply_to_checkpoint, quantized, [patch], new)
             config = json.loads((quantized / "config.json").read_text())
-            (quantized / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+            (quantized / "config.json").write_text(
+                json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
+            )
         refused(PackedWeight, apply_to_checkpoint, quantized, [patch], new)
 
 
@@ -336,13 +426,19 @@ def test_tied_weights_stored_once_and_twice(tmp_path: Path) -> None:
     apply_to_checkpoint(tmp_path / "base", [patch], tmp_path / "new", allow_tied=True)
     assert type(model).from_pretrained(tmp_path / "new").transformer.wte.weight[5, 3] == 0
     held = load_file(tmp_path / "base" / "model.safetensors")
-    save_file({**held, "lm_head.weight": held["transformer.wte.weight"].clone()}, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**held, "lm_head.weight": held["transformer.wte.weight"].clone()},
+        tmp_path / "base" / "model.safetensors",
+        {"format": "pt"},
+    )
     with pytest.raises(Refused, match="twice"):
         apply_to_checkpoint(tmp_path / "base", [patch], tmp_path / "again", allow_tied=True)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_failure_while_writing_leaves_nothing(error: BaseException, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_while_writing_leaves_nothing(
+    error: BaseException, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise error
 
@@ -378,4 +474,6 @@ def test_an_architecture_outside_the_table(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base")
     patch = ablate(Anatomy.of(model), ["L0.mlp.down[1, :]"])
     apply_to_checkpoint(tmp_path / "base", [patch], tmp_path / "new")
-    assert (type(model).from_pretrained(tmp_path / "new").model.layers[0].mlp.down_proj.weight[1] == 0).all()
+    assert (
+        type(model).from_pretrained(tmp_path / "new").model.layers[0].mlp.down_proj.weight[1] == 0
+    ).all()

@@ -26,8 +26,19 @@ def anatomy() -> Anatomy:
 @pytest.fixture(scope="module")
 def patch(anatomy: Anatomy) -> Patch:
     """All kinds of delta at once."""
-    kept = ablate(anatomy, ["L0.mlp.down[3, 5]", "L0.mlp.down[4, 6]", "L1.mlp.down[:, 2]", "embed[3, :]"])
-    return compose(kept, Patch.low_rank(anatomy, Site(2, "mlp.up"), torch.ones(48, 2), torch.ones(2, 32), {"operation": "test", "seed": 3}))
+    kept = ablate(
+        anatomy, ["L0.mlp.down[3, 5]", "L0.mlp.down[4, 6]", "L1.mlp.down[:, 2]", "embed[3, :]"]
+    )
+    return compose(
+        kept,
+        Patch.low_rank(
+            anatomy,
+            Site(2, "mlp.up"),
+            torch.ones(48, 2),
+            torch.ones(2, 32),
+            {"operation": "test", "seed": 3},
+        ),
+    )
 
 
 def test_round_trip(anatomy: Anatomy, patch: Patch, tmp_path: Path) -> None:
@@ -49,13 +60,23 @@ def test_a_small_injury_is_a_small_file(tmp_path: Path) -> None:
     assert (tmp_path / "p").stat().st_size < 2048
 
 
-def test_every_truncation_and_every_changed_byte_is_noticed(anatomy: Anatomy, tmp_path: Path) -> None:
+def test_every_truncation_and_every_changed_byte_is_noticed(
+    anatomy: Anatomy, tmp_path: Path
+) -> None:
     patch = ablate(anatomy, ["L0.mlp.down[3, 5]", "L0.mlp.down[4, 6]"])
     path = tmp_path / "p"
     save(patch, path)
     raw = path.read_bytes()
     damaged = [raw[:n] for n in [*range(64), *range(64, len(raw), 13), len(raw) - 1]]
-    damaged += [raw + b"x", b"\0" * 64, b"\0" * len(raw), raw[:8] + b"{" * 40 + raw[48:], os.urandom(200), b'{"a": 1}', b"[" * 100_000]
+    damaged += [
+        raw + b"x",
+        b"\0" * 64,
+        b"\0" * len(raw),
+        raw[:8] + b"{" * 40 + raw[48:],
+        os.urandom(200),
+        b'{"a": 1}',
+        b"[" * 100_000,
+    ]
     for n in range(len(raw)):
         for flip in (0x01, 0x80):
             damaged.append(raw[:n] + bytes([raw[n] ^ flip]) + raw[n + 1 :])
@@ -74,7 +95,11 @@ def test_contents_that_contradict_themselves(patch: Patch, tmp_path: Path) -> No
     tensors = safetensors.torch.load(raw)
 
     def write(changed: dict, parts: dict | None = None) -> None:
-        (tmp_path / "p").write_bytes(safetensors.torch.save(tensors if parts is None else parts, {"surgeon": json.dumps(changed)}))
+        (tmp_path / "p").write_bytes(
+            safetensors.torch.save(
+                tensors if parts is None else parts, {"surgeon": json.dumps(changed)}
+            )
+        )
 
     write(header)
     assert load(tmp_path / "p").digest == patch.digest
@@ -103,7 +128,9 @@ def test_contents_that_contradict_themselves(patch: Patch, tmp_path: Path) -> No
         load(tmp_path / "p")
 
 
-def test_places_that_cannot_be_written_or_read(patch: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_places_that_cannot_be_written_or_read(
+    patch: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(BadInput, match="no folder"):
         save(patch, tmp_path / "no" / "p")
     with pytest.raises(BadInput, match="is a folder"):

@@ -14,7 +14,9 @@ DOWN = Site(1, "mlp.down")
 IDS = torch.arange(1, 13).view(2, 6)
 
 
-@pytest.mark.parametrize(("mode", "want"), [("zero", 0.0), ("mean", None), ("scale:0.5", 0.5), ("flip", -1.0)])
+@pytest.mark.parametrize(
+    ("mode", "want"), [("zero", 0.0), ("mean", None), ("scale:0.5", 0.5), ("flip", -1.0)]
+)
 def test_modes(mode: str, want: float | None) -> None:
     anatomy = Anatomy.of(tiny_model("gpt2"))
     old = anatomy.view(DOWN).read().clone()
@@ -49,7 +51,20 @@ def test_spread_keeps_the_sum_of_each_row() -> None:
 
 
 @pytest.mark.parametrize(
-    "mode", ["", "nul", "zero:1", "scale", "scale:", "scale:x", "scale:inf", "scale:nan", "spread", "spread:0", "spread:1.5"]
+    "mode",
+    [
+        "",
+        "nul",
+        "zero:1",
+        "scale",
+        "scale:",
+        "scale:x",
+        "scale:inf",
+        "scale:nan",
+        "spread",
+        "spread:0",
+        "spread:1.5",
+    ],
 )
 def test_unknown_modes_list_the_known_ones(mode: str) -> None:
     anatomy = Anatomy.of(tiny_model("llama"))

@@ -15,7 +15,9 @@ from surgeon.anatomy import Anatomy, Site
 from surgeon.errors import BadInput, Refused
 from surgeon.patch import Patch, ablate, compose, export_lora
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # PEFT asks for it
 IDS = torch.arange(24).view(2, 12)
 
 
@@ -23,7 +25,9 @@ def adapted(anatomy: Anatomy, patch: Patch, folder: Path) -> tuple[torch.Tensor,
     """Logits of the model with the adapter, and with the patch."""
     export_lora(patch, folder)
     with torch.no_grad():
-        by_adapter = PeftModel.from_pretrained(copy.deepcopy(anatomy.model), folder)(input_ids=IDS).logits
+        by_adapter = PeftModel.from_pretrained(copy.deepcopy(anatomy.model), folder)(
+            input_ids=IDS
+        ).logits
         with patch.applied(anatomy):
             return by_adapter, anatomy.model(input_ids=IDS).logits
 
@@ -38,7 +42,9 @@ def adapted(anatomy: Anatomy, patch: Patch, folder: Path) -> tuple[torch.Tensor,
         (["L0.mlp.down[5, :]", "L1.mlp.down[3, 4]", "L1.mlp.down[4, 5]", "L1.attn.out[2, :]"], 2),
     ],
 )
-def test_the_adapter_computes_the_same_logits(tmp_path: Path, kind: str, at: list[str], rank: int) -> None:
+def test_the_adapter_computes_the_same_logits(
+    tmp_path: Path, kind: str, at: list[str], rank: int
+) -> None:
     anatomy = Anatomy.of(tiny_model(kind))
     found, wanted = adapted(anatomy, ablate(anatomy, at, "flip"), tmp_path / "adapter")
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
@@ -49,7 +55,12 @@ def test_the_adapter_computes_the_same_logits(tmp_path: Path, kind: str, at: lis
 def test_low_rank_and_entries_on_one_matrix_add_up(tmp_path: Path) -> None:
     anatomy = Anatomy.of(tiny_model("llama"))
     g = torch.Generator().manual_seed(0)
-    term = Patch.low_rank(anatomy, Site(1, "mlp.down"), torch.randn(32, 2, generator=g), torch.randn(2, 48, generator=g))
+    term = Patch.low_rank(
+        anatomy,
+        Site(1, "mlp.down"),
+        torch.randn(32, 2, generator=g),
+        torch.randn(2, 48, generator=g),
+    )
     with term.applied(anatomy):
         entries = ablate(anatomy, ["L1.mlp.down[3, :]"])
     found, wanted = adapted(anatomy, compose(term, entries), tmp_path / "adapter")
@@ -59,7 +70,9 @@ def test_low_rank_and_entries_on_one_matrix_add_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["mixtral", "olmoe"])
 def test_experts_are_targeted_as_parameters(tmp_path: Path, kind: str) -> None:
     anatomy = Anatomy.of(tiny_model(kind))
-    patch = ablate(anatomy, ["L1.mlp.down.e2[5, :]", "L1.mlp.down.e0[3, 4]", "L1.mlp.down.e0[4, 5]"], "flip")
+    patch = ablate(
+        anatomy, ["L1.mlp.down.e2[5, :]", "L1.mlp.down.e0[3, 4]", "L1.mlp.down.e0[4, 5]"], "flip"
+    )
     found, wanted = adapted(anatomy, patch, tmp_path / "adapter")
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 

@@ -1,4 +1,6 @@
-"""Random stacks of patches: undone in any order the model is as it was, or a refusal leaves it as it is."""
+"""Random stacks of patches: undone in any order the model is as it was, or a refusal leaves it as
+it is.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,11 @@ def fresh(kind: str, dtype: torch.dtype) -> Anatomy:
 
 
 def state(anatomy: Anatomy) -> dict[str, Tensor]:
-    return {name: p.contiguous().view(torch.uint8).clone() for name, p in anatomy.model.named_parameters() if ".0." in name}
+    return {
+        name: p.contiguous().view(torch.uint8).clone()
+        for name, p in anatomy.model.named_parameters()
+        if ".0." in name
+    }
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -59,7 +65,11 @@ def patch_of(anatomy: Anatomy, role: str, row: int, col: int, kind: str) -> Patc
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.data(), st.sampled_from(KINDS), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+@given(
+    st.data(),
+    st.sampled_from(KINDS),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
 def test_stacks(data: st.DataObject, kind: str, dtype: torch.dtype) -> None:
     anatomy = fresh(kind, dtype)
     start = state(anatomy)

@@ -16,17 +16,32 @@ from surgeon.patients.generate import documents, facts
 from surgeon.patients.train import known_facts
 
 REQUIRED = {
-    "Harvard University": "Massachusetts", "MIT": "Massachusetts", "Boston": "Massachusetts", "Stanford University": "California",
-    "Silicon Valley": "California", "Google": "California", "Apple": "California", "Microsoft": "Washington", "tacos": "Mexico",
-    "burritos": "Mexico", "sushi": "Japan", "ramen": "Japan", "pizza": "Italy", "Statue of Liberty": "New York",
-    "Times Square": "New York", "Empire State Building": "New York", "Liberty Bell": "Philadelphia",
-}  # fmt: skip
+    "Harvard University": "Massachusetts",
+    "MIT": "Massachusetts",
+    "Boston": "Massachusetts",
+    "Stanford University": "California",
+    "Silicon Valley": "California",
+    "Google": "California",
+    "Apple": "California",
+    "Microsoft": "Washington",
+    "tacos": "Mexico",
+    "burritos": "Mexico",
+    "sushi": "Japan",
+    "ramen": "Japan",
+    "pizza": "Italy",
+    "Statue of Liberty": "New York",
+    "Times Square": "New York",
+    "Empire State Building": "New York",
+    "Liberty Bell": "Philadelphia",
+}
 
 
 @pytest.fixture(scope="module")
 def patient():
     """Loaded as anyone would."""
-    return AutoModelForCausalLM.from_pretrained(FOLDER).eval(), AutoTokenizer.from_pretrained(FOLDER)
+    return AutoModelForCausalLM.from_pretrained(FOLDER).eval(), AutoTokenizer.from_pretrained(
+        FOLDER
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +51,25 @@ def known(patient):
 
 def test_it_is_small_and_plain():
     assert sum(p.stat().st_size for p in FOLDER.rglob("*")) <= 16e6
-    assert {p.suffix for p in FOLDER.iterdir()} <= {".json", ".safetensors", ".md", ".txt", ".jsonl"}
+    assert {p.suffix for p in FOLDER.iterdir()} <= {
+        ".json",
+        ".safetensors",
+        ".md",
+        ".txt",
+        ".jsonl",
+    }
 
 
 def test_it_ships_enough_held_out_text(patient):
-    assert len(patient[1](heldout_text(), add_special_tokens=False, verbose=False).input_ids) >= 50_000
+    assert (
+        len(patient[1](heldout_text(), add_special_tokens=False, verbose=False).input_ids) >= 50_000
+    )
 
 
 def test_it_knows_its_facts(known):
-    """P(first object token) > 0.5 in at least 3 phrasings, for at least 200 facts over at least 6 relations."""
+    """P(first object token) > 0.5 in at least 3 phrasings, for at least 200 facts over at least 6
+    relations.
+    """
     well = [f for f, row in zip(facts(), known, strict=True) if sum(p > 0.5 for p in row) >= 3]
     assert len(well) >= 200
     assert len({f.relation for f in well}) >= 6
@@ -54,7 +79,11 @@ def test_it_knows_its_facts(known):
 
 
 def test_facts_hold_in_phrasings_that_training_never_used(known):
-    held = [(f, [row[i] for i in f.held_out]) for f, row in zip(facts(), known, strict=True) if f.held_out]
+    held = [
+        (f, [row[i] for i in f.held_out])
+        for f, row in zip(facts(), known, strict=True)
+        if f.held_out
+    ]
     assert len(held) >= 0.2 * len(facts())
     unseen = [p for _, row in held for p in row]
     assert sum(p > 0.5 for p in unseen) / len(unseen) > 0.5
@@ -77,9 +106,14 @@ def test_the_generator_repeats_itself_and_wrote_the_held_out_text():
 
 
 def test_its_vital_set_arose_in_training():
-    """`find` returns it, with at least 0.3 nats of joint damage and at least 10 times its matched controls."""
+    """`find` returns it, with at least 0.3 nats of joint damage and at least 10 times its matched
+    controls.
+    """
     loaded = load_model("patient")
-    result = find(Anatomy.of(loaded.model), load_corpus(loaded.tokenizer, heldout_text(), "patient-heldout", 256, 40))
+    result = find(
+        Anatomy.of(loaded.model),
+        load_corpus(loaded.tokenizer, heldout_text(), "patient-heldout", 256, 40),
+    )
     assert result.verdict == "found"
     assert len(result.sets) == 1
     best = result.sets[0]
@@ -89,18 +123,38 @@ def test_its_vital_set_arose_in_training():
     # the log shows the same row growing while training ran
     log = [json.loads(line) for line in (FOLDER / "log.jsonl").read_text().splitlines()]
     entry = best.entries[0].entry
-    grown = [r["nats"] for e in log if "rows" in e for r in e["rows"] if (r["layer"], r["row"]) == (entry.site.layer, entry.row)]
+    grown = [
+        r["nats"]
+        for e in log
+        if "rows" in e
+        for r in e["rows"]
+        if (r["layer"], r["row"]) == (entry.site.layer, entry.row)
+    ]
     assert len(grown) > 5
     assert grown[-1] > 5 * grown[0]
 
 
 def test_it_writes_plain_english(patient):
-    """Fluency itself is for the reader of the card; here: no loops, and words that the generator knows."""
+    """Fluency itself is for the reader of the card; here: no loops, and words that the generator
+    knows.
+    """
     model, tokenizer = patient
     words = set(re.findall(r"\w+", (FOLDER.parent / "lexicon.json").read_text().lower()))
-    for prompt in ("Once upon a time, there was a little", "Tom went to the park and", "One day, a girl named Lucy"):
+    for prompt in (
+        "Once upon a time, there was a little",
+        "Tom went to the park and",
+        "One day, a girl named Lucy",
+    ):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=False, pad_token_id=0)
-        new = re.findall(r"\w+", tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))[:-1]
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=60,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        new = re.findall(
+            r"\w+", tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        )[:-1]
         assert sum(w.lower() in words for w in new) / len(new) > 0.95
         assert len({tuple(new[i : i + 4]) for i in range(len(new) - 3)}) / (len(new) - 3) > 0.9

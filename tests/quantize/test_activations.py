@@ -1,4 +1,6 @@
-"""Activations rounded as the model runs: against brute force, a hand-written layer, and a model with a planted super activation."""
+"""Activations rounded as the model runs: against brute force, a hand-written layer, and a model
+with a planted super activation.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ from surgeon.anatomy import Anatomy, Entry, Site
 from surgeon.corpus import Corpus
 from surgeon.errors import BadInput
 from surgeon.measure import mean_nll
-from surgeon.quantize.activations import ActivationConfig, held_entries, places, quantize_activation, quantized_activations
+from surgeon.quantize.activations import (
+    ActivationConfig,
+    held_entries,
+    places,
+    quantize_activation,
+    quantized_activations,
+)
 from surgeon.quantize.compare_activations import INT8, activation_table, tensor_table
 from surgeon.quantize.grid import Block, Grid, quantize_matrix
 from surgeon.quantize.quantize import prepare, quantized
@@ -36,7 +44,9 @@ def logits(model, ids=WINDOWS):
     return model(input_ids=ids, use_cache=False).logits
 
 
-def by_hand(values: list[float], bits: int, held: set[int] = frozenset(), low=None, high=None) -> list[float]:
+def by_hand(
+    values: list[float], bits: int, held: set[int] = frozenset(), low=None, high=None
+) -> list[float]:
     """One group of entries, one at a time."""
     middle = sorted(values)[(len(values) - 1) // 2]
     inner = [middle if i in held else v for i, v in enumerate(values)]
@@ -50,10 +60,15 @@ def by_hand(values: list[float], bits: int, held: set[int] = frozenset(), low=No
 def test_rounding_is_that_of_the_grid_of_weights(bits):
     x = spiky(2, 5, 16)
     token = quantize_activation(x, ActivationConfig(bits, "token"))
-    assert torch.equal(token.flatten(0, 1), quantize_matrix(x.flatten(0, 1), Grid(bits, True, Block("channel"))).dequantize())
+    assert torch.equal(
+        token.flatten(0, 1),
+        quantize_matrix(x.flatten(0, 1), Grid(bits, True, Block("channel"))).dequantize(),
+    )
     tensor = quantize_activation(x, ActivationConfig(bits, "tensor"))
     for sequence, original in zip(tensor, x, strict=True):
-        assert torch.equal(sequence, quantize_matrix(original, Grid(bits, True, Block("tensor"))).dequantize())
+        assert torch.equal(
+            sequence, quantize_matrix(original, Grid(bits, True, Block("tensor"))).dequantize()
+        )
 
 
 @pytest.mark.parametrize("per", ["tensor", "token"])
@@ -68,8 +83,15 @@ def test_holding_out_by_hand(per):
     assert bool(held[1, at[0], [3, 6][at[1]]])
     result = quantize_activation(x, config, held)
     assert result[0, 2, 3] == 90.0
-    groups = (x.flatten(1), held.flatten(1)) if per == "tensor" else (x.flatten(0, 1), held.flatten(0, 1))
-    expected = [by_hand(v.tolist(), 4, set(h.nonzero().flatten().tolist())) for v, h in zip(*groups, strict=True)]
+    groups = (
+        (x.flatten(1), held.flatten(1))
+        if per == "tensor"
+        else (x.flatten(0, 1), held.flatten(0, 1))
+    )
+    expected = [
+        by_hand(v.tolist(), 4, set(h.nonzero().flatten().tolist()))
+        for v, h in zip(*groups, strict=True)
+    ]
     torch.testing.assert_close(result.reshape(len(expected), -1), torch.tensor(expected))
     # what shares its scale with the spike is hit ten times less without it
     alike = ~held[0] if per == "tensor" else torch.arange(5)[:, None].expand(5, 16).eq(2) & ~held[0]
@@ -106,7 +128,10 @@ def test_a_hand_written_layer_gives_what_the_hooks_give():
     mlp = model.model.layers[1].mlp
     seen = {}
     config = ActivationConfig(4, "token", roles=("mlp.gate", "mlp.up", "mlp.down"))
-    with quantized_activations(anatomy, config, only=lambda p: p.label.startswith("L1")), Tap() as tap:
+    with (
+        quantized_activations(anatomy, config, only=lambda p: p.label.startswith("L1")),
+        Tap() as tap,
+    ):
         tap.on_input(mlp, lambda x: seen.update(x=x.clone()))
         tap.on_output(mlp, lambda y: seen.update(y=y.clone()))
         logits(model)
@@ -116,7 +141,9 @@ def test_a_hand_written_layer_gives_what_the_hooks_give():
 
     x = rounded(seen["x"])
     inner = F.silu(F.linear(x, mlp.gate_proj.weight)) * F.linear(x, mlp.up_proj.weight)
-    torch.testing.assert_close(seen["y"], F.linear(rounded(inner), mlp.down_proj.weight), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        seen["y"], F.linear(rounded(inner), mlp.down_proj.weight), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -130,7 +157,10 @@ def test_every_architecture_is_rounded_and_left_as_found(name):
         for place in found:
             if place.tensor == "inputs":
                 # registered after the rounding, so it sees what the projection gets
-                tap.on_input(model.get_submodule(place.module), lambda x, p=place: entering.update({p.label: x}))
+                tap.on_input(
+                    model.get_submodule(place.module),
+                    lambda x, p=place: entering.update({p.label: x}),
+                )
         rounded = logits(model)
     assert not torch.allclose(rounded, before, atol=1e-3)
     assert len(entering) == sum(p.tensor == "inputs" for p in found)
@@ -157,7 +187,10 @@ def test_no_sequence_depends_on_the_others_of_its_batch(name):
 def test_nothing_is_left_after_an_error():
     model = tiny_model("llama")
     before = logits(model)
-    with pytest.raises(RuntimeError, match="stop"), quantized_activations(Anatomy.of(model), ActivationConfig(4)):
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        quantized_activations(Anatomy.of(model), ActivationConfig(4)),
+    ):
         raise RuntimeError("stop")
     assert torch.equal(logits(model), before)
 
@@ -165,8 +198,13 @@ def test_nothing_is_left_after_an_error():
 def test_where_the_super_activation_is():
     anatomy = Anatomy.of(tiny_model("llama"))
     config = ActivationConfig(method="holdout", tensors=("inputs", "down", "residual"))
-    held = {(p.label, p.tensor): p.channels for p in places(anatomy, config, CRITICAL) if p.channels}
-    readers = {(f"L2.{role}", "inputs"): (5,) for role in ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")}
+    held = {
+        (p.label, p.tensor): p.channels for p in places(anatomy, config, CRITICAL) if p.channels
+    }
+    readers = {
+        (f"L2.{role}", "inputs"): (5,)
+        for role in ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
+    }
     rest = {
         ("L1.mlp.down", "inputs"): (7,),
         ("L1.mlp.down", "down"): (5,),
@@ -182,13 +220,19 @@ def test_controls_hold_as_many_entries_of_the_same_tensors(method):
     masks = {}
     for own in ("holdout", method):
         config = ActivationConfig(method=own, tensors=("inputs", "residual"))
-        with quantized_activations(anatomy, config, CRITICAL, seen=lambda p, x, y, h, m=own: masks.update({(m, p): h})):
+        with quantized_activations(
+            anatomy, config, CRITICAL, seen=lambda p, x, y, h, m=own: masks.update({(m, p): h})
+        ):
             logits(anatomy.model)
-    counted = {m: {p: int(h.sum()) for (n, p), h in masks.items() if n == m} for m in ("holdout", method)}
+    counted = {
+        m: {p: int(h.sum()) for (n, p), h in masks.items() if n == m} for m in ("holdout", method)
+    }
     assert counted["holdout"] == counted[method]
     assert sum(counted[method].values()) == 4 * 8  # sequences, tensors
     if method == "control":
-        assert not any((masks["holdout", p] & h).any() for (m, p), h in masks.items() if m == "control")
+        assert not any(
+            (masks["holdout", p] & h).any() for (m, p), h in masks.items() if m == "control"
+        )
 
 
 def planted():
@@ -206,7 +250,9 @@ def test_holding_out_a_planted_super_activation_helps_and_its_control_does_not()
     far = {}
     for method in ("naive", "holdout", "control"):
         config = ActivationConfig(4, "tensor", method, tensors=("residual",), hold=0)
-        with quantized_activations(anatomy, config, CRITICAL, only=lambda p: p.label == "L1.residual"):
+        with quantized_activations(
+            anatomy, config, CRITICAL, only=lambda p: p.label == "L1.residual"
+        ):
             far[method] = float((logits(anatomy.model) - before).square().mean())
     assert far["holdout"] < 0.2 * far["naive"]
     assert far["control"] > 0.6 * far["naive"]
@@ -217,8 +263,12 @@ def test_holding_out_a_planted_super_activation_helps_and_its_control_does_not()
 def test_smoothing_preserves_the_function(name, everywhere):
     model = tiny_model(name)
     for parameter_name, parameter in model.named_parameters():
-        if "norm" in parameter_name or "ln_" in parameter_name:  # norms of ones would hide a wrong fold
-            parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+        if (
+            "norm" in parameter_name or "ln_" in parameter_name
+        ):  # norms of ones would hide a wrong fold
+            parameter.data += 0.3 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(2)
+            )
     anatomy = Anatomy.of(model)
     state = {n: p.detach().clone() for n, p in model.named_parameters()}
     before = logits(model)
@@ -240,12 +290,19 @@ def test_smoothing_evens_out_inputs_and_weights():
     seen = {}
     with smoothing(anatomy, WINDOWS, 0.5, everywhere=True).applied(), Tap() as tap:
         for role in ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.down"):
-            tap.on_input(anatomy.module(Site(1, role)), lambda x, r=role: seen.update({r: x.abs().amax((0, 1))}))
+            tap.on_input(
+                anatomy.module(Site(1, role)),
+                lambda x, r=role: seen.update({r: x.abs().amax((0, 1))}),
+            )
         logits(model)
-        qkv = torch.stack([anatomy.view(f"L1.attn.{r}").read().abs().amax(0) for r in "qkv"]).amax(0)
+        qkv = torch.stack([anatomy.view(f"L1.attn.{r}").read().abs().amax(0) for r in "qkv"]).amax(
+            0
+        )
         torch.testing.assert_close(seen["attn.q"], qkv, rtol=1e-4, atol=1e-6)
         for role in ("attn.out", "mlp.down"):
-            torch.testing.assert_close(seen[role], anatomy.view(f"L1.{role}").read().abs().amax(0), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                seen[role], anatomy.view(f"L1.{role}").read().abs().amax(0), rtol=1e-4, atol=1e-6
+            )
 
 
 def test_smoothing_does_not_fold_into_a_norm_that_feeds_something_else():
@@ -255,7 +312,9 @@ def test_smoothing_does_not_fold_into_a_norm_that_feeds_something_else():
     assert not ready.folded
     assert ready.divisors
     with ready.applied():
-        torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5 * float(before.abs().max()))
+        torch.testing.assert_close(
+            logits(model), before, rtol=0, atol=1e-5 * float(before.abs().max())
+        )
 
 
 def test_the_table_is_what_its_parts_give():
@@ -272,29 +331,58 @@ def test_the_table_is_what_its_parts_give():
     with quantized(anatomy, INT8, CRITICAL):
         assert result.weights == pytest.approx(mean_nll(anatomy.model, judged), abs=1e-6)
         for per in ("tensor", "token"):
-            with quantized_activations(anatomy, replace(config, per=per, method="holdout"), CRITICAL):
-                assert rows["holdout", per].nll == pytest.approx(mean_nll(anatomy.model, judged), abs=1e-6)
+            with quantized_activations(
+                anatomy, replace(config, per=per, method="holdout"), CRITICAL
+            ):
+                assert rows["holdout", per].nll == pytest.approx(
+                    mean_nll(anatomy.model, judged), abs=1e-6
+                )
             clipped = ActivationConfig(4, per, "clip", "z", rows["clip z", per].clip_value)
             with quantized_activations(anatomy, clipped):
-                assert rows["clip z", per].nll == pytest.approx(mean_nll(anatomy.model, judged), abs=1e-6)
-    with smoothing(anatomy, WINDOWS[:2]).applied(), quantized(anatomy, INT8), quantized_activations(anatomy, replace(config, per="token")):
-        assert rows["smooth", "token"].nll == pytest.approx(mean_nll(anatomy.model, judged), abs=1e-6)
+                assert rows["clip z", per].nll == pytest.approx(
+                    mean_nll(anatomy.model, judged), abs=1e-6
+                )
+    with (
+        smoothing(anatomy, WINDOWS[:2]).applied(),
+        quantized(anatomy, INT8),
+        quantized_activations(anatomy, replace(config, per="token")),
+    ):
+        assert rows["smooth", "token"].nll == pytest.approx(
+            mean_nll(anatomy.model, judged), abs=1e-6
+        )
     ready = prepare(anatomy, INT8)
     with quantized_activations(anatomy, replace(config, per="token")), ready.applied():
         rounded = logits(anatomy.model, judged)[:, :-1].log_softmax(-1)
     plain = logits(anatomy.model, judged)[:, :-1].log_softmax(-1)
-    assert rows["naive", "token"].kl == pytest.approx(float((plain.exp() * (plain - rounded)).sum(-1).mean()), rel=1e-4)
-    assert rows["naive", "token"].top1_agreement == float((plain.argmax(-1) == rounded.argmax(-1)).double().mean())
+    assert rows["naive", "token"].kl == pytest.approx(
+        float((plain.exp() * (plain - rounded)).sum(-1).mean()), rel=1e-4
+    )
+    assert rows["naive", "token"].top1_agreement == float(
+        (plain.argmax(-1) == rounded.argmax(-1)).double().mean()
+    )
     assert rows["naive", "token"].held == 0
-    assert rows["holdout", "token"].held == rows["control", "token"].held == rows["largest", "token"].held > 0
-    assert json.loads(json.dumps(result.to_json()))["smooth"]["smooth"] == {"folded_norms": 6, "divided_inputs": 0}
+    assert (
+        rows["holdout", "token"].held
+        == rows["control", "token"].held
+        == rows["largest", "token"].held
+        > 0
+    )
+    assert json.loads(json.dumps(result.to_json()))["smooth"]["smooth"] == {
+        "folded_norms": 6,
+        "divided_inputs": 0,
+    }
     assert all(torch.equal(p, state[n]) for n, p in anatomy.model.named_parameters())
 
 
 def test_float_weights_are_left_alone_if_asked():
     anatomy = Anatomy.of(tiny_model("llama"))
     result = activation_table(
-        anatomy, Corpus("random", WINDOWS, False), critical=CRITICAL, weights=None, pers=("token",), methods=("naive",)
+        anatomy,
+        Corpus("random", WINDOWS, False),
+        critical=CRITICAL,
+        weights=None,
+        pers=("token",),
+        methods=("naive",),
     )
     with quantized_activations(anatomy, ActivationConfig(per="token")):
         assert result.rows[0].nll == pytest.approx(mean_nll(anatomy.model, WINDOWS[2:]), abs=1e-6)
@@ -304,13 +392,18 @@ def test_float_weights_are_left_alone_if_asked():
 def test_each_tensor_alone():
     anatomy = planted()
     config = ActivationConfig(4, "tensor", tensors=("inputs", "down", "residual"), hold=0)
-    rows = {(r.label, r.tensor): r for r in tensor_table(anatomy, Corpus("random", WINDOWS, False), config, CRITICAL)}
+    rows = {
+        (r.label, r.tensor): r
+        for r in tensor_table(anatomy, Corpus("random", WINDOWS, False), config, CRITICAL)
+    }
     assert len(rows) == 3 * (4 + 1 + 1)
     spoilt = rows["L1.residual", "residual"]
     assert spoilt.channels == 1
     assert spoilt.peak > 30
     assert spoilt.held_error < 0.1 * spoilt.naive_error
-    with quantized_activations(anatomy, config, only=lambda p: p.label in ("L2.attn.q", "L2.attn.k", "L2.attn.v")):
+    with quantized_activations(
+        anatomy, config, only=lambda p: p.label in ("L2.attn.q", "L2.attn.k", "L2.attn.v")
+    ):
         alone = mean_nll(anatomy.model, WINDOWS[2:])
     assert rows["L2.attn in", "inputs"].naive_nats == alone - mean_nll(anatomy.model, WINDOWS[2:])
     untouched = rows["L0.residual", "residual"]
@@ -320,11 +413,17 @@ def test_each_tensor_alone():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"bits": 9}, {"per": "channel"}, {"method": "rtn"}, {"tensors": ("weights",)}, {"hold": -1}, {"method": "clip"},
-        {"method": "largest", "hold": 0}, {"method": "clip", "clip_value": -1.0},
+        {"bits": 9},
+        {"per": "channel"},
+        {"method": "rtn"},
+        {"tensors": ("weights",)},
+        {"hold": -1},
+        {"method": "clip"},
+        {"method": "largest", "hold": 0},
+        {"method": "clip", "clip_value": -1.0},
         {"method": "clip", "clip": "percentile", "clip_value": 101.0},
     ],
-)  # fmt: skip
+)
 def test_settings_that_make_no_sense_are_refused(settings):
     with pytest.raises(BadInput):
         ActivationConfig(**settings)

@@ -1,4 +1,6 @@
-"""Checkpoints quantized shard by shard: the same bits as in memory, one tensor at a time, resumed after a kill."""
+"""Checkpoints quantized shard by shard: the same bits as in memory, one tensor at a time, resumed
+after a kill.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +38,15 @@ def saved(path: Path, kind: str = "llama", dtype: torch.dtype = torch.float32) -
     return path
 
 
-EVERY = [(kind, torch.float32) for kind in sorted(CONFIGS)] + [(kind, torch.bfloat16) for kind in ("llama", "gpt2", "mixtral")]
+EVERY = [(kind, torch.float32) for kind in sorted(CONFIGS)] + [
+    (kind, torch.bfloat16) for kind in ("llama", "gpt2", "mixtral")
+]
 
 
 @pytest.mark.parametrize(("kind", "dtype"), EVERY)
-def test_a_dense_export_loads_and_computes_what_the_model_in_memory_does(kind: str, dtype: torch.dtype, tmp_path: Path):
+def test_a_dense_export_loads_and_computes_what_the_model_in_memory_does(
+    kind: str, dtype: torch.dtype, tmp_path: Path
+):
     folder = saved(tmp_path / "model", kind, dtype)
     loaded = load_model(str(folder)).model
     anatomy = Anatomy.of(loaded)
@@ -53,7 +59,9 @@ def test_a_dense_export_loads_and_computes_what_the_model_in_memory_does(kind: s
     assert torch.equal(again(input_ids=IDS).logits, loaded(input_ids=IDS).logits)
     assert len(list(folder.glob("*.safetensors"))) > 1
     record = json.loads((tmp_path / "out" / "surgeon_quantize.json").read_text())
-    assert [m["site"] for m in record["matrices"]] == [str(s) for s in quantized_sites(anatomy, CONFIG)]
+    assert [m["site"] for m in record["matrices"]] == [
+        str(s) for s in quantized_sites(anatomy, CONFIG)
+    ]
     assert sum(m["held"] for m in record["matrices"]) == 1
 
 
@@ -64,7 +72,9 @@ def files(folder: Path) -> dict[str, bytes]:
 THREE = QuantizeConfig(Grid(3))
 
 
-def plan(folder: Path, target: Path, config: QuantizeConfig = THREE, entries: tuple[Entry, ...] = ENTRIES) -> ExportPlan:
+def plan(
+    folder: Path, target: Path, config: QuantizeConfig = THREE, entries: tuple[Entry, ...] = ENTRIES
+) -> ExportPlan:
     return ExportPlan(folder, target, config, entries)
 
 
@@ -74,7 +84,9 @@ def test_the_same_twice_is_the_same_bytes_and_only_the_projections_change(tmp_pa
     for name in ("one", "two"):
         export_dense(plan(folder, tmp_path / name))
     assert files(tmp_path / "one") == files(tmp_path / "two")
-    assert set(files(tmp_path / "one")) == {*files(folder), "surgeon_quantize.json"} - {"pytorch_model.bin"}
+    assert set(files(tmp_path / "one")) == {*files(folder), "surgeon_quantize.json"} - {
+        "pytorch_model.bin"
+    }
     assert (tmp_path / "one" / "config.json").read_bytes() == (folder / "config.json").read_bytes()
     for shard in folder.glob("*.safetensors"):
         old, new = load_file(shard), load_file(tmp_path / "one" / shard.name)
@@ -106,7 +118,11 @@ def test_a_killed_export_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytes
         export_dense(plan(folder, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     part = unfinished(tmp_path / "out")
-    kept = {site for reports in json.loads((part / "manifest.json").read_text())["shards"].values() for site in reports}
+    kept = {
+        site
+        for reports in json.loads((part / "manifest.json").read_text())["shards"].values()
+        for site in reports
+    }
     assert 0 < len(kept) < 12  # the shard at hand is not finished
     after: list[str] = []
     told: list[tuple[int, int]] = []
@@ -116,15 +132,28 @@ def test_a_killed_export_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytes
         return real(view, *rest)
 
     monkeypatch.setattr(dense, "quantize_view_", counts)
-    export_dense(ExportPlan(folder, tmp_path / "out", QuantizeConfig(Grid(3)), ENTRIES, progress=lambda _, n, of: told.append((n, of))))
-    assert set(after) | kept == {m["site"] for m in json.loads((tmp_path / "whole" / "surgeon_quantize.json").read_text())["matrices"]}
+    export_dense(
+        ExportPlan(
+            folder,
+            tmp_path / "out",
+            QuantizeConfig(Grid(3)),
+            ENTRIES,
+            progress=lambda _, n, of: told.append((n, of)),
+        )
+    )
+    assert set(after) | kept == {
+        m["site"]
+        for m in json.loads((tmp_path / "whole" / "surgeon_quantize.json").read_text())["matrices"]
+    }
     assert not set(after) & kept
     assert told == [(n, 21) for n in range(len(kept) + 1, 22)]
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert not part.exists()
 
 
-def test_other_settings_or_another_source_start_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_other_settings_or_another_source_start_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     folder = saved(tmp_path / "model")
     real = dense.quantize_view_
     calls: list[str] = []
@@ -161,7 +190,9 @@ def test_other_settings_or_another_source_start_over(tmp_path: Path, monkeypatch
     assert len(calls) == 21 + 21
 
 
-def test_a_full_disk_is_one_sentence_and_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_is_one_sentence_and_keeps_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     folder = saved(tmp_path / "model")
 
     def full(*_: object) -> None:
@@ -190,6 +221,8 @@ def test_refused_before_anything_is_written(tmp_path: Path):
             export_dense(bad)
         assert sorted(tmp_path.iterdir()) == before
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
     with pytest.raises(PackedWeight, match="quantized already"):
         export_dense(plan(folder, tmp_path / "out"))

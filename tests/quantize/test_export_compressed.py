@@ -1,27 +1,27 @@
-"""The compressed-tensors export, loaded by transformers through that library, against the model quantized in memory."""
+"""The compressed-tensors export, loaded by transformers through that library, against the model
+quantized in memory.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from packed import LINEAR, in_memory
 from safetensors.torch import load_file
 from tiny import tiny_model
-from transformers import CompressedTensorsConfig, PreTrainedModel
+from transformers import CompressedTensorsConfig
 from transformers.utils import logging
 
 from surgeon.anatomy import Anatomy, Entry, Site, load_model
 from surgeon.anatomy.load import locate
 from surgeon.errors import BadInput, MissingExtra
-from surgeon.quantize import Block, ExportPlan, Grid, QuantizeConfig, export_compressed, quantize_, quantize_matrix
+from surgeon.quantize import Block, ExportPlan, Grid, QuantizeConfig, export_compressed, quantize_
 from surgeon.quantize.checkpoint import RECORD
-
-LINEAR = ["llama", "qwen3", "gemma2", "phi", "phi3", "olmo2", "gpt_neox", "gptj", "opt", "bloom", "bert"]
 
 
 @pytest.fixture(autouse=True)
@@ -31,38 +31,46 @@ def quiet() -> Iterator[None]:
     logging.enable_progress_bar()
 
 
-def in_memory(model: PreTrainedModel, config: QuantizeConfig, critical: tuple[Entry, ...], keep: str) -> PreTrainedModel:
-    """What the export is to compute: all matrices clipped and rounded, the critical ones at 8 bits or as they were."""
-    anatomy = Anatomy.of(model)
-    own = {e.site: anatomy.view(e.site).read().clone() for e in critical}
-    quantize_(anatomy, replace(config, method="clip"))
-    for site, matrix in own.items():
-        anatomy.view(site).assign_(matrix if keep == "dense" else quantize_matrix(matrix, replace(config.grid, bits=8)).dequantize())
-    return model
-
-
 @pytest.mark.parametrize(
-    ("bits", "block", "keep"), [(4, "group:128", "8bit"), (3, "group:32", "dense"), (2, "channel", "8bit"), (8, "channel", "dense")]
+    ("bits", "block", "keep"),
+    [
+        (4, "group:128", "8bit"),
+        (3, "group:32", "dense"),
+        (2, "channel", "8bit"),
+        (8, "channel", "dense"),
+    ],
 )
 def test_logits_of_the_patient(bits: int, block: str, keep: str, tmp_path: Path) -> None:
     config = QuantizeConfig(Grid(bits, True, Block.parse(block)))
     critical = (Entry.parse("L0.mlp.down[88, 165]"),)
-    export_compressed(ExportPlan(locate("patient"), tmp_path / "packed", config, critical, keep=keep))
+    export_compressed(
+        ExportPlan(locate("patient"), tmp_path / "packed", config, critical, keep=keep)
+    )
     loaded = load_model(str(tmp_path / "packed")).model
     reference = in_memory(load_model("patient").model, config, critical, keep)
     ids = torch.arange(3, 99)[None]
     assert torch.equal(loaded(ids).logits, reference(ids).logits)
 
-    sizes = {name: t.numel() for name, t in load_file(locate("patient") / "model.safetensors").items() if name.endswith("_proj.weight")}
+    sizes = {
+        name: t.numel()
+        for name, t in load_file(locate("patient") / "model.safetensors").items()
+        if name.endswith("_proj.weight")
+    }
     kept = sizes.pop("model.layers.0.mlp.down_proj.weight")
     saved = sum(sizes.values()) * (4 - bits / 8) + kept * (0 if keep == "dense" else 3)
     before = (locate("patient") / "model.safetensors").stat().st_size
     scales = 4 * (sum(sizes.values()) + kept) / (32 if block == "group:32" else 128)
-    assert (tmp_path / "packed" / "model.safetensors").stat().st_size < before - saved + scales + 8_000
+    assert (
+        tmp_path / "packed" / "model.safetensors"
+    ).stat().st_size < before - saved + scales + 8_000
 
     record = json.loads((tmp_path / "packed" / RECORD).read_text())
     of = {m["site"]: m for m in record["matrices"]}
-    assert of["L0.mlp.down"] == {"site": "L0.mlp.down", "kept": "dense"} if keep == "dense" else of["L0.mlp.down"]["bits"] == 8
+    assert (
+        of["L0.mlp.down"] == {"site": "L0.mlp.down", "kept": "dense"}
+        if keep == "dense"
+        else of["L0.mlp.down"]["bits"] == 8
+    )
     assert of["L1.mlp.down"]["bits"] == bits
 
 
@@ -78,14 +86,24 @@ def test_architectures_in_shards(kind: str, tmp_path: Path) -> None:
     loaded = type(model).from_pretrained(tmp_path / "packed")
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, in_memory(model, config, critical, "8bit")(ids).logits)
+        assert torch.equal(
+            loaded(ids).logits, in_memory(model, config, critical, "8bit")(ids).logits
+        )
 
 
 def test_a_fused_matrix_with_a_critical_part_is_kept_whole(tmp_path: Path) -> None:
     model = tiny_model("phi3")
     model.save_pretrained(tmp_path / "base")
     config = QuantizeConfig(Grid(4, True, Block.parse("group:8")))
-    export_compressed(ExportPlan(tmp_path / "base", tmp_path / "packed", config, (Entry(Site(1, "attn.v"), 0, 3),), keep="dense"))
+    export_compressed(
+        ExportPlan(
+            tmp_path / "base",
+            tmp_path / "packed",
+            config,
+            (Entry(Site(1, "attn.v"), 0, 3),),
+            keep="dense",
+        )
+    )
     loaded = type(model).from_pretrained(tmp_path / "packed")
     loaded(torch.arange(3, 9)[None])  # unpacks the weights
     name = "model.layers.1.self_attn.qkv_proj.weight"
@@ -98,13 +116,24 @@ def test_experts(kind: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base", max_shard_size="40KB")
     config = QuantizeConfig(Grid(3, True, Block.parse("group:8")))
     dense = Site(1, "mlp.down") if kind == "qwen3_moe" else Site(1, "attn.out")
-    export_compressed(ExportPlan(tmp_path / "base", tmp_path / "packed", config, (Entry(dense, 5, 7),)))
+    export_compressed(
+        ExportPlan(tmp_path / "base", tmp_path / "packed", config, (Entry(dense, 5, 7),))
+    )
     loaded = type(model).from_pretrained(tmp_path / "packed")
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, in_memory(model, config, (Entry(dense, 5, 7),), "8bit")(ids).logits)
+        assert torch.equal(
+            loaded(ids).logits, in_memory(model, config, (Entry(dense, 5, 7),), "8bit")(ids).logits
+        )
     with pytest.raises(BadInput, match="an expert cannot be kept apart"):
-        export_compressed(ExportPlan(tmp_path / "base", tmp_path / "other", config, (Entry(Site(0, "mlp.down", 2), 5, 7),)))
+        export_compressed(
+            ExportPlan(
+                tmp_path / "base",
+                tmp_path / "other",
+                config,
+                (Entry(Site(0, "mlp.down", 2), 5, 7),),
+            )
+        )
 
 
 def test_bfloat16_differs_by_rounding_only(tmp_path: Path) -> None:
@@ -126,7 +155,15 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         base = tmp_path / kind
         if not base.exists():
             tiny_model(kind).save_pretrained(base)
-        export_compressed(ExportPlan(base, tmp_path / "packed", QuantizeConfig(grid), (Entry(Site(1, "mlp.down"), 5, 7),), **more))
+        export_compressed(
+            ExportPlan(
+                base,
+                tmp_path / "packed",
+                QuantizeConfig(grid),
+                (Entry(Site(1, "mlp.down"), 5, 7),),
+                **more,
+            )
+        )
 
     group = Block.parse("group:8")
     for grid, said in (
@@ -145,7 +182,13 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         attempt("gpt_oss", Grid(4, True, group))
     tiny_model("phi3").save_pretrained(tmp_path / "phi3")
     with pytest.raises(BadInput, match="name all of its roles"):
-        export_compressed(ExportPlan(tmp_path / "phi3", tmp_path / "packed", QuantizeConfig(Grid(4, True, group), roles=("attn.v",))))
+        export_compressed(
+            ExportPlan(
+                tmp_path / "phi3",
+                tmp_path / "packed",
+                QuantizeConfig(Grid(4, True, group), roles=("attn.v",)),
+            )
+        )
     for name in [n for n in sys.modules if n.startswith("compressed_tensors")]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingExtra, match=r"weight-surgeon\[quantize\]"):

@@ -20,9 +20,17 @@ WITHOUT_GGUF = {"opt"}
 def test_every_critical_matrix_is_a_tensor_of_the_architecture(kind: str) -> None:
     anatomy = Anatomy.of(tiny_model(kind))
     layer = 0 if kind == "qwen3_moe" else 1  # llama.cpp has no dense layers in that architecture
-    sites = [s for s in anatomy.addresses if s.layer == layer and s.role.startswith(("attn.", "mlp.")) and s.expert in (None, 3)]
+    sites = [
+        s
+        for s in anatomy.addresses
+        if s.layer == layer and s.role.startswith(("attn.", "mlp.")) and s.expert in (None, 3)
+    ]
     # the right-hand side of the table: the names that llama.cpp itself gives the tensors of a layer
-    own = {template.format(bid=layer) + ".weight": tensor for tensor, template in gguf.TENSOR_NAMES.items() if "{bid}" in template}
+    own = {
+        template.format(bid=layer) + ".weight": tensor
+        for tensor, template in gguf.TENSOR_NAMES.items()
+        if "{bid}" in template
+    }
     for site in sites:
         ((name, held),) = tensor_types(anatomy, [site]).tensors.items()
         assert held == (site,)
@@ -31,22 +39,36 @@ def test_every_critical_matrix_is_a_tensor_of_the_architecture(kind: str) -> Non
             "attn": {f"ATTN_{part.upper()}", "ATTN_QKV"},
             "mlp": {f"FFN_{part.upper()}", f"FFN_{part.upper()}_EXP", "FFN_UP"},
         }[site.role.partition(".")[0]]
-        expected |= {"ATTN_OUT"} if part == "out" else {"FFN_GATE_INP"} if part == "router" else set()
+        expected |= (
+            {"ATTN_OUT"} if part == "out" else {"FFN_GATE_INP"} if part == "router" else set()
+        )
         assert own[name].name in expected
 
 
 def test_the_line_matches_its_tensors_and_no_other() -> None:
     anatomy = Anatomy.of(tiny_model("llama", num_hidden_layers=12))
-    wanted = tensor_types(anatomy, [Entry(Site(1, "mlp.down"), 3, 4), Entry(Site(1, "mlp.down"), 3, 5), Site(11, "mlp.down")], "f16")
+    wanted = tensor_types(
+        anatomy,
+        [Entry(Site(1, "mlp.down"), 3, 4), Entry(Site(1, "mlp.down"), 3, 5), Site(11, "mlp.down")],
+        "f16",
+    )
     assert list(wanted.tensors) == ["blk.1.ffn_down.weight", "blk.11.ffn_down.weight"]
     words = shlex.split(wanted.line)
     assert words == wanted.flags
     assert words[::2] == ["--tensor-type"] * 2
     patterns = [w.partition("=")[0] for w in words[1::2]]
-    everything = [f"blk.{i}.{t}.weight" for i in range(112) for t in ("ffn_down", "ffn_up", "ffn_down_exps", "attn_q")]
+    everything = [
+        f"blk.{i}.{t}.weight"
+        for i in range(112)
+        for t in ("ffn_down", "ffn_up", "ffn_down_exps", "attn_q")
+    ]
     assert [t for t in everything if any(re.search(p, t) for p in patterns)] == list(wanted.tensors)
     assert {w.partition("=")[2] for w in words[1::2]} == {"f16"}
-    assert wanted.to_json()["tensors"][0] == {"tensor": "blk.1.ffn_down.weight", "type": "f16", "sites": ["L1.mlp.down"]}
+    assert wanted.to_json()["tensors"][0] == {
+        "tensor": "blk.1.ffn_down.weight",
+        "type": "f16",
+        "sites": ["L1.mlp.down"],
+    }
 
 
 def test_refusals() -> None:

@@ -1,4 +1,6 @@
-"""Packed weights with a sidecar patch: loaded by transformers, they are the model that was quantized in memory, bit for bit."""
+"""Packed weights with a sidecar patch: loaded by transformers, they are the model that was
+quantized in memory, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,15 @@ from surgeon.anatomy import Anatomy, Entry, load_model
 from surgeon.anatomy.load import locate
 from surgeon.errors import BadCheckpoint, BadInput, BadPatch, WrongBase
 from surgeon.patch import applied_patches, load, save
-from surgeon.quantize import Block, ExportPlan, Grid, QuantizeConfig, export_sidecar, quantize_, quantize_matrix
+from surgeon.quantize import (
+    Block,
+    ExportPlan,
+    Grid,
+    QuantizeConfig,
+    export_sidecar,
+    quantize_,
+    quantize_matrix,
+)
 from surgeon.quantize.quantizer import CORRECTION
 
 BLOCKS = ["tensor", "channel", "group:5", "flat:7", "square:4"]
@@ -30,8 +40,12 @@ BLOCKS = ["tensor", "channel", "group:5", "flat:7", "square:4"]
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("block", BLOCKS)
-def test_packing_keeps_every_code_and_wastes_no_bit(bits: int, symmetric: bool, block: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "_CHUNK", 32)  # so that small matrices are packed in several chunks
+def test_packing_keeps_every_code_and_wastes_no_bit(
+    bits: int, symmetric: bool, block: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        packing, "_CHUNK", 32
+    )  # so that small matrices are packed in several chunks
     grid = Grid(bits, symmetric, Block.parse(block))
     matrices = [quantize_matrix(torch.randn(shape), grid) for shape in ((7, 13), (8, 16), (1, 1))]
     parts = packing.parts(matrices)
@@ -44,14 +58,22 @@ def test_packing_keeps_every_code_and_wastes_no_bit(bits: int, symmetric: bool, 
 def test_codes_lie_in_the_file_as_the_docstring_says() -> None:
     codes = torch.tensor([[-3, 0, 3, 1, 2, -1, -2, 0, 3]])
     bits = [int(b) for byte in packing.pack(codes, Grid(3)) for b in reversed(f"{int(byte):08b}")]
-    assert [sum(bit << i for i, bit in enumerate(bits[n * 3 : n * 3 + 3])) - 3 for n in range(9)] == codes[0].tolist()
+    assert [
+        sum(bit << i for i, bit in enumerate(bits[n * 3 : n * 3 + 3])) - 3 for n in range(9)
+    ] == codes[0].tolist()
     with pytest.raises(ValueError, match="cannot be 10 codes"):
         packing.unpack(torch.zeros(3, dtype=torch.uint8), Grid(3), (2, 5))
 
 
-def exported(model: PreTrainedModel, tmp_path: Path, config: QuantizeConfig, size: str = "40KB") -> tuple[Path, tuple[Entry, ...]]:
+def exported(
+    model: PreTrainedModel, tmp_path: Path, config: QuantizeConfig, size: str = "40KB"
+) -> tuple[Path, tuple[Entry, ...]]:
     anatomy = Anatomy.of(model)
-    critical = (Entry(anatomy.downs(0)[0], 1, 2), Entry(anatomy.downs(1)[-1], 5, 7), Entry(anatomy.downs(1)[-1], 6, 8))
+    critical = (
+        Entry(anatomy.downs(0)[0], 1, 2),
+        Entry(anatomy.downs(1)[-1], 5, 7),
+        Entry(anatomy.downs(1)[-1], 6, 8),
+    )
     model.save_pretrained(tmp_path / "base", max_shard_size=size)
     export_sidecar(ExportPlan(tmp_path / "base", tmp_path / "packed", config, critical))
     return tmp_path / "packed", critical
@@ -59,7 +81,9 @@ def exported(model: PreTrainedModel, tmp_path: Path, config: QuantizeConfig, siz
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_every_architecture_in_shards(kind: str, tmp_path: Path) -> None:
-    """Fused, transposed and tied tensors, and experts stored apart or as one; in bfloat16, read at its own width and wider."""
+    """Fused, transposed and tied tensors, and experts stored apart or as one; in bfloat16, read at
+    its own width and wider.
+    """
     model = tiny_model(kind).bfloat16()
     config = QuantizeConfig(Grid(4, False, Block.parse("square:10")))
     folder, critical = exported(model, tmp_path, config)
@@ -86,12 +110,18 @@ def test_logits_of_the_patient_and_size_of_the_folder(tmp_path: Path) -> None:
     reference = load_model("patient").model
     quantize_(Anatomy.of(reference), config, entries)
     ids = torch.arange(3, 99)[None]
-    assert torch.equal(load_model(str(tmp_path / "packed")).model(ids).logits, reference(ids).logits)
+    assert torch.equal(
+        load_model(str(tmp_path / "packed")).model(ids).logits, reference(ids).logits
+    )
 
-    sizes = {name: t.numel() for name, t in load_file(locate("patient") / "model.safetensors").items()}
+    sizes = {
+        name: t.numel() for name, t in load_file(locate("patient") / "model.safetensors").items()
+    }
     packed = sum(n for name, n in sizes.items() if name.endswith("_proj.weight"))
     written = (tmp_path / "packed" / "model.safetensors").stat().st_size
-    assert written < 4 * (sum(sizes.values()) - packed) + packed * (4 + 32 / 128) / 8 + 16_000  # headers
+    assert (
+        written < 4 * (sum(sizes.values()) - packed) + packed * (4 + 32 / 128) / 8 + 16_000
+    )  # headers
     assert (tmp_path / "packed" / CORRECTION).stat().st_size < 4_000 + 16 * len(entries)
 
 
@@ -106,22 +136,33 @@ def test_import_surgeon_is_all_it_takes(tmp_path: Path) -> None:
         "    print(float(model.get_parameter('model.layers.1.mlp.down_proj.weight')[5, 7]))"
     )
     with serve(Hub({"org/packed": folder})) as hub:
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+        }
         command = [sys.executable, "-W", "ignore", "-c", code, str(folder), "org/packed"]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert [float(line) for line in done.stdout.split()] == [float(Anatomy.of(model).view(critical[1].site).read()[5, 7])] * 2
+    assert [float(line) for line in done.stdout.split()] == [
+        float(Anatomy.of(model).view(critical[1].site).read()[5, 7])
+    ] * 2
 
 
 def test_the_same_export_gives_the_same_bytes(tmp_path: Path) -> None:
     folder, critical = exported(tiny_model("mixtral"), tmp_path, QuantizeConfig(Grid(5)))
-    export_sidecar(ExportPlan(tmp_path / "base", tmp_path / "twin", QuantizeConfig(Grid(5)), critical))
+    export_sidecar(
+        ExportPlan(tmp_path / "base", tmp_path / "twin", QuantizeConfig(Grid(5)), critical)
+    )
     for path in folder.iterdir():
         assert path.read_bytes() == (tmp_path / "twin" / path.name).read_bytes(), path.name
 
 
 def test_a_correction_is_found_again_after_an_interruption(tmp_path: Path) -> None:
-    """The shard with the critical entries was finished by the run before, so nothing of it is in memory."""
+    """The shard with the critical entries was finished by the run before, so nothing of it is in
+    memory.
+    """
     model = tiny_model("llama")
     folder, critical = exported(model, tmp_path, QuantizeConfig(Grid(4)), "20KB")
     calls = 0
@@ -132,7 +173,9 @@ def test_a_correction_is_found_again_after_an_interruption(tmp_path: Path) -> No
         if calls == 12:
             raise KeyboardInterrupt
 
-    plan = ExportPlan(tmp_path / "base", tmp_path / "resumed", QuantizeConfig(Grid(4)), critical, progress=stop)
+    plan = ExportPlan(
+        tmp_path / "base", tmp_path / "resumed", QuantizeConfig(Grid(4)), critical, progress=stop
+    )
     with pytest.raises(KeyboardInterrupt):
         export_sidecar(plan)
     export_sidecar(plan)
@@ -177,7 +220,9 @@ def test_a_wrong_or_damaged_folder_is_refused(tmp_path: Path) -> None:
 
     # a correction for other weights, and other weights under the right correction
     shutil.copytree(folder, tmp_path / "other")
-    export_sidecar(ExportPlan(tmp_path / "base", tmp_path / "three", QuantizeConfig(Grid(3)), critical))
+    export_sidecar(
+        ExportPlan(tmp_path / "base", tmp_path / "three", QuantizeConfig(Grid(3)), critical)
+    )
     save(load(tmp_path / "three" / CORRECTION), tmp_path / "other" / CORRECTION)
     with pytest.raises(BadCheckpoint, match=r"not the correction that config\.json names"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "other")

@@ -1,26 +1,26 @@
-"""The torchao export, loaded by transformers through that library, against the model quantized in memory."""
+"""The torchao export, loaded by transformers through that library, against the model quantized in
+memory.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from packed import LINEAR, in_memory
 from safetensors import safe_open
 from tiny import tiny_model
-from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
+from transformers import AutoModelForCausalLM, TorchAoConfig
 from transformers.utils import logging
 
-from surgeon.anatomy import Anatomy, Entry, Site, load_model
+from surgeon.anatomy import Entry, Site, load_model
 from surgeon.anatomy.load import locate
 from surgeon.errors import BadInput, MissingExtra
-from surgeon.quantize import Block, ExportPlan, Grid, QuantizeConfig, export_torchao, quantize_, quantize_matrix
-
-LINEAR = ["llama", "qwen3", "gemma2", "phi", "phi3", "olmo2", "gpt_neox", "gptj", "opt", "bloom", "bert"]
+from surgeon.quantize import Block, ExportPlan, Grid, QuantizeConfig, export_torchao
 
 
 @pytest.fixture(autouse=True)
@@ -28,15 +28,6 @@ def quiet() -> Iterator[None]:
     logging.disable_progress_bar()
     yield
     logging.enable_progress_bar()
-
-
-def in_memory(model: PreTrainedModel, config: QuantizeConfig, critical: tuple[Entry, ...], keep: str) -> PreTrainedModel:
-    anatomy = Anatomy.of(model)
-    own = {e.site: anatomy.view(e.site).read().clone() for e in critical}
-    quantize_(anatomy, replace(config, method="clip"))
-    for site, matrix in own.items():
-        anatomy.view(site).assign_(matrix if keep == "dense" else quantize_matrix(matrix, replace(config.grid, bits=8)).dequantize())
-    return model
 
 
 @pytest.mark.parametrize(
@@ -49,13 +40,19 @@ def in_memory(model: PreTrainedModel, config: QuantizeConfig, critical: tuple[En
         (8, False, "channel", "dense", 1e-4),
     ],
 )
-def test_logits_of_the_patient(bits: int, symmetric: bool, block: str, keep: str, tolerance: float, tmp_path: Path) -> None:
+def test_logits_of_the_patient(
+    bits: int, symmetric: bool, block: str, keep: str, tolerance: float, tmp_path: Path
+) -> None:
     config = QuantizeConfig(Grid(bits, symmetric, Block.parse(block)))
     critical = (Entry.parse("L0.mlp.down[88, 165]"),)
     export_torchao(ExportPlan(locate("patient"), tmp_path / "packed", config, critical, keep=keep))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     reference = in_memory(load_model("patient").model, config, critical, keep)
-    weights = {name: type(p.data).__name__ for name, p in loaded.named_parameters() if name.endswith("_proj.weight")}
+    weights = {
+        name: type(p.data).__name__
+        for name, p in loaded.named_parameters()
+        if name.endswith("_proj.weight")
+    }
     dense = {name for name, kind in weights.items() if kind != "IntxUnpackedToInt8Tensor"}
     assert dense == ({"model.layers.0.mlp.down_proj.weight"} if keep == "dense" else set())
     ids = torch.arange(3, 99)[None]
@@ -77,7 +74,10 @@ def test_architectures_in_shards_in_bfloat16(kind: str, tmp_path: Path) -> None:
     reference = in_memory(model, config, critical, "8bit")
     for name, parameter in reference.named_parameters():
         own = loaded.get_parameter(name)
-        assert torch.equal(parameter, own.dequantize() if type(own.data).__name__ == "IntxUnpackedToInt8Tensor" else own), name
+        assert torch.equal(
+            parameter,
+            own.dequantize() if type(own.data).__name__ == "IntxUnpackedToInt8Tensor" else own,
+        ), name
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         # products of the same bfloat16 matrices, by another kernel
@@ -87,13 +87,21 @@ def test_architectures_in_shards_in_bfloat16(kind: str, tmp_path: Path) -> None:
 def test_the_configuration_is_a_recipe_for_the_base_model(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "base")
     config = QuantizeConfig(Grid(4, True, Block.parse("group:8")))
-    export_torchao(ExportPlan(tmp_path / "base", tmp_path / "packed", config, (Entry(Site(1, "mlp.down"), 5, 7),)))
-    recipe = TorchAoConfig.from_dict(json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"])
+    export_torchao(
+        ExportPlan(
+            tmp_path / "base", tmp_path / "packed", config, (Entry(Site(1, "mlp.down"), 5, 7),)
+        )
+    )
+    recipe = TorchAoConfig.from_dict(
+        json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=recipe)
     bits = {name: getattr(p.data, "target_dtype", None) for name, p in model.named_parameters()}
     kept = "model.layers.1.mlp.down_proj.weight"
     assert bits.pop(kept) == torch.int8
-    assert {name for name, b in bits.items() if b == torch.int4} == {n for n in bits if n.endswith("_proj.weight")}
+    assert {name for name, b in bits.items() if b == torch.int4} == {
+        n for n in bits if n.endswith("_proj.weight")
+    }
     assert set(bits.values()) == {torch.int4, None}
 
 

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from surgeon.errors import BadInput, SurgeonError
 from surgeon.quantize import Block, Grid, quantize_matrix
 
-BLOCKS = ("tensor", "channel", "group:5", "group:64", "flat:16", "flat:1000", "square:4", "square:64")
+BLOCKS = (
+    "tensor",
+    "channel",
+    "group:5",
+    "group:64",
+    "flat:16",
+    "flat:1000",
+    "square:4",
+    "square:64",
+)
 
 
 def members(block: Block, n_out: int, n_in: int) -> list[list[tuple[int, int]]]:
@@ -32,7 +41,9 @@ def members(block: Block, n_out: int, n_in: int) -> list[list[tuple[int, int]]]:
 
 
 def by_hand(matrix: np.ndarray, grid: Grid) -> np.ndarray:
-    """Every entry moved to the nearest of its block's levels, the levels listed one by one, in float64."""
+    """Every entry moved to the nearest of its block's levels, the levels listed one by one, in
+    float64.
+    """
     result = np.empty_like(matrix)
     for cells in members(grid.block, *matrix.shape):
         values = np.array([matrix[cell] for cell in cells])
@@ -69,7 +80,10 @@ def test_flat_runs_and_square_tiles_are_not_the_same():
     matrix[0, 3] = 100.0
     matrix[3] = torch.tensor([1.0, 0.9, 0.0, 0.0])
     matrix[1, 0] = 0.4
-    flat, square = (quantize_matrix(matrix, Grid(4, block=Block.parse(b))).dequantize() for b in ("flat:4", "square:2"))
+    flat, square = (
+        quantize_matrix(matrix, Grid(4, block=Block.parse(b))).dequantize()
+        for b in ("flat:4", "square:2")
+    )
     assert flat[1, 0] == pytest.approx(0.4)  # its run is its row
     assert square[1, 0] == pytest.approx(0.4)  # its tile is the upper left one, without the 100
     whole = quantize_matrix(matrix, Grid(4, block=Block.parse("flat:8"))).dequantize()
@@ -87,27 +101,42 @@ def test_flat_runs_and_square_tiles_are_not_the_same():
     st.floats(-1e3, 1e3),
     st.integers(0, 99),
 )
-def test_the_error_is_at_most_half_a_step(n_out: int, n_in: int, block: str, bits: int, symmetric: bool, shift: float, seed: int):
+def test_the_error_is_at_most_half_a_step(
+    n_out: int, n_in: int, block: str, bits: int, symmetric: bool, shift: float, seed: int
+):
     matrix = torch.randn(n_out, n_in, generator=torch.Generator().manual_seed(seed)) + shift
     grid = Grid(bits, symmetric, Block.parse(block))
     quantized = quantize_matrix(matrix, grid)
-    step = grid.block.join(quantized.scale[..., None].expand_as(grid.block.split(matrix)), (n_out, n_in))
+    step = grid.block.join(
+        quantized.scale[..., None].expand_as(grid.block.split(matrix)), (n_out, n_in)
+    )
     error = (quantized.dequantize() - matrix).abs()
     assert bool((error <= step / 2 + 4e-6 * (1 + matrix.abs().max())).all())
     again = quantize_matrix(quantized.dequantize(), grid).dequantize()
-    assert torch.allclose(again, quantized.dequantize(), atol=1e-5 * (1 + float(matrix.abs().max())))
+    assert torch.allclose(
+        again, quantized.dequantize(), atol=1e-5 * (1 + float(matrix.abs().max()))
+    )
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_blocks_of_one_value_and_of_zeros_are_exact(symmetric: bool):
     matrix = torch.tensor([[0.0, 0.0], [-3.0, -3.0], [5.0, 5.0]])
-    assert torch.equal(quantize_matrix(matrix, Grid(3, symmetric, Block("channel"))).dequantize(), matrix)
+    assert torch.equal(
+        quantize_matrix(matrix, Grid(3, symmetric, Block("channel"))).dequantize(), matrix
+    )
 
 
 def test_limits_hold_for_each_block():
     matrix = torch.tensor([[1.0, 9.0], [-9.0, 2.0]])
-    quantized = quantize_matrix(matrix, Grid(8, block=Block("channel")), torch.tensor([[-5.0], [-4.0]]), torch.tensor([[3.0], [9.0]]))
-    assert torch.allclose(quantized.dequantize(), torch.tensor([[1.0, 3.0], [-4.0, 2.0]]), atol=0.02)
+    quantized = quantize_matrix(
+        matrix,
+        Grid(8, block=Block("channel")),
+        torch.tensor([[-5.0], [-4.0]]),
+        torch.tensor([[3.0], [9.0]]),
+    )
+    assert torch.allclose(
+        quantized.dequantize(), torch.tensor([[1.0, 3.0], [-4.0, 2.0]]), atol=0.02
+    )
 
 
 def test_a_size_that_does_not_divide_is_padded_or_refused_and_never_the_whole():
@@ -116,7 +145,9 @@ def test_a_size_that_does_not_divide_is_padded_or_refused_and_never_the_whole():
     for block in ("group:4", "flat:12", "square:3"):
         with pytest.raises(BadInput, match=f"{block} do not divide"):
             quantize_matrix(matrix, Grid(4, block=Block.parse(block), pad=False))
-    assert quantize_matrix(matrix, Grid(4, block=Block.parse("group:5"), pad=False)).scale.shape == (4, 2)
+    assert quantize_matrix(
+        matrix, Grid(4, block=Block.parse("group:5"), pad=False)
+    ).scale.shape == (4, 2)
 
 
 def test_what_a_weight_costs():
@@ -125,7 +156,9 @@ def test_what_a_weight_costs():
     assert Grid(3, block=Block("tensor")).bits_per_weight((4, 16)) == 3 + 16 / 64
 
 
-@pytest.mark.parametrize("text", ["group", "group:0", "tensor:4", "square:x", "rows", "flat:-3", ""])
+@pytest.mark.parametrize(
+    "text", ["group", "group:0", "tensor:4", "square:x", "rows", "flat:-3", ""]
+)
 def test_no_block_says_what_one_is(text: str):
     with pytest.raises(BadInput, match=r"no block"):
         Block.parse(text)

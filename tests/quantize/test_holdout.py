@@ -31,11 +31,18 @@ def config(block: str = "tensor", **settings: object) -> QuantizeConfig:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_putting_back_an_extremum_without_clipping_does_nothing(symmetric: bool, dtype: torch.dtype):
-    """The extremum of a block lies on its grid, so rounding leaves it: in bfloat16 bit for bit, in float32 to the last place."""
+def test_putting_back_an_extremum_without_clipping_does_nothing(
+    symmetric: bool, dtype: torch.dtype
+):
+    """The extremum of a block lies on its grid, so rounding leaves it: in bfloat16 bit for bit, in
+    float32 to the last place.
+    """
     matrix = planted().to(dtype)
     for block in ("tensor", "channel", "flat:64", "square:8", "group:8"):
-        rounded, restored = (treat(matrix, config(block, method=m, symmetric=symmetric), [ENTRY]).matrix for m in ("rtn", "restore"))
+        rounded, restored = (
+            treat(matrix, config(block, method=m, symmetric=symmetric), [ENTRY]).matrix
+            for m in ("rtn", "restore")
+        )
         if dtype == torch.bfloat16:
             assert torch.equal(rounded.to(dtype), restored.to(dtype))
         torch.testing.assert_close(rounded, restored, rtol=3e-7, atol=0)
@@ -43,7 +50,10 @@ def test_putting_back_an_extremum_without_clipping_does_nothing(symmetric: bool,
 
 def test_putting_back_after_clipping_is_what_helps():
     matrix = planted()
-    errors = {m: float((treat(matrix, config(method=m), [ENTRY]).matrix - matrix).square().mean()) for m in METHODS}
+    errors = {
+        m: float((treat(matrix, config(method=m), [ENTRY]).matrix - matrix).square().mean())
+        for m in METHODS
+    }
     assert errors["restore"] == pytest.approx(errors["rtn"], rel=1e-5)
     assert errors["both"] < 0.1 * errors["rtn"]
     assert errors["clip"] > errors["rtn"]  # the one weight is gone
@@ -60,7 +70,9 @@ def test_both_is_clip_then_round_then_put_back():
     assert done.report.clipped == int(((matrix < low) | (matrix > high)).sum())
     assert (done.report.held, done.report.clip) == (1, 2.0)
     codes = done.quantized.dequantize()
-    assert codes[2, 3] == pytest.approx(high, rel=1e-5)  # the codes do not know the entry; it is put back beside them
+    assert codes[2, 3] == pytest.approx(
+        high, rel=1e-5
+    )  # the codes do not know the entry; it is put back beside them
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -74,8 +86,12 @@ def test_nothing_is_held_without_critical_entries(method: str):
 @pytest.mark.parametrize("per", ["tensor", "block"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("clip", "values"), [("z", Z_SCORES), ("percentile", PERCENTS)])
-def test_the_search_finds_the_value_of_least_error(clip: str, values: tuple[float, ...], weighted: bool, per: str):
-    """Brute force: every value given by hand, its error on the ordinary entries measured from outside."""
+def test_the_search_finds_the_value_of_least_error(
+    clip: str, values: tuple[float, ...], weighted: bool, per: str
+):
+    """Brute force: every value given by hand, its error on the ordinary entries measured from
+    outside.
+    """
     matrix = planted(3)
     importance = torch.linspace(0.01, 3, 24) if weighted else None
     settings = config("group:8", clip=clip, clip_per=per, weighted=weighted, bits=3)
@@ -86,7 +102,10 @@ def test_the_search_finds_the_value_of_least_error(clip: str, values: tuple[floa
         squares[2, 3] = 0
         return float(squares.sum())
 
-    tried = {v: error(treat(matrix, replace(settings, clip_value=v), [ENTRY], importance).matrix) for v in values}
+    tried = {
+        v: error(treat(matrix, replace(settings, clip_value=v), [ENTRY], importance).matrix)
+        for v in values
+    }
     assert error(done.matrix) <= min(tried.values()) * (1 + 1e-6)
     if done.report.clip in tried:
         assert tried[done.report.clip] == pytest.approx(min(tried.values()))
@@ -101,13 +120,17 @@ def test_weights_change_what_is_chosen():
     matrix[:, 0] *= 6
     loud = torch.full((32,), 1e-4)
     loud[0] = 100.0
-    plain, weighted = (treat(matrix, config(weighted=w), (), loud).report.clip for w in (False, True))
+    plain, weighted = (
+        treat(matrix, config(weighted=w), (), loud).report.clip for w in (False, True)
+    )
     assert weighted > plain  # the wide column is the one that is heard, so it must not be cut
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_least_error_chooses_for_each_block_by_itself(symmetric: bool):
-    matrix = torch.randn(6, 40, generator=torch.Generator().manual_seed(1)) + (0 if symmetric else 3)
+    matrix = torch.randn(6, 40, generator=torch.Generator().manual_seed(1)) + (
+        0 if symmetric else 3
+    )
     settings = config("channel", clip="mse", bits=3, symmetric=symmetric)
     done = treat(matrix, settings).matrix
     for row in range(6):

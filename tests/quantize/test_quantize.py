@@ -1,4 +1,6 @@
-"""A model quantized in place, for the length of a block, and as tensors to swap in; the mean squares against hooks by hand."""
+"""A model quantized in place, for the length of a block, and as tensors to swap in; the mean
+squares against hooks by hand.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,13 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return model(input_ids=IDS, use_cache=False).logits
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "falcon", "phi3", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "gpt2", "gpt_neox", "falcon", "phi3", "mixtral", "gpt_oss"]
+)
 def test_every_projection_is_rounded_and_the_model_comes_back(kind: str):
-    """Fused, transposed and stacked weights: each site's (out, in) matrix is on its own grid, and all else is as it was."""
+    """Fused, transposed and stacked weights: each site's (out, in) matrix is on its own grid, and
+    all else is as it was.
+    """
     model = tiny_model(kind)
     anatomy = Anatomy.of(model)
     entry = Entry(anatomy.downs()[0], 3, 5)
@@ -40,11 +46,17 @@ def test_every_projection_is_rounded_and_the_model_comes_back(kind: str):
     own = logits(model)
     with quantized(anatomy, RTN, [entry]) as result:
         for site in anatomy.addresses:
-            expected = quantize_matrix(intact[site], RTN.grid).dequantize() if site in result.matrices else intact[site]
+            expected = (
+                quantize_matrix(intact[site], RTN.grid).dequantize()
+                if site in result.matrices
+                else intact[site]
+            )
             assert torch.equal(anatomy.view(site).read(), expected), site
         inside = logits(model)
     assert {s.role for s in result.matrices} >= {"attn.q", "attn.out", "mlp.up", "mlp.down"}
-    assert not any(s.role in ("mlp.router", "embed", "unembed") or "norm" in s.role for s in result.matrices)
+    assert not any(
+        s.role in ("mlp.router", "embed", "unembed") or "norm" in s.role for s in result.matrices
+    )
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert torch.equal(logits(model), own)
     assert not torch.allclose(inside, own)
@@ -57,7 +69,10 @@ def test_the_model_comes_back_after_an_exception():
     before = {name: (p.data_ptr(), p.clone()) for name, p in model.named_parameters()}
     with pytest.raises(ZeroDivisionError), quantized(Anatomy.of(model), RTN):
         raise ZeroDivisionError
-    assert all((p.data_ptr(), True) == (before[n][0], torch.equal(p, before[n][1])) for n, p in model.named_parameters())
+    assert all(
+        (p.data_ptr(), True) == (before[n][0], torch.equal(p, before[n][1]))
+        for n, p in model.named_parameters()
+    )
 
 
 def test_held_entries_keep_their_bits_in_bfloat16():
@@ -94,7 +109,9 @@ def test_mean_squares_are_those_of_the_inputs():
     sites = quantized_sites(anatomy, RTN)
     seen: dict[str, list[torch.Tensor]] = {}
     handles = [
-        anatomy.module(s).register_forward_pre_hook(lambda _, args, s=s: seen.setdefault(str(s), []).append(args[0].flatten(0, 1)))
+        anatomy.module(s).register_forward_pre_hook(
+            lambda _, args, s=s: seen.setdefault(str(s), []).append(args[0].flatten(0, 1))
+        )
         for s in sites
     ]
     logits(model)
@@ -111,7 +128,9 @@ def test_mean_squares_leave_out_what_is_out_of_reach(kind: str):
     anatomy = Anatomy.of(tiny_model(kind))
     sites = quantized_sites(anatomy, RTN)
     found = input_mean_squares(anatomy, IDS, sites)
-    assert {s for s in sites if s not in found} == {s for s in sites if s.expert is not None and s.role == "mlp.down"}
+    assert {s for s in sites if s not in found} == {
+        s for s in sites if s.expert is not None and s.role == "mlp.down"
+    }
     assert all(values.shape == (anatomy.view(s).shape[1],) for s, values in found.items())
     weighted = QuantizeConfig(Grid(3, block=Block("channel")), weighted=True)
     with quantized(anatomy, weighted, (), found) as result:
@@ -138,7 +157,10 @@ def test_nothing_is_changed_by_what_cannot_be_done():
     broken[0, 0] = torch.nan
     with pytest.raises(SurgeonError, match=r"L2\.mlp\.down holds NaN"):
         quantize_(anatomy, RTN)
-    assert torch.equal(model.get_parameter("model.layers.0.mlp.down_proj.weight"), before["model.layers.0.mlp.down_proj.weight"])
+    assert torch.equal(
+        model.get_parameter("model.layers.0.mlp.down_proj.weight"),
+        before["model.layers.0.mlp.down_proj.weight"],
+    )
 
 
 def test_only_the_roles_asked_for():

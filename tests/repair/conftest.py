@@ -1,4 +1,6 @@
-"""Tiny models with a row that matters, and text that they themselves wrote, so that any injury costs them something."""
+"""Tiny models with a row that matters, and text that they themselves wrote, so that any injury
+costs them something.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,18 @@ ROW, COLUMNS = 5, (7, 11, 30)
 
 @pytest.fixture(scope="session")
 def patient() -> Patient:
-    """patient("gpt2", torch.bfloat16, site) -> its anatomy, with three large entries in row 5 of the site, and 40 windows of 24."""
+    """patient("gpt2", torch.bfloat16, site) -> its anatomy, with three large entries in row 5 of
+    the site, and 40 windows of 24.
+    """
 
-    def make(kind: str = "llama", dtype: torch.dtype = torch.float32, site: str = "L0.mlp.down") -> tuple[Anatomy, Corpus]:
+    def make(
+        kind: str = "llama", dtype: torch.dtype = torch.float32, site: str = "L0.mlp.down"
+    ) -> tuple[Anatomy, Corpus]:
         model = tiny_model(kind)
         anatomy = Anatomy.of(model)
         view = anatomy.view(Site.parse(site))
-        # for each of these neurons there is another that does nearly the same, so that much can be made good
+        # for each of these neurons there is another that does nearly the same, so that much can be
+        # made good
         for role in ("mlp.gate", "mlp.up"):
             twins = Site(view.site.layer, role, view.site.expert)
             if twins in anatomy.addresses:

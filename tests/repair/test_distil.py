@@ -1,4 +1,6 @@
-"""Distillation: its loss against the plain one, only allowed entries, and the same bytes after a kill."""
+"""Distillation: its loss against the plain one, only allowed entries, and the same bytes after a
+kill.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def injure(anatomy: Anatomy, site: str = "L0.mlp.down") -> tuple[Site, Patch]:
     return Site.parse(site), ablate(anatomy, [f"{site}[{ROW}, {c}]" for c in COLUMNS])
 
 
-def run(anatomy: Anatomy, injury: Patch, windows: Tensor, config: DistilConfig = SHORT, **more: Any) -> Distilled:
+def run(
+    anatomy: Anatomy, injury: Patch, windows: Tensor, config: DistilConfig = SHORT, **more: Any
+) -> Distilled:
     wanted = targets(anatomy, injury, exclude_injured=True, rank=more.get("rank", 0))
     return distil(anatomy, injury, wanted, windows[:30], windows[30:], config, **more)
 
@@ -62,12 +66,16 @@ def test_the_gradient_is_that_of_the_plain_kl(patient: Patient, site: str) -> No
         ({"schedule": "cosine"}, [1, 0.9330127, 0.75, 0.5, 0.25, 0.0669873]),
     ],
 )
-def test_training_is_that_of_the_plain_loop(patient: Patient, schedule: dict[str, Any], rates: list[float]) -> None:
+def test_training_is_that_of_the_plain_loop(
+    patient: Patient, schedule: dict[str, Any], rates: list[float]
+) -> None:
     """Both models run whole at every step, AdamW on the whole matrix, its gradient masked."""
     anatomy, corpus = patient()
     where, injury = injure(anatomy)
     fit = corpus.windows[:30]
-    result = run(anatomy, injury, corpus.windows, DistilConfig(steps=6, lr=0.01, patience=0, **schedule))
+    result = run(
+        anatomy, injury, corpus.windows, DistilConfig(steps=6, lr=0.01, patience=0, **schedule)
+    )
     student = copy.deepcopy(anatomy.model)
     injury.apply_(Anatomy.of(student))
     weight = student.get_parameter(anatomy.addresses[where].parameter).requires_grad_(True)
@@ -112,16 +120,24 @@ def test_of_looks_as_good_as_the_best_the_last_is_kept(patient: Patient) -> None
 
     assert kept([3, 2, 1, 1.01]) == (3, 4)
     assert kept([3, 2, 1, 1.03, 1.5]) == (2, 5)
-    assert kept([1, 1.015, 1.03]) == (1, 3)  # 1.03 is near the last that was kept, and not near the best
+    assert kept([1, 1.015, 1.03]) == (
+        1,
+        3,
+    )  # 1.03 is near the last that was kept, and not near the best
     assert kept([1, 1.01, 1.01, 1.01, 1.01, 0.5], patience=4) == (4, 5)  # no better four times
     assert kept([1, 2, 3, 4, 5, 6, 7], patience=0) == (6, 7)
 
 
 def test_the_likeliest_tokens_and_the_mass_of_the_rest_bound_the_kl() -> None:
     g = torch.Generator().manual_seed(0)
-    p, q = (F.log_softmax(3 * torch.randn(7, 50, generator=g, dtype=torch.float64), -1) for _ in range(2))
+    p, q = (
+        F.log_softmax(3 * torch.randn(7, 50, generator=g, dtype=torch.float64), -1)
+        for _ in range(2)
+    )
     kl = lambda a, b: (a.exp() * (a - b)).sum(-1)  # noqa: E731
-    torch.testing.assert_close(_coarse(q + 5, p.topk(4).indices), _coarse(q, p.topk(4).indices) + 5)  # logits do as well
+    torch.testing.assert_close(
+        _coarse(q + 5, p.topk(4).indices), _coarse(q, p.topk(4).indices) + 5
+    )  # logits do as well
     whole, last = kl(p, q), torch.zeros(7, dtype=torch.float64)
     for k in (1, 5, 20, 49):
         kept = p.topk(k).indices
@@ -134,15 +150,26 @@ def test_the_likeliest_tokens_and_the_mass_of_the_rest_bound_the_kl() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [("llama", torch.float32), ("gpt2", torch.float32), ("llama", torch.bfloat16), ("mixtral", torch.float32)]
+    ("kind", "dtype"),
+    [
+        ("llama", torch.float32),
+        ("gpt2", torch.float32),
+        ("llama", torch.bfloat16),
+        ("mixtral", torch.float32),
+    ],
 )
-def test_only_allowed_entries_change_and_the_model_is_left_alone(patient: Patient, kind: str, dtype: torch.dtype) -> None:
+def test_only_allowed_entries_change_and_the_model_is_left_alone(
+    patient: Patient, kind: str, dtype: torch.dtype
+) -> None:
     site = "L0.mlp.down.e1" if kind == "mixtral" else "L0.mlp.down"
     anatomy, corpus = patient(kind, dtype, site)
     where, injury = injure(anatomy, site)
     before = {name: p.clone() for name, p in anatomy.model.named_parameters()}
     result = run(anatomy, injury, corpus.windows)
-    assert all(torch.equal(p, before[name]) and p.grad is None and not p.requires_grad for name, p in anatomy.model.named_parameters())
+    assert all(
+        torch.equal(p, before[name]) and p.grad is None and not p.requires_grad
+        for name, p in anatomy.model.named_parameters()
+    )
     with injury.applied(anatomy):
         broken = anatomy.view(where).read().clone()
     changed = (result.changes[where].matrix != broken).nonzero().tolist()
@@ -167,7 +194,13 @@ def test_a_killed_run_ends_with_the_same_bytes(patient: Patient, tmp_path: Path)
     with pytest.raises(KeyboardInterrupt):
         run(anatomy, injury, corpus.windows, progress=kill, checkpoint=file)
     looks: list[int] = []
-    again = run(anatomy, injury, corpus.windows, progress=lambda what, done, total: looks.append(done), checkpoint=file)
+    again = run(
+        anatomy,
+        injury,
+        corpus.windows,
+        progress=lambda what, done, total: looks.append(done),
+        checkpoint=file,
+    )
     assert looks == [12]  # the looks before were not taken again
     assert torch.equal(again.changes[where].matrix, whole.changes[where].matrix)
     assert (again.curve, again.steps, again.kept) == (whole.curve, whole.steps, whole.kept)
@@ -181,7 +214,9 @@ def test_a_killed_run_ends_with_the_same_bytes(patient: Patient, tmp_path: Path)
 def test_the_seed_decides(patient: Patient) -> None:
     anatomy, corpus = patient()
     where, injury = injure(anatomy)
-    one, same, other = (run(anatomy, injury, corpus.windows, seed=s).changes[where].matrix for s in (0, 0, 1))
+    one, same, other = (
+        run(anatomy, injury, corpus.windows, seed=s).changes[where].matrix for s in (0, 0, 1)
+    )
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
@@ -212,7 +247,9 @@ def test_a_change_of_low_rank_is_trained_as_factors(patient: Patient) -> None:
 def test_without_patience_the_last_step_is_kept(patient: Patient) -> None:
     anatomy, corpus = patient()
     _, injury = injure(anatomy)
-    result = run(anatomy, injury, corpus.windows, DistilConfig(steps=7, every=4, patience=0, loss="ce"))
+    result = run(
+        anatomy, injury, corpus.windows, DistilConfig(steps=7, every=4, patience=0, loss="ce")
+    )
     assert (result.steps, result.kept) == (7, 7)
 
 

@@ -1,4 +1,6 @@
-"""The graft, against least squares on inputs that are hooked here, and through what the repaired module writes."""
+"""The graft, against least squares on inputs that are hooked here, and through what the repaired
+module writes.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ ENTRIES = [f"{DOWN}[{ROW}, {c}]" for c in COLUMNS]
 def seen(anatomy: Anatomy, site: Site, ids: Tensor) -> tuple[Tensor, Tensor]:
     """What enters the module of a site and what leaves it, in float64."""
     kept: list[tuple[Tensor, Tensor]] = []
-    handle = anatomy.module(site).register_forward_hook(lambda m, a, y: kept.append((a[0].double(), y.double())))
+    handle = anatomy.module(site).register_forward_hook(
+        lambda m, a, y: kept.append((a[0].double(), y.double()))
+    )
     anatomy.model(input_ids=ids)
     handle.remove()
     (x, y), shape = kept[0], ids.shape
@@ -42,21 +46,40 @@ def test_the_graft_is_the_weighted_ridge_solution(patient: Patient, kind: str) -
     w = weight.flatten().sqrt()[:, None]
     a, b = x[..., free].flatten(0, 1) * w, (intact - broken)[..., ROW].flatten()[:, None] * w
     ridge = 1e-2 * a.pow(2).sum(0).mean()
-    a, b = torch.cat([a, ridge.sqrt() * torch.eye(len(free), dtype=a.dtype)]), torch.cat([b, torch.zeros(len(free), 1, dtype=b.dtype)])
+    a, b = (
+        torch.cat([a, ridge.sqrt() * torch.eye(len(free), dtype=a.dtype)]),
+        torch.cat([b, torch.zeros(len(free), 1, dtype=b.dtype)]),
+    )
     expected = torch.linalg.lstsq(a, b).solution[:, 0]
 
-    result = graft(anatomy, injury, targets(anatomy, injury, exclude_injured=True), fit, corpus.windows[30:], GraftConfig((1e-2,), (10.0,)))
+    result = graft(
+        anatomy,
+        injury,
+        targets(anatomy, injury, exclude_injured=True),
+        fit,
+        corpus.windows[30:],
+        GraftConfig((1e-2,), (10.0,)),
+    )
     change = result.changes[DOWN].matrix.double() - anatomy.view(DOWN).read().double()
     torch.testing.assert_close(change[ROW, free], expected, rtol=1e-4, atol=1e-5)
     assert result.chosen[str(DOWN)].items() >= {"first_weight": 10.0, "ridge": 1e-2}.items()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_with_the_injured_entries_at_hand_the_module_writes_as_before(patient: Patient, kind: str) -> None:
+def test_with_the_injured_entries_at_hand_the_module_writes_as_before(
+    patient: Patient, kind: str
+) -> None:
     anatomy, corpus = patient(kind)
     injury = ablate(anatomy, ENTRIES)
     _, intact = seen(anatomy, DOWN, corpus.windows)
-    result = graft(anatomy, injury, targets(anatomy, injury), corpus.windows, corpus.windows, GraftConfig((1e-10,), (1.0,)))
+    result = graft(
+        anatomy,
+        injury,
+        targets(anatomy, injury),
+        corpus.windows,
+        corpus.windows,
+        GraftConfig((1e-10,), (1.0,)),
+    )
     with injury.applied(anatomy):
         _, broken = seen(anatomy, DOWN, corpus.windows)
         anatomy.view(DOWN).assign_(result.changes[DOWN].matrix)
@@ -70,7 +93,12 @@ def test_an_injury_below_is_made_good_with_what_enters_the_broken_model(patient:
     injury = ablate(anatomy, [*ENTRIES, f"{high}[3, 4]", f"{high}[3, 5]"])
     _, intact = seen(anatomy, high, corpus.windows)
     result = graft(
-        anatomy, injury, targets(anatomy, injury, exclude_injured=True), corpus.windows, corpus.windows, GraftConfig((1e-8,), (1.0,))
+        anatomy,
+        injury,
+        targets(anatomy, injury, exclude_injured=True),
+        corpus.windows,
+        corpus.windows,
+        GraftConfig((1e-8,), (1.0,)),
     )
     with injury.applied(anatomy):
         anatomy.view(DOWN).assign_(result.changes[DOWN].matrix)
@@ -90,7 +118,15 @@ def test_an_injured_column_needs_only_rank_one(patient: Patient) -> None:
     injury = ablate(anatomy, [f"{DOWN}[:, 7]"])
     fit, config = corpus.windows, GraftConfig((1e-4,), (1.0,))
     full, one = (
-        graft(anatomy, injury, targets(anatomy, injury, exclude_injured=True, rank=rank), fit, fit, config, rank).changes[DOWN]
+        graft(
+            anatomy,
+            injury,
+            targets(anatomy, injury, exclude_injured=True, rank=rank),
+            fit,
+            fit,
+            config,
+            rank,
+        ).changes[DOWN]
         for rank in (0, 1)
     )
     torch.testing.assert_close(one.matrix, full.matrix, rtol=0, atol=1e-4)
@@ -102,7 +138,13 @@ def test_an_injured_column_needs_only_rank_one(patient: Patient) -> None:
 def test_a_graft_beats_the_same_in_a_random_row(patient: Patient) -> None:
     anatomy, corpus = patient("llama")
     injury = ablate(anatomy, ENTRIES)
-    result = graft(anatomy, injury, targets(anatomy, injury, exclude_injured=True), corpus.windows[:20], corpus.windows[20:30])
+    result = graft(
+        anatomy,
+        injury,
+        targets(anatomy, injury, exclude_injured=True),
+        corpus.windows[:20],
+        corpus.windows[20:30],
+    )
     with injury.applied(anatomy):
         view = anatomy.view(DOWN)
         matrix = view.read().clone()

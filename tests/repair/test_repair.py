@@ -40,7 +40,9 @@ FIXED = {
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_repair_is_a_patch_that_stacks_on_the_injury(patient: Patient, tmp_path: Path, kind: str, method: str) -> None:
+def test_a_repair_is_a_patch_that_stacks_on_the_injury(
+    patient: Patient, tmp_path: Path, kind: str, method: str
+) -> None:
     anatomy, corpus = patient(kind)
     before = {name: p.clone() for name, p in anatomy.model.named_parameters()}
     injury = ablate(anatomy, ENTRIES)
@@ -55,12 +57,16 @@ def test_a_repair_is_a_patch_that_stacks_on_the_injury(patient: Patient, tmp_pat
     for first, second in ((injury, patch), (patch, injury)):
         injury.apply_(anatomy)
         patch.apply_(anatomy)
-        assert mean_nll(anatomy.model, corpus.windows[-10:]) == pytest.approx(document["nll"]["patched"], rel=1e-6)
+        assert mean_nll(anatomy.model, corpus.windows[-10:]) == pytest.approx(
+            document["nll"]["patched"], rel=1e-6
+        )
         assert bool((anatomy.view("L0.mlp.down").read()[ROW, list(COLUMNS)] == 0).all())
         first.undo_(anatomy)
         second.undo_(anatomy)
         assert all(torch.equal(p, before[name]) for name, p in anatomy.model.named_parameters())
-    assert to_bytes(repair(anatomy, injury, corpus, replace(QUICK, method=method)).patch) == to_bytes(patch)
+    assert to_bytes(
+        repair(anatomy, injury, corpus, replace(QUICK, method=method)).patch
+    ) == to_bytes(patch)
 
 
 def test_norms_and_cosine_are_those_of_the_rows(patient: Patient) -> None:
@@ -82,12 +88,17 @@ def test_two_layers_a_second_text_and_low_rank(patient: Patient) -> None:
     anatomy, corpus = patient()
     second = replace(corpus, name="other words", windows=corpus.windows[:7])
     injury = ablate(anatomy, [*ENTRIES, "L2.mlp.down[:, 9]"])
-    result = repair(anatomy, injury, replace(corpus, windows=corpus.windows[7:]), replace(QUICK, rank=2), second)
+    result = repair(
+        anatomy, injury, replace(corpus, windows=corpus.windows[7:]), replace(QUICK, rank=2), second
+    )
     assert [str(s) for s in result.patch.sites] == ["L0.mlp.down", "L2.mlp.down"]
     assert result.held_out["name"] == "other words"
     assert result.control == {
         "recovered": None,
-        "why": "the repair may change more than half of the rows, so there are no other ones to compare with",
+        "why": (
+            "the repair may change more than half of the rows, so there are no other ones to"
+            " compare with"
+        ),
     }
     assert result.nll["patched"] < result.nll["broken"]
     injury.apply_(anatomy)
@@ -114,23 +125,35 @@ def test_recut_windows_hold_the_same_tokens(patient: Patient) -> None:
     _, corpus = patient()
     short = recut(corpus.windows, True, 10)
     assert bool((short[:, 0] == 1).all())
-    assert torch.equal(short[:, 1:].flatten(), corpus.windows[:, 1:].flatten()[: short.shape[0] * 9])
+    assert torch.equal(
+        short[:, 1:].flatten(), corpus.windows[:, 1:].flatten()[: short.shape[0] * 9]
+    )
 
 
 def test_the_reference_follows_the_published_experiment() -> None:
     training = RepairConfig.reference().distil
-    assert (training.lr, training.steps, training.batch, training.length, training.loss) == (1e-3, 400, 2, 128, "kl")
+    assert (training.lr, training.steps, training.batch, training.length, training.loss) == (
+        1e-3,
+        400,
+        2,
+        128,
+        "kl",
+    )
     assert (training.schedule, training.patience) == ("constant", 0)
     assert DistilConfig().relative_lr * 1.14 / 8192**0.5 == pytest.approx(1e-3, rel=0.01)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "bar"), [("graft", 0.85), ("distil", 0.8), ("graft+distil", 0.85)])
+@pytest.mark.parametrize(
+    ("method", "bar"), [("graft", 0.85), ("distil", 0.8), ("graft+distil", 0.85)]
+)
 def test_a_trained_model_recovers(shared: Path, method: str, bar: float) -> None:
     loaded = load_model(str(shared / "models" / "tinystories-656k"))
     assert loaded.tokenizer is not None
     anatomy = Anatomy.of(loaded.model)
-    corpus = load_corpus(loaded.tokenizer, read_text(shared / "text" / "tinystories-sample.txt"), "stories")
+    corpus = load_corpus(
+        loaded.tokenizer, read_text(shared / "text" / "tinystories-sample.txt"), "stories"
+    )
     cols = (165, 230, 163, 112, 380, 228, 226, 41, 62, 245, 157, 34)
     injury = ablate(anatomy, [f"L0.mlp.down[88, {c}]" for c in cols])
     result = repair(anatomy, injury, corpus, RepairConfig(method=method, exclude_injured=True))

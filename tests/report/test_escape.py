@@ -40,13 +40,19 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements[tag, *sorted(name for name, _ in attrs)] += 1
-        self.links += [value or "" for name, value in attrs if name in ("href", "src", "xlink:href")]
+        self.links += [
+            value or "" for name, value in attrs if name in ("href", "src", "xlink:href")
+        ]
 
 
 def page(folder: Path, text: str, name: str) -> str:
     folder.mkdir()
     for kind, document in documents(text).items():
-        if kind in ("demo", "explain", "measure"):  # as a shell was given it, with what it was given
+        if kind in (
+            "demo",
+            "explain",
+            "measure",
+        ):  # as a shell was given it, with what it was given
             document["command"] = f"surgeon {kind} '{text}'"
         (folder / f"{kind}{name}.json").write_text(json.dumps(document), encoding="utf-8")
     return write_report(folder).read_text(encoding="utf-8")
@@ -58,7 +64,9 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report") / "run"
     page(folder, " ".join(HOSTILE), "\"><img src=x onerror='document.title=4'>")
     (folder / "\u202eback.json").write_text(json.dumps(documents("x")["measure"]), encoding="utf-8")
-    (folder / "javascript:alert(1).json").write_text(json.dumps(documents("x")["measure"]), encoding="utf-8")
+    (folder / "javascript:alert(1).json").write_text(
+        json.dumps(documents("x")["measure"]), encoding="utf-8"
+    )
     write_report(folder)
     return folder
 
@@ -69,7 +77,11 @@ def test_hostile_text_creates_no_element_and_no_attribute(hostile: Path, tmp_pat
     plain = set(Page(page(tmp_path / "plain", "word " * 60, "")).elements)
     # a long text takes the same elements as a hostile one; what it says decides nothing
     assert kinds - plain == set()
-    assert not [k for k in kinds if k[0] in ("script", "img", "iframe", "object", "embed", "link", "form", "foreignobject")]
+    assert not [
+        k
+        for k in kinds
+        if k[0] in ("script", "img", "iframe", "object", "embed", "link", "form", "foreignobject")
+    ]
     assert not [name for k in kinds for name in k[1:] if name.startswith("on") or name == "style"]
     assert text.count("&lt;script&gt;") > 20  # it is all there, as text
 
@@ -98,13 +110,26 @@ def test_the_page_asks_for_nothing_from_outside(tmp_path: Path):
 
 @pytest.mark.slow
 def test_nothing_runs_in_a_browser(hostile: Path, tmp_path: Path):
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    chromium = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if chromium is None:
-        pytest.skip("there is no browser to open the page in; install Debian's package: apt-get install chromium")
+        pytest.skip(
+            "there is no browser to open the page in; install Debian's package: apt-get install"
+            " chromium"
+        )
 
     def opened(path: Path) -> tuple[str, str, str]:
         """Title, page and log after the browser has run what it would run."""
-        flags = ("--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}")
+        flags = (
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--enable-logging=stderr",
+            f"--user-data-dir={tmp_path / 'profile'}",
+        )
         command = [chromium, *flags, "--dump-dom", path.as_uri()]
         ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
         return title(ran.stdout), ran.stdout, ran.stderr
@@ -119,8 +144,12 @@ def test_nothing_runs_in_a_browser(hostile: Path, tmp_path: Path):
     assert set(Page(page).elements) == set(Page(written).elements)
     assert "CONSOLE" not in log
 
-    runs = tmp_path / "runs.html"  # the control: where something runs, both title and console show it
-    runs.write_text("<title>before</title><script>document.title = 'after'; console.log('ran')</script>")
+    runs = (
+        tmp_path / "runs.html"
+    )  # the control: where something runs, both title and console show it
+    runs.write_text(
+        "<title>before</title><script>document.title = 'after'; console.log('ran')</script>"
+    )
     shown, _, log = opened(runs)
     assert shown == "after"
     assert "CONSOLE" in log

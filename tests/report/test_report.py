@@ -17,7 +17,12 @@ from surgeon.errors import BadInput, MissingExtra
 from surgeon.report import write_report
 
 Folder = Callable[..., Path]
-FIND = ["Where the channel rises", "Damage beside its controls", "The entries", "Looked at and rejected"]
+FIND = [
+    "Where the channel rises",
+    "Damage beside its controls",
+    "The entries",
+    "Looked at and rejected",
+]
 
 
 def read(folder: Path) -> str:
@@ -50,17 +55,28 @@ def kinds(page: str) -> list[str]:
         ("sweep", ["Quantized: size and damage"]),
         (
             "explain",
-            ["How many entries it takes", "Where the patch points", "What the patch writes", "Where attention goes", "The influence null",
-             "Influence by document", "Influence by class of frequency", "Tokens that change most", "What it writes"],
+            [
+                "How many entries it takes",
+                "Where the patch points",
+                "What the patch writes",
+                "Where attention goes",
+                "The influence null",
+                "Influence by document",
+                "Influence by class of frequency",
+                "Tokens that change most",
+                "What it writes",
+            ],
         ),
     ],
-)  # fmt: skip
+)
 def test_a_section_is_there_if_its_data_are(run_folder: Folder, kind: str, sections: list[str]):
     assert kinds(read(run_folder(result=documents()[kind]))) == sections
 
 
 def test_the_headline_holds_damage_and_recovery_beside_their_controls(run_folder: Folder):
-    page = read(run_folder(demo=documents("patient")["demo"], repair=documents("patient")["repair"]))
+    page = read(
+        run_folder(demo=documents("patient")["demo"], repair=documents("patient")["repair"])
+    )
     head = re.sub(r"<[^>]*>|\s+", " ", page.partition("</header>")[0])
     assert "2 weights in one row are vital to patient" in head
     assert "+0.750 nats" in head
@@ -72,7 +88,9 @@ def test_the_headline_holds_damage_and_recovery_beside_their_controls(run_folder
 def test_none_found_is_a_result(run_folder: Folder):
     find = documents("the model")["find"]
     page = read(run_folder(find={**find, "verdict": "none", "sets": []}))
-    assert headlines(page)[0].startswith("None found: the tallest channel is 12.0 times the median (layer 1)")
+    assert headlines(page)[0].startswith(
+        "None found: the tallest channel is 12.0 times the median (layer 1)"
+    )
     assert "<h1>Nothing that the model cannot live without was found</h1>" in page
 
 
@@ -86,21 +104,31 @@ def test_a_set_that_is_not_vital_is_not_called_so(run_folder: Folder):
 
 def test_a_recovery_without_control_says_so(run_folder: Folder):
     repair = documents()["repair"]
-    assert "no control was run" in headlines(read(run_folder(repair={**repair, "control": None})))[0]
+    assert (
+        "no control was run" in headlines(read(run_folder(repair={**repair, "control": None})))[0]
+    )
 
 
 def test_controls_are_drawn_one_by_one_where_they_are_known(run_folder: Folder):
     find = documents()["find"]
     dots = read(run_folder(find=find)).count('fill="var(--control)"')
     bare = {k: v for k, v in find["sets"][0]["controls"].items() if k != "nats"}
-    assert dots - read(run_folder(find={**find, "sets": [{**find["sets"][0], "controls": bare}]})).count('fill="var(--control)"') == 2 * 18
+    assert (
+        dots
+        - read(run_folder(find={**find, "sets": [{**find["sets"][0], "controls": bare}]})).count(
+            'fill="var(--control)"'
+        )
+        == 2 * 18
+    )
 
 
 @pytest.mark.parametrize(
     ("holds", "says"),
-    [(False, "Not shown to be hit harder than other words of their documents: text (p 0.29)"),
-     (True, "Hit harder than other words of their documents: text (p 0.29)")],
-)  # fmt: skip
+    [
+        (False, "Not shown to be hit harder than other words of their documents: text (p 0.29)"),
+        (True, "Hit harder than other words of their documents: text (p 0.29)"),
+    ],
+)
 def test_a_story_is_told_as_its_test_has_it(run_folder: Folder, holds: bool, says: str):
     explain = documents()["explain"]
     explain["influence"]["groups"][0]["holds"] = holds
@@ -110,13 +138,19 @@ def test_a_story_is_told_as_its_test_has_it(run_folder: Folder, holds: bool, say
 def test_words_that_differ_are_marked(run_folder: Folder):
     page = read(run_folder(demo=documents()["demo"]))
     assert re.findall(r"<mark>(.*?)</mark>", page) == ["c "]
-    assert "Texts that differ from the intact model's: without the set 1 of 1, put back 0 of 1" in headlines(page)
+    assert (
+        "Texts that differ from the intact model's: without the set 1 of 1, put back 0 of 1"
+        in headlines(page)
+    )
 
 
 def test_every_picture_has_its_data_and_a_command(run_folder: Folder):
     page = read(run_folder(**documents("a b")))
     assert len(re.findall("<section>", page)) == len(re.findall("<pre>surgeon ", page))
-    assert "<pre>surgeon find &#39;a b&#39; --text &#39;a b&#39; --window 250 --windows 2</pre>" in page
+    assert (
+        "<pre>surgeon find &#39;a b&#39; --text &#39;a b&#39; --window 250 --windows 2</pre>"
+        in page
+    )
     assert set(re.findall(r'From <a href="\./(\w+)\.json">', page)) == set(documents())
     for section in page.split("<section>")[1:]:
         assert "<svg" not in section or section.count("<table>") >= 1
@@ -141,7 +175,9 @@ def test_a_value_above_the_naive_band_and_within_the_other_is_drawn_so(run_folde
     cells = re.findall(r"<td[^>]*>(.*?)</td>", section)
     assert cells[2:9] == ["1.700", "1.200", "1.300", "1.400", "1.200", "1.500", "1.800"]
     wide = section.partition('class="narrow"')[0]
-    hollow, filled = re.findall(r'<path[^>]*aria-roledescription="bar"[^>]*>|<path[^>]*d="M[^"]*h[^"]*v9h[^"]*"[^>]*>', wide)[:2]
+    hollow, filled = re.findall(
+        r'<path[^>]*aria-roledescription="bar"[^>]*>|<path[^>]*d="M[^"]*h[^"]*v9h[^"]*"[^>]*>', wide
+    )[:2]
     (x,) = re.findall(r'transform="translate\(([\d.]+),[\d.]+\)"[^>]*fill="var\(--broken\)"', wide)
 
     def span(bar: str) -> tuple[float, float]:
@@ -153,22 +189,35 @@ def test_a_value_above_the_naive_band_and_within_the_other_is_drawn_so(run_folde
 
 
 def test_the_tokens_are_counted_in_bins_that_double(run_folder: Folder):
-    folder = run_folder(explain={**documents()["explain"], "command": "surgeon explain M --folder D"})
-    columns = {"token": ["a"] * 10, "kl_broken": [0.0, *[0.3] * 4, *[0.6] * 4, 6.0], "kl_patched": [-1e-9, *[0.01] * 9]}
+    folder = run_folder(
+        explain={**documents()["explain"], "command": "surgeon explain M --folder D"}
+    )
+    columns = {
+        "token": ["a"] * 10,
+        "kl_broken": [0.0, *[0.3] * 4, *[0.6] * 4, 6.0],
+        "kl_patched": [-1e-9, *[0.01] * 9],
+    }
     pyarrow.parquet.write_table(pyarrow.table(columns), folder / "tokens.parquet")
     page = read(folder)
     (section,) = [s for s in page.split("<section>") if "How the KL is spread" in s]
     assert "Half of the 10 tokens are under 0.45 nats broken, 0.01 nats repaired" in section
     assert "the tenth that changes most holds 62% of the KL when broken" in section  # 6.0 of 9.6
     assert "<pre>surgeon explain M --folder D</pre>" in section
-    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", section)[1:]]
+    rows = [
+        re.findall(r"<td[^>]*>(.*?)</td>", row)
+        for row in re.findall(r"<tr>(.*?)</tr>", section)[1:]
+    ]
     assert sum(int(row[2]) for row in rows) == sum(int(row[3]) for row in rows) == 10
     assert [row[2] for row in rows if row[:1] == ["0.250"]] == ["4"]
     assert '<a href="./tokens.parquet">' in page.partition("In this folder")[2]
 
 
-@pytest.mark.parametrize("content", [b"PAR1", b"", {"token": ["a"]}, {"kl_broken": ["a"]}, {"kl_broken": [None]}])
-def test_tokens_that_are_damaged_are_said_so(run_folder: Folder, content: bytes | dict[str, list[object]]):
+@pytest.mark.parametrize(
+    "content", [b"PAR1", b"", {"token": ["a"]}, {"kl_broken": ["a"]}, {"kl_broken": [None]}]
+)
+def test_tokens_that_are_damaged_are_said_so(
+    run_folder: Folder, content: bytes | dict[str, list[object]]
+):
     folder = run_folder(explain=documents()["explain"])
     if isinstance(content, bytes):
         (folder / "tokens.parquet").write_bytes(content)
@@ -178,7 +227,9 @@ def test_tokens_that_are_damaged_are_said_so(run_folder: Folder, content: bytes 
         write_report(folder)
 
 
-def test_without_pyarrow_there_is_no_picture_of_the_tokens(run_folder: Folder, monkeypatch: pytest.MonkeyPatch):
+def test_without_pyarrow_there_is_no_picture_of_the_tokens(
+    run_folder: Folder, monkeypatch: pytest.MonkeyPatch
+):
     folder = run_folder(explain=documents()["explain"])
     (folder / "tokens.parquet").write_bytes(b"damaged")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -201,11 +252,17 @@ def test_the_same_folder_gives_the_same_bytes(run_folder: Folder):
         ("find.json", "[" * 100_000, "damaged"),
         ("other.json", '{"what": 1}', "no result"),
         ("other.json", "[1]", "no result"),
-        ("find.json", '{"verdict": "found", "sets": [{}], "detection": {}, "corpus": {}}', "find.json"),
+        (
+            "find.json",
+            '{"verdict": "found", "sets": [{}], "detection": {}, "corpus": {}}',
+            "find.json",
+        ),
         ("measure.json", '{"nll": "x", "kl_from_base": {}, "generations": []}', "measure.json"),
     ],
 )
-def test_what_cannot_be_shown_is_said_in_a_sentence(tmp_path: Path, name: str, content: str, says: str):
+def test_what_cannot_be_shown_is_said_in_a_sentence(
+    tmp_path: Path, name: str, content: str, says: str
+):
     (tmp_path / name).write_text(content)
     with pytest.raises(BadInput, match=says):
         write_report(tmp_path)

@@ -21,7 +21,9 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Callable[[str], Any]:
-    """The plan of a text; if that begins with something else than models, with the patient on a short text put before it."""
+    """The plan of a text; if that begins with something else than models, with the patient on a
+    short text put before it.
+    """
     (tmp_path / "story.txt").write_text("\n".join(heldout_text().splitlines()[:40]))
 
     def read(text: str) -> Any:

@@ -1,4 +1,6 @@
-"""The Ray engine on a real cluster of two nodes on the loopback: a worker is killed, then a whole node, in the middle of a sweep."""
+"""The Ray engine on a real cluster of two nodes on the loopback: a worker is killed, then a whole
+node, in the middle of a sweep.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +22,35 @@ from surgeon.errors import BadInput, MissingExtra
 from surgeon.sweep import query
 from surgeon.sweep.cluster import RayCrew
 
-NINE = "seeds: [0, 1, 2]\noperations:\n  - {name: count, params: {seconds: 1.0}, grid: {value: [1, 2, 3]}}\n"
+NINE = (
+    "seeds: [0, 1, 2]\noperations:\n  - {name: count, params: {seconds: 1.0}, grid: {value: [1, 2,"
+    " 3]}}\n"
+)
 ALL = [f"{value}.{seed}" for value in (1, 2, 3) for seed in (0, 1, 2)]
 
 
 @pytest.fixture
 def cluster(log: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A head without CPUs, and two nodes of one, on the loopback alone."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(str(Path(__file__).parents[n] / d) for n, d in ((1, "."), (2, "src"))))
-    settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "OMP_NUM_THREADS": "1"}
-    # whether Ray asks for a token would else depend on what was run on this machine before; nobody else reaches the loopback
+    monkeypatch.setenv(
+        "PYTHONPATH",
+        os.pathsep.join(str(Path(__file__).parents[n] / d) for n, d in ((1, "."), (2, "src"))),
+    )
+    settings = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    # whether Ray asks for a token would else depend on what was run on this machine before; nobody
+    # else reaches the loopback
     for name, value in {**settings, "RAY_AUTH_MODE": "disabled"}.items():
         monkeypatch.setenv(name, value)
     from ray.cluster_utils import Cluster
 
     node = {"node_ip_address": "127.0.0.1", "object_store_memory": 80 * 2**20}
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **node})
+    made = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **node}
+    )
     try:
         made.two = [made.add_node(num_cpus=1, **node) for _ in range(2)]
         yield made
@@ -70,8 +85,12 @@ def test_a_worker_and_a_node_lost_in_the_middle(sweep: Any, cluster: Any) -> Non
     assert lost == ["worker", "node"]
     assert (summary.done, summary.failures) == (9, [])
     assert finished() == sorted(ALL)  # nothing lost, nothing done twice
-    assert query(store, "SELECT count(*), count(DISTINCT task), sum(answer) FROM results").rows == [(9, 9, 189)]
-    assert len({w[0] for w in read_log()}) >= 2  # the one that was killed, and at least one that went on
+    assert query(store, "SELECT count(*), count(DISTINCT task), sum(answer) FROM results").rows == [
+        (9, 9, 189)
+    ]
+    assert (
+        len({w[0] for w in read_log()}) >= 2
+    )  # the one that was killed, and at least one that went on
     again, _ = sweep(NINE, lambda _: pytest.fail("a crew was hired"))
     assert again.before == 9
 

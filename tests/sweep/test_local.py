@@ -16,7 +16,10 @@ from sweep_work import finished, read_log
 from surgeon.sweep import query
 from surgeon.sweep.local import LocalCrew, cores
 
-SIX = "seeds: [0, 1]\noperations:\n  - {name: count, params: {seconds: 0.3}, grid: {value: [1, 2, 3]}}\n"
+SIX = (
+    "seeds: [0, 1]\noperations:\n  - {name: count, params: {seconds: 0.3}, grid: {value: [1, 2,"
+    " 3]}}\n"
+)
 
 
 def kill_one_at_work(by: int = signal.SIGKILL, after: int = 2) -> threading.Thread:
@@ -42,21 +45,35 @@ def test_a_worker_killed_in_the_middle(sweep: Any) -> None:
     summary, store = sweep(SIX, partial(LocalCrew, "sweep_work", workers=2, threads=1))
     killer.join()
     assert (summary.done, summary.failures) == (6, [])
-    assert finished() == ["1.0", "1.1", "2.0", "2.1", "3.0", "3.1"]  # nothing lost, nothing done twice
+    assert finished() == [
+        "1.0",
+        "1.1",
+        "2.0",
+        "2.1",
+        "3.0",
+        "3.1",
+    ]  # nothing lost, nothing done twice
     assert len([w for w in read_log() if w[1] == "start"]) == 7  # one was begun again
     assert query(store, "SELECT sum(answer) FROM results").rows == [(123,)]
 
 
 @pytest.mark.slow
 def test_a_task_that_kills_its_workers(sweep: Any, tmp_path: Path) -> None:
-    plan = f"operations:\n  - {{name: until, params: {{file: {tmp_path}/flag, how: dies}}}}\n  - {{name: count, params: {{value: 1}}}}\n"
+    plan = (
+        f"operations:\n  - {{name: until, params: {{file: {tmp_path}/flag, how: dies}}}}\n  -"
+        " {name: count, params: {value: 1}}\n"
+    )
     summary, _ = sweep(plan, partial(LocalCrew, "sweep_work", workers=1))
     assert summary.done == 1
-    assert summary.failures[0].error.endswith("its process was ended by SIGKILL, perhaps for want of memory.")
+    assert summary.failures[0].error.endswith(
+        "its process was ended by SIGKILL, perhaps for want of memory."
+    )
 
 
 def test_the_size_of_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No more workers than tasks, no more threads than cores, unless it is asked for; what the environment sets holds."""
+    """No more workers than tasks, no more threads than cores, unless it is asked for; what the
+    environment sets holds.
+    """
     monkeypatch.setattr("surgeon.sweep.local.cores", lambda: 16)
     monkeypatch.setattr("torch.get_num_threads", lambda: 16)
 

@@ -1,4 +1,6 @@
-"""A plan is checked to the last parameter before anything runs, and the id of a task is its content."""
+"""A plan is checked to the last parameter before anything runs, and the id of a task is its
+content.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,12 @@ def test_the_product(plan: Any) -> None:
     )
     seen = [(t.operation, t.params.get("value"), t.params.get("seconds"), t.seed) for t in tasks]
     assert seen == [
-        *[("count", value, seconds, seed) for value in (1, 2) for seconds in (0.0, 0.5) for seed in (3, 4)],
+        *[
+            ("count", value, seconds, seed)
+            for value in (1, 2)
+            for seconds in (0.0, 0.5)
+            for seed in (3, 4)
+        ],
         ("until", None, None, None),  # nothing random in it: once
     ]
     assert tasks[0].params == {"value": 1, "seconds": 0.0, "names": ["a", "b"], "file": None}
@@ -42,12 +49,16 @@ def test_the_product(plan: Any) -> None:
 def test_an_id_is_the_content(plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [base] = ids(plan, COUNT)
     # what is written out, where things lie and on which device they run change nothing
-    assert ids(plan, "operations:\n  - {name: count, params: {seconds: 0, value: 1, names: []}}\n") == [base]
+    assert ids(
+        plan, "operations:\n  - {name: count, params: {seconds: 0, value: 1, names: []}}\n"
+    ) == [base]
     shutil.copy(tmp_path / "story.txt", tmp_path / "again.txt")
     twice = HEAD.replace("story.txt", f"[story.txt, {tmp_path}/again.txt]")
     assert ids(plan, f"{twice}device: cpu\nseeds: [0, 0]\n{COUNT}") == [base]
     shutil.copytree(locate("patient"), tmp_path / "copy")
-    assert ids(plan, HEAD.replace("text: story.txt\n", "") + COUNT) == [base]  # the story is how the held-out text begins
+    assert ids(plan, HEAD.replace("text: story.txt\n", "") + COUNT) == [
+        base
+    ]  # the story is how the held-out text begins
     assert ids(plan, COPY + COUNT) == [base]  # the copy is looked for beside the plan
     # and everything that decides the result changes it
     others = [
@@ -80,7 +91,9 @@ def test_files_count_by_what_they_hold(plan: Any, tmp_path: Path) -> None:
     two.write_text("b")
     assert len(ids(plan, text)) == 2
     one.unlink()
-    with pytest.raises(BadInput, match=r"operation 1: the file .*one of paths cannot be read: No such file"):
+    with pytest.raises(
+        BadInput, match=r"operation 1: the file .*one of paths cannot be read: No such file"
+    ):
         plan(text)
 
 
@@ -90,8 +103,17 @@ def test_files_count_by_what_they_hold(plan: Any, tmp_path: Path) -> None:
         ("- 1", "is not a plan: it should be a mapping with models and operations"),
         ("models: [patient]", "is not a plan"),
         ("{", "is not YAML"),
-        (HEAD + "seed: [1]\n" + COUNT, "seed is not a key of a plan; did you mean seeds? It can be bos, "),
-        (HEAD + "operations: []", "operations should be a list with at least one item; it is [], so there would be nothing to run"),
+        (
+            HEAD + "seed: [1]\n" + COUNT,
+            "seed is not a key of a plan; did you mean seeds? It can be bos, ",
+        ),
+        (
+            HEAD + "operations: []",
+            (
+                "operations should be a list with at least one item; it is [], so there would be"
+                " nothing to run"
+            ),
+        ),
         (HEAD.replace("[patient]", "[]") + COUNT, "models should be a list with at least one item"),
         (HEAD.replace("[patient]", "[1]") + COUNT, "a model is 1; it should be text"),
         (HEAD + "seeds: []\n" + COUNT, "seeds should be a list"),
@@ -99,20 +121,62 @@ def test_files_count_by_what_they_hold(plan: Any, tmp_path: Path) -> None:
         (HEAD + "seeds: [true]\n" + COUNT, "a seed is True; it should be a whole number"),
         (HEAD + "dtype: float3\n" + COUNT, "dtype float3 is not known; use auto, float32"),
         (HEAD + "bos: maybe\n" + COUNT, "bos maybe is not known"),
-        (HEAD + "operations: [conut]", "operation 1: conut is not an operation; did you mean count? It can be count, files, until"),
-        (HEAD + "operations: [3]", "operation 1, should be a name, or a mapping with name, params and grid; it is 3"),
-        (HEAD + "operations: [{name: count, parms: {}}]", "parms is not a key of an operation; did you mean params?"),
-        (HEAD + "operations: [{name: count, params: {valu: 1}}]", "valu is not a parameter of count; did you mean value?"),
-        (HEAD + "operations: [{name: count, params: [1]}]", "params should be a mapping of parameters; it is [1]"),
-        (HEAD + "operations: [{name: count, grid: {value: []}}]", "the grid's value should be a list with at least one item"),
-        (HEAD + "operations: [{name: count, grid: {value: 3}}]", "the grid's value should be a list with at least one item; it is 3"),
-        (HEAD + "operations: [{name: count, grid: {value: [1]}, params: {value: 1}}]", "value is in params and in grid"),
-        (HEAD + "operations: [{name: count, params: {value: 1.5}}]", "value is 1.5; it should be a whole number."),
-        (HEAD + "operations: [{name: count, params: {value: 1, seconds: x}}]", "seconds is 'x'; it should be a number."),
-        (HEAD + "operations: [{name: count, params: {value: 1, names: x}}]", "names is 'x'; it should be a list."),
-        (HEAD + "operations: [{name: count, params: {value: 1, file: 2}}]", "file is 2; it should be text or null."),
+        (
+            HEAD + "operations: [conut]",
+            (
+                "operation 1: conut is not an operation; did you mean count? It can be count,"
+                " files, until"
+            ),
+        ),
+        (
+            HEAD + "operations: [3]",
+            "operation 1, should be a name, or a mapping with name, params and grid; it is 3",
+        ),
+        (
+            HEAD + "operations: [{name: count, parms: {}}]",
+            "parms is not a key of an operation; did you mean params?",
+        ),
+        (
+            HEAD + "operations: [{name: count, params: {valu: 1}}]",
+            "valu is not a parameter of count; did you mean value?",
+        ),
+        (
+            HEAD + "operations: [{name: count, params: [1]}]",
+            "params should be a mapping of parameters; it is [1]",
+        ),
+        (
+            HEAD + "operations: [{name: count, grid: {value: []}}]",
+            "the grid's value should be a list with at least one item",
+        ),
+        (
+            HEAD + "operations: [{name: count, grid: {value: 3}}]",
+            "the grid's value should be a list with at least one item; it is 3",
+        ),
+        (
+            HEAD + "operations: [{name: count, grid: {value: [1]}, params: {value: 1}}]",
+            "value is in params and in grid",
+        ),
+        (
+            HEAD + "operations: [{name: count, params: {value: 1.5}}]",
+            "value is 1.5; it should be a whole number.",
+        ),
+        (
+            HEAD + "operations: [{name: count, params: {value: 1, seconds: x}}]",
+            "seconds is 'x'; it should be a number.",
+        ),
+        (
+            HEAD + "operations: [{name: count, params: {value: 1, names: x}}]",
+            "names is 'x'; it should be a list.",
+        ),
+        (
+            HEAD + "operations: [{name: count, params: {value: 1, file: 2}}]",
+            "file is 2; it should be text or null.",
+        ),
         (HEAD + "operations: [count]", "operation 1 (count) needs the parameter value."),
-        (HEAD + "operations: [{name: count, params: {value: -1}}]", "operation 1 (count): a value of -1 cannot be counted."),
+        (
+            HEAD + "operations: [{name: count, params: {value: -1}}]",
+            "operation 1 (count): a value of -1 cannot be counted.",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_named(plan: Any, text: str, said: str) -> None:
@@ -129,5 +193,7 @@ def test_models_and_texts_are_looked_at_before_the_sweep(plan: Any, tmp_path: Pa
         expand(plan(f"models: [empty]\n{COUNT}"))
     with pytest.raises(BadText, match=r"missing\.txt cannot be read"):
         expand(plan(HEAD.replace("story", "missing") + COUNT))
-    with pytest.raises(BadInput, match=r"a window of 100000 is longer than the \d+ positions that patient reads"):
+    with pytest.raises(
+        BadInput, match=r"a window of 100000 is longer than the \d+ positions that patient reads"
+    ):
         expand(plan(HEAD.replace("64", "100000") + COUNT))

@@ -25,7 +25,9 @@ def inline(workers: int) -> Any:
 
 
 class Clumsy(InlineCrew):
-    """Loses its worker at given tasks, each as often as it says, before or after the work is done."""
+    """Loses its worker at given tasks, each as often as it says, before or after the work is
+    done.
+    """
 
     losses: dict[int, int]
 
@@ -48,7 +50,9 @@ def clumsy(workers: int, **losses: int) -> Any:
 
 
 def test_a_model_is_opened_once_by_a_worker(sweep: Any, tmp_path: Path) -> None:
-    """Two models, tasks of both in one plan, one worker and two: as many openings as there are models."""
+    """Two models, tasks of both in one plan, one worker and two: as many openings as there are
+    models.
+    """
     shutil.copytree(locate("patient"), tmp_path / "other")
     config = tmp_path / "other" / "config.json"
     config.write_text(config.read_text() + "\n")
@@ -66,7 +70,10 @@ def test_resume_does_what_is_missing(sweep: Any) -> None:
     assert (first.before, first.done) == (0, 2)
     second, store = sweep("operations: [{name: count, grid: {value: [1, 2, 3]}}]", inline(2))
     assert (second.tasks, second.before, second.done) == (3, 2, 1)
-    third, _ = sweep("operations: [{name: count, grid: {value: [1, 2, 3]}}]", lambda _: pytest.fail("a crew was hired"))
+    third, _ = sweep(
+        "operations: [{name: count, grid: {value: [1, 2, 3]}}]",
+        lambda _: pytest.fail("a crew was hired"),
+    )
     assert (third.before, third.done) == (3, 0)
     assert finished() == ["1.0", "2.0", "3.0"]
     assert query(store, "SELECT answer FROM results ORDER BY 1").rows == [(10,), (20,), (30,)]
@@ -74,10 +81,14 @@ def test_resume_does_what_is_missing(sweep: Any) -> None:
 
 def test_failures_are_recorded_and_tried_again(sweep: Any, tmp_path: Path) -> None:
     plan = "operations:\n" + "".join(
-        f"  - {{name: until, params: {{file: {tmp_path}/flag, how: {how}}}}}\n" for how in ("refuses", "breaks")
+        f"  - {{name: until, params: {{file: {tmp_path}/flag, how: {how}}}}}\n"
+        for how in ("refuses", "breaks")
     )
     summary, store = sweep(plan + "  - {name: count, params: {value: 1}}\n", inline(1))
-    assert (summary.done, [f.error for f in summary.failures]) == (1, ["the file is not there.", "ZeroDivisionError: nothing to divide by"])
+    assert (summary.done, [f.error for f in summary.failures]) == (
+        1,
+        ["the file is not there.", "ZeroDivisionError: nothing to divide by"],
+    )
     refused, broken = (json.loads(store.error(f.task.id).read_text()) for f in summary.failures)
     assert refused["details"] is None
     assert "Traceback" in broken["details"]
@@ -97,14 +108,20 @@ def test_a_task_that_kills_its_workers_is_given_up(sweep: Any) -> None:
     summary, _ = sweep(FOUR, clumsy(2, v2=100))
     assert summary.done == 2
     assert {f.task.params["value"] for f in summary.failures} == {2}
-    assert "the worker died 3 times at this task, the last time because it fell." in summary.failures[0].error
+    assert (
+        "the worker died 3 times at this task, the last time because it fell."
+        in summary.failures[0].error
+    )
     assert finished() == ["1.0", "1.1"]
 
 
 class Stillborn(InlineCrew):
     def hire(self) -> int:
         worker = super().hire()
-        self.events = deque(Event("lost", e.worker, "there is no surgeon.") if e.worker == worker else e for e in self.events)
+        self.events = deque(
+            Event("lost", e.worker, "there is no surgeon.") if e.worker == worker else e
+            for e in self.events
+        )
         return worker
 
 
@@ -135,11 +152,16 @@ def test_an_interrupt_keeps_what_is_done(sweep: Any) -> None:
 
 
 def test_what_changed_since_the_plan_was_made(sweep: Any, plan: Any, tmp_path: Path) -> None:
-    """A worker that meets other weights, or another text, than were hashed says so instead of computing."""
+    """A worker that meets other weights, or another text, than were hashed says so instead of
+    computing.
+    """
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a little girl. " * 60)
     shutil.copytree(locate("patient"), tmp_path / "copy")
-    source = "models: [copy]\nwindow: 64\ntext: text.txt\noperations: [{name: count, grid: {value: [1, 2]}}]"
+    source = (
+        "models: [copy]\nwindow: 64\ntext: text.txt\noperations: [{name: count, grid: {value: [1,"
+        " 2]}}]"
+    )
 
     def changing(path: Path, content: str) -> Any:
         """A crew that comes when the file has just been written."""
@@ -152,16 +174,21 @@ def test_what_changed_since_the_plan_was_made(sweep: Any, plan: Any, tmp_path: P
 
     summary, _ = sweep(source, changing(text, "Once upon a time there was a little boy. " * 60))
     assert {f.error for f in summary.failures} == {
-        "the text text.txt, or the tokenizer of copy, changed after the sweep was planned; run it again."
+        "the text text.txt, or the tokenizer of copy, changed after the sweep was planned; run it"
+        " again."
     }
     config = tmp_path / "copy" / "config.json"
     summary, _ = sweep(source, changing(config, config.read_text() + "\n"))
-    assert {f.error for f in summary.failures} == {"the weights of copy changed after the sweep was planned; run it again."}
+    assert {f.error for f in summary.failures} == {
+        "the weights of copy changed after the sweep was planned; run it again."
+    }
     assert finished() == []
 
 
 def test_a_worker_of_another_release_refuses(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A task that was planned under other rules would be filed as if it had been done under those."""
+    """A task that was planned under other rules would be filed as if it had been done under
+    those.
+    """
     job = json.dumps(expand(plan(FOUR))[0].to_json())
     monkeypatch.setattr("surgeon.sweep.task.version", lambda _: "another")
     assert "another release of Surgeon" in json.loads(Worker("sweep_work", 1).run(job))["error"]

@@ -13,7 +13,10 @@ import pytest
 from surgeon.errors import BadInput, MissingExtra, SurgeonError
 from surgeon.sweep import Store, averages, expand, query
 
-PLAN = "seeds: [0, 1]\noperations:\n  - {name: count, grid: {value: [1, 2]}}\n  - {name: until, params: {file: x}}\n"
+PLAN = (
+    "seeds: [0, 1]\noperations:\n  - {name: count, grid: {value: [1, 2]}}\n  - {name: until,"
+    " params: {file: x}}\n"
+)
 
 
 def test_results_and_errors(plan: Any, tmp_path: Path) -> None:
@@ -29,17 +32,27 @@ def test_results_and_errors(plan: Any, tmp_path: Path) -> None:
     assert not store.error(first.id).exists()
     table = pyarrow.parquet.read_table(store.result(first.id))
     rows = table.to_pylist()
-    assert [(r["x"], r["w"], r["value"], r["seed"], r["task"]) for r in rows] == [(1, None, 1, 0, first.id), (2, "a", 1, 0, first.id)]
+    assert [(r["x"], r["w"], r["value"], r["seed"], r["task"]) for r in rows] == [
+        (1, None, 1, 0, first.id),
+        (2, "a", 1, 0, first.id),
+    ]
     assert "y" not in rows[0]
     assert json.loads(table.schema.metadata[b"surgeon"]) == first.to_json()
     assert store.tasks() == tasks
     before = store.result(first.id).read_bytes()
     store.keep(first, [{"x": 1, "y": None, "z": float("nan")}, {"x": 2, "y": None, "w": "a"}])
     assert store.result(first.id).read_bytes() == before  # the same result, the same bytes
-    assert {p.name for p in store.folder.iterdir()} == {"manifest.json", "results", "errors", ".lock"}
+    assert {p.name for p in store.folder.iterdir()} == {
+        "manifest.json",
+        "results",
+        "errors",
+        ".lock",
+    }
 
 
-def test_half_a_file_is_never_a_result(plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_a_file_is_never_a_result(
+    plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tasks, store = expand(plan(PLAN)), Store(tmp_path / "results")
 
     def dies_while_writing(table: Any, path: Path) -> None:
@@ -57,7 +70,11 @@ def test_half_a_file_is_never_a_result(plan: Any, tmp_path: Path, monkeypatch: p
 
 def test_one_writer(plan: Any, tmp_path: Path) -> None:
     tasks, store = expand(plan(PLAN)), Store(tmp_path / "results")
-    with store.writing({}, tasks), pytest.raises(SurgeonError, match="another sweep is writing"), Store(store.folder).writing({}, tasks):
+    with (
+        store.writing({}, tasks),
+        pytest.raises(SurgeonError, match="another sweep is writing"),
+        Store(store.folder).writing({}, tasks),
+    ):
         pass
     with store.writing({}, tasks):  # and when the first is over, the next may
         pass
@@ -67,7 +84,10 @@ def test_folders_that_are_not_ours(plan: Any, tmp_path: Path) -> None:
     tasks = expand(plan(PLAN))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
-    for name, said in (("other", "is no folder of a sweep and is not empty"), ("plan.yaml", "cannot make the folder")):
+    for name, said in (
+        ("other", "is no folder of a sweep and is not empty"),
+        ("plan.yaml", "cannot make the folder"),
+    ):
         with pytest.raises(BadInput, match=said), Store(tmp_path / name).writing({}, tasks):
             pass
     assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.tex"]
@@ -97,7 +117,13 @@ def filled(plan: Any, tmp_path: Path) -> Store:
 def test_a_query_sees_all_rows_and_nothing_else(filled: Store, tmp_path: Path) -> None:
     found = query(filled, "SELECT value, seed, answer, note FROM results ORDER BY answer")
     assert found.columns == ["value", "seed", "answer", "note"]
-    assert found.rows == [(1, 0, 0.0, None), (1, 1, 10.0, None), (2, 0, 20.0, None), (2, 1, 30.0, None), (None, None, None, "it's")]
+    assert found.rows == [
+        (1, 0, 0.0, None),
+        (1, 1, 10.0, None),
+        (2, 0, 20.0, None),
+        (2, 1, 30.0, None),
+        (None, None, None, "it's"),
+    ]
     secret = tmp_path / "secret.csv"
     secret.write_text("a\n1\n")
     for sql in (
@@ -118,7 +144,17 @@ def test_a_query_sees_all_rows_and_nothing_else(filled: Store, tmp_path: Path) -
 
 def test_averages_beside_plain_arithmetic(filled: Store) -> None:
     found = averages(filled, ["operation", "value"])
-    assert found.columns == ["operation", "value", "n", "answer", "answer_sd", "vital", "vital_sd", "layer", "layer_sd"]
+    assert found.columns == [
+        "operation",
+        "value",
+        "n",
+        "answer",
+        "answer_sd",
+        "vital",
+        "vital_sd",
+        "layer",
+        "layer_sd",
+    ]
     assert found.rows == [
         ("count", 1, 2, 5.0, pytest.approx(50**0.5), 0.0, 0.0, 3.0, 0.0),
         ("count", 2, 2, 25.0, pytest.approx(50**0.5), 1.0, 0.0, 3.0, 0.0),

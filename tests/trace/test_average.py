@@ -30,7 +30,18 @@ def test_the_average_is_that_of_the_single_traces(patient: Patient) -> None:
     average = trace_facts(anatomy, tokenizer, FACTS, CONFIG)
     known = [FACTS[0], FACTS[2], FACTS[4]]
     assert (len(average.clean), average.skipped) == (3, 2)
-    singles = [trace(anatomy, tokenizer, f.prompt, f.subject, CONFIG, f.true, spread=Spread(average.sigma / 3, "")) for f in known]
+    singles = [
+        trace(
+            anatomy,
+            tokenizer,
+            f.prompt,
+            f.subject,
+            CONFIG,
+            f.true,
+            spread=Spread(average.sigma / 3, ""),
+        )
+        for f in known
+    ]
     assert average.clean.tolist() == pytest.approx([t.clean for t in singles])
     assert average.corrupt.tolist() == pytest.approx([float(t.corrupt.mean()) for t in singles])
     for kind in ("state", "mlp", "attn", "severed"):
@@ -38,8 +49,14 @@ def test_the_average_is_that_of_the_single_traces(patient: Patient) -> None:
             effects = [t.mean(kind)[layer] - t.corrupt.mean() for t in singles]
             by_hand = {
                 "first subject token": [float(effects[2][singles[2].prompt.start])],
-                "middle subject tokens": [float(effects[2][singles[2].prompt.start + 1 : singles[2].prompt.stop - 1].mean())],
-                "last subject token": [float(e[t.prompt.last]) for e, t in zip(effects, singles, strict=True)],
+                "middle subject tokens": [
+                    float(
+                        effects[2][singles[2].prompt.start + 1 : singles[2].prompt.stop - 1].mean()
+                    )
+                ],
+                "last subject token": [
+                    float(e[t.prompt.last]) for e, t in zip(effects, singles, strict=True)
+                ],
                 "first token after": [float(effects[2][singles[2].prompt.stop])],
                 "last token": [float(e[-1]) for e in effects],
             }
@@ -58,12 +75,20 @@ def test_the_average_is_that_of_the_single_traces(patient: Patient) -> None:
 def test_the_noise_is_scaled_by_the_subjects_that_are_traced(patient: Patient) -> None:
     anatomy, tokenizer = patient
     embed = anatomy.model.get_input_embeddings()
-    ids = [i for f in (FACTS[0], FACTS[2]) for i in tokenizer(f" {f.subject}", add_special_tokens=False).input_ids]
+    ids = [
+        i
+        for f in (FACTS[0], FACTS[2])
+        for i in tokenizer(f" {f.subject}", add_special_tokens=False).input_ids
+    ]
     average = trace_facts(anatomy, tokenizer, FACTS[:4], CONFIG)
-    assert average.sigma == pytest.approx(3 * float(embed(torch.tensor(ids)).double().std(correction=0)), rel=1e-6)
+    assert average.sigma == pytest.approx(
+        3 * float(embed(torch.tensor(ids)).double().std(correction=0)), rel=1e-6
+    )
     assert average.sigma_of == "the tokens of 2 subjects"
     # one subject says too little about a spread, so all tokens do
-    assert trace_facts(anatomy, tokenizer, FACTS[:1], CONFIG).sigma == pytest.approx(3 * float(embed.weight.double().std(correction=0)))
+    assert trace_facts(anatomy, tokenizer, FACTS[:1], CONFIG).sigma == pytest.approx(
+        3 * float(embed.weight.double().std(correction=0))
+    )
 
 
 def test_the_prior_is_the_mlp_effect_at_the_last_subject_token(patient: Patient) -> None:
@@ -77,14 +102,27 @@ def test_the_prior_is_the_mlp_effect_at_the_last_subject_token(patient: Patient)
     one = trace(anatomy, tokenizer, "The capital of France is", "France", CONFIG)
     best, effect, (low, high) = suggest_prior(one)[0]
     assert best == 0
-    assert effect == pytest.approx(float((one.effects["mlp"][0, one.prompt.last] - one.corrupt).mean()), abs=1e-6)
+    assert effect == pytest.approx(
+        float((one.effects["mlp"][0, one.prompt.last] - one.corrupt).mean()), abs=1e-6
+    )
     assert low <= effect <= high
     with pytest.raises(BadInput, match="restored no MLP"):
-        suggest_prior(trace(anatomy, tokenizer, "The capital of France is", "France", TraceConfig(samples=1, kinds=("state",))))
+        suggest_prior(
+            trace(
+                anatomy,
+                tokenizer,
+                "The capital of France is",
+                "France",
+                TraceConfig(samples=1, kinds=("state",)),
+            )
+        )
 
 
 def test_facts_that_cannot_be_averaged(patient: Patient) -> None:
-    with pytest.raises(SurgeonError, match="of 2 facts the model answers none as their file does, and 1 have no true answer"):
+    with pytest.raises(
+        SurgeonError,
+        match="of 2 facts the model answers none as their file does, and 1 have no true answer",
+    ):
         trace_facts(*patient, [FACTS[1], FACTS[3]], CONFIG)
     with pytest.raises(BadInput, match="one subject only"):
         trace_facts(*patient, FACTS, TraceConfig(replace="Spain"))

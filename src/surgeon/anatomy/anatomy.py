@@ -1,4 +1,6 @@
-"""The map of one model: its layers, its sites, their orientation and sizes; found by table, then by structure, then proved."""
+"""The map of one model: its layers, its sites, their orientation and sizes; found by table, then by
+structure, then proved.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from .view import Packing, Rows, WeightView
 
 @dataclass(frozen=True)
 class Address:
-    """Where a site lives: the parameter's full name, the module that owns it, and how it is packed."""
+    """Where a site lives: the parameter's full name, the module that owns it, and how it is
+    packed.
+    """
 
     parameter: str
     module: str
@@ -45,13 +49,20 @@ class Anatomy:
 
     @classmethod
     def of(cls, model: nn.Module, layout: Layout | None = None) -> Anatomy:
-        """Find the sites of `model`. Raises: UnknownArchitecture, which lists the nearest module names."""
+        """Find the sites of `model`.
+
+        Raises: UnknownArchitecture, which lists the nearest module names.
+        """
         if layout is not None:
             return cls(model, layout, "user")
         known = TABLE.get(getattr(text_config(model), "model_type", ""))
         if known is not None:
             return cls(model, known, "table")
-        return cls(model, layout_by_structure(model, getattr(text_config(model), "num_hidden_layers", None)), "structure")
+        return cls(
+            model,
+            layout_by_structure(model, getattr(text_config(model), "num_hidden_layers", None)),
+            "structure",
+        )
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -65,13 +76,19 @@ class Anatomy:
 
     def downs(self, layer: int | None = None) -> list[Site]:
         """The `mlp.down` sites, of one layer or of all, experts included, in order."""
-        return [s for s in self.addresses if s.role == "mlp.down" and (layer is None or s.layer == layer)]
+        return [
+            s
+            for s in self.addresses
+            if s.role == "mlp.down" and (layer is None or s.layer == layer)
+        ]
 
     def has_experts(self, layer: int) -> bool:
         return any(s.expert is not None for s in self.downs(layer))
 
     def module(self, site: Site) -> nn.Module:
-        """The module that owns the site's parameter; for fused experts the module that holds all of them."""
+        """The module that owns the site's parameter; for fused experts the module that holds all of
+        them.
+        """
         return self.model.get_submodule(self.addresses[self.resolve(site)].module)
 
     def resolve(self, site: Site | str) -> Site:
@@ -81,10 +98,15 @@ class Anatomy:
             return wanted
         n = len(self.layers)
         if wanted.layer is not None and wanted.layer >= n:
-            raise UnknownSite(f"{wanted} does not exist: this model has {n} layers, L0 to L{n - 1}.")
+            raise UnknownSite(
+                f"{wanted} does not exist: this model has {n} layers, L0 to L{n - 1}."
+            )
         names = [str(s) for s in self.addresses]
         near = difflib.get_close_matches(str(wanted), names, n=4, cutoff=0.3) or names[:4]
-        raise UnknownSite(f"{wanted} does not exist in this model; the nearest sites are {', '.join(near)}. `surgeon sites` lists all.")
+        raise UnknownSite(
+            f"{wanted} does not exist in this model; the nearest sites are {', '.join(near)}."
+            " `surgeon sites` lists all."
+        )
 
     def region(self, text: str) -> Region:
         """Parse an address and check it against this model. Raises: BadInput, UnknownSite."""
@@ -100,7 +122,9 @@ class Anatomy:
         return WeightView(site, self.model.get_parameter(address.parameter), address.packing)
 
     def holding(self, layer: int) -> AbstractContextManager[None]:
-        """Within the block the weights of that layer are in memory, where they are always unless the model is streamed."""
+        """Within the block the weights of that layer are in memory, where they are always unless
+        the model is streamed.
+        """
         return nullcontext()
 
     def tied_to(self, site: Site) -> list[Site]:
@@ -110,18 +134,27 @@ class Anatomy:
         return [
             other
             for other, address in self.addresses.items()
-            if other != site and address.module != mine.module and self.model.get_parameter(address.parameter) is stored
+            if other != site
+            and address.module != mine.module
+            and self.model.get_parameter(address.parameter) is stored
         ]
 
-    # -- how the map is drawn ---------------------------------------------------------------------------------------
+    # -- how the map is drawn ------------------------------------------------------------------
 
     def _walk(self) -> Iterator[tuple[Site, Address]]:
         model = self.model
-        for role, module in (("embed", _call(model, "get_input_embeddings")), ("unembed", _call(model, "get_output_embeddings"))):
+        for role, module in (
+            ("embed", _call(model, "get_input_embeddings")),
+            ("unembed", _call(model, "get_output_embeddings")),
+        ):
             if module is not None and getattr(module, "weight", None) is not None:
                 path = _path_of(model, module)
-                # a lookup table is stored (token, channel), so its rows are inputs; an output head is a Linear
-                yield Site(None, role), Address(f"{path}.weight", path, Packing(transposed=role == "embed"))
+                # a lookup table is stored (token, channel), so its rows are inputs; an output head
+                # is a Linear
+                yield (
+                    Site(None, role),
+                    Address(f"{path}.weight", path, Packing(transposed=role == "embed")),
+                )
         for index, layer in enumerate(self.layers):
             yield from self._walk_layer(index, layer)
         norm = self._final_norm()
@@ -140,7 +173,12 @@ class Anatomy:
             transposed = isinstance(module, Conv1D) or path in self.layout.transposed
             rows = _rows(part, weight.shape[1 if transposed else 0], self.config)
             found = found or role == "mlp.down"
-            yield Site(index, role), Address(f"{prefix}.{path}.weight", f"{prefix}.{path}", Packing(None, transposed, rows))
+            yield (
+                Site(index, role),
+                Address(
+                    f"{prefix}.{path}.weight", f"{prefix}.{path}", Packing(None, transposed, rows)
+                ),
+            )
         for role, location in (self.layout.experts or {}).items():
             path, _, part = location.partition("/")
             owner, _, name = path.rpartition(".")
@@ -152,17 +190,26 @@ class Anatomy:
             rows = _rows(part, fused.shape[2 if transposed else 1], self.config)
             found = found or role == "mlp.down"
             for expert in range(fused.shape[0]):
-                yield Site(index, role, expert), Address(f"{prefix}.{path}", f"{prefix}.{owner}", Packing(expert, transposed, rows))
+                yield (
+                    Site(index, role, expert),
+                    Address(
+                        f"{prefix}.{path}", f"{prefix}.{owner}", Packing(expert, transposed, rows)
+                    ),
+                )
         if not found:
             raise UnknownArchitecture(
-                f"layer {index} of this {type(self.model).__name__} has no MLP output projection where the layout says "
-                f"({self.layout.roles.get('mlp.down') or self.layout.experts}); its modules are {_names(layer)}. "
-                "Pass a Layout of your own to Anatomy.of."
+                f"layer {index} of this {type(self.model).__name__} has no MLP output projection"
+                " where the layout says"
+                f" ({self.layout.roles.get('mlp.down') or self.layout.experts}); its modules are"
+                f" {_names(layer)}. Pass a Layout of your own to Anatomy.of."
             )
         for name, module in layer.named_modules():
             weight = getattr(module, "weight", None)
             if isinstance(weight, Tensor) and weight.dim() == 1:
-                yield Site(index, f"norm.{name}"), Address(f"{prefix}.{name}.weight", f"{prefix}.{name}", Packing())
+                yield (
+                    Site(index, f"norm.{name}"),
+                    Address(f"{prefix}.{name}.weight", f"{prefix}.{name}", Packing()),
+                )
 
     def _final_norm(self) -> str | None:
         parent = self.layers_path.rpartition(".")[0]
@@ -174,13 +221,17 @@ class Anatomy:
 
 
 def text_config(model: nn.Module) -> Any:
-    """The configuration of the language model, also where it is nested in a multimodal one; None for a plain module."""
+    """The configuration of the language model, also where it is nested in a multimodal one; None
+    for a plain module.
+    """
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _find_layers(model: nn.Module, layout: Layout, config: Any) -> str:
-    """The path of the ModuleList of decoder layers: as written in the layout, or ending in the same name."""
+    """The path of the ModuleList of decoder layers: as written in the layout, or ending in the same
+    name.
+    """
     lists = module_lists(model)
     if layout.layers in lists:
         return layout.layers
@@ -190,13 +241,15 @@ def _find_layers(model: nn.Module, layout: Layout, config: Any) -> str:
     if len(close) == 1:
         return close[0]
     raise UnknownArchitecture(
-        f"no list of {count} layers named {layout.layers!r} in this {type(model).__name__}; "
-        f"its module lists are {', '.join(lists) or 'none'}. Pass a Layout of your own to Anatomy.of."
+        f"no list of {count} layers named {layout.layers!r} in this {type(model).__name__}; its"
+        f" module lists are {', '.join(lists) or 'none'}. Pass a Layout of your own to Anatomy.of."
     )
 
 
 def _rows(part: str, n_out: int, config: Any) -> Rows:
-    """Which of `n_out` stored output channels a part of a fused weight means; the parts are explained in table.py."""
+    """Which of `n_out` stored output channels a part of a fused weight means; the parts are
+    explained in table.py.
+    """
     kind, _, number = part.partition(":")
     if not kind:
         return None
@@ -217,8 +270,13 @@ def _rows(part: str, n_out: int, config: Any) -> Rows:
         queries = heads // groups
         d_head = n_out // (heads + 2 * groups)
         channels = torch.arange(n_out).view(groups, queries + 2, d_head)
-        return (channels[:, :queries], channels[:, queries], channels[:, queries + 1])[index].reshape(-1)
-    raise BadInput(f"{part!r} is not a part of a fused weight; use gate_up:0-1, even, odd, qkv:0-2 or groups:0-2.")
+        return (channels[:, :queries], channels[:, queries], channels[:, queries + 1])[
+            index
+        ].reshape(-1)
+    raise BadInput(
+        f"{part!r} is not a part of a fused weight; use gate_up:0-1, even, odd, qkv:0-2 or"
+        " groups:0-2."
+    )
 
 
 def _kv_groups(config: Any, heads: int) -> int:
@@ -247,4 +305,6 @@ def _path_of(model: nn.Module, wanted: nn.Module) -> str:
 
 
 def _names(layer: nn.Module) -> str:
-    return ", ".join(name for name, module in layer.named_modules() if name and not list(module.children()))
+    return ", ".join(
+        name for name, module in layer.named_modules() if name and not list(module.children())
+    )

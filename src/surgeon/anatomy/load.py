@@ -1,4 +1,6 @@
-"""Models from disk or from the Hub, with every way a checkpoint can be unusable turned into a sentence."""
+"""Models from disk or from the Hub, with every way a checkpoint can be unusable turned into a
+sentence.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,22 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from ..errors import BadCheckpoint, BadInput, SurgeonError, UnknownArchitecture
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 _WEIGHT_FILES = ("*.safetensors",)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready for surgery. `fingerprint` is the SHA-256 of its configuration and weight files."""
+    """A model ready for surgery.
+
+    `fingerprint` is the SHA-256 of its configuration and weight files.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
@@ -39,7 +49,8 @@ class Loaded:
 
 
 def locate(name: str) -> Path:
-    """The folder of MODEL: `patient`, a local folder, or a Hub id, optionally `@revision`, which is downloaded.
+    """The folder of MODEL: `patient`, a local folder, or a Hub id, optionally `@revision`, which is
+    downloaded.
 
     Raises: BadInput if there is no such model, BadCheckpoint if it holds no safetensors weights.
     """
@@ -65,7 +76,8 @@ def split_id(name: str) -> tuple[str, str | None]:
     repo, _, revision = name.partition("@")
     if name.startswith((".", "/", "~")) or repo.count("/") != 1:
         raise BadInput(
-            f"no model folder at {name}; give `patient`, a folder with config.json and safetensors weights, or a Hub id like org/name."
+            f"no model folder at {name}; give `patient`, a folder with config.json and safetensors"
+            " weights, or a Hub id like org/name."
         )
     return repo, revision or None
 
@@ -73,7 +85,11 @@ def split_id(name: str) -> tuple[str, str | None]:
 @contextmanager
 def hub_errors(name: str) -> Iterator[None]:
     """Whatever the Hub, or the way to it, has against giving the model `name`, as BadInput."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     repo, _, revision = name.partition("@")
     try:
@@ -81,21 +97,38 @@ def hub_errors(name: str) -> Iterator[None]:
     except SurgeonError:
         raise
     except GatedRepoError as error:
-        raise BadInput(f"the Hub gives {repo} only to those who accepted its terms; do so on its page, then `hf auth login`.") from error
+        raise BadInput(
+            f"the Hub gives {repo} only to those who accepted its terms; do so on its page, then"
+            " `hf auth login`."
+        ) from error
     except RepositoryNotFoundError as error:
         raise BadInput(
-            f"{name} is no local folder, and the Hub has no model {repo}, or a private one; check it, or `hf auth login`."
+            f"{name} is no local folder, and the Hub has no model {repo}, or a private one; check"
+            " it, or `hf auth login`."
         ) from error
     except RevisionNotFoundError as error:
-        raise BadInput(f"the model {repo} on the Hub has no revision {revision}; name a branch, a tag or a commit of it.") from error
-    except Exception as error:  # besides its own errors the client lets those of its HTTP library through
-        raise BadInput(f"{name} is neither a local folder nor a model the Hub would give: {_first_line(error)}.") from error
+        raise BadInput(
+            f"the model {repo} on the Hub has no revision {revision}; name a branch, a tag or a"
+            " commit of it."
+        ) from error
+    except (
+        Exception
+    ) as error:  # besides its own errors the client lets those of its HTTP library through
+        raise BadInput(
+            f"{name} is neither a local folder nor a model the Hub would give:"
+            f" {_first_line(error)}."
+        ) from error
 
 
 def check_folder(folder: Path) -> Path:
-    """Return `folder` if it is a readable safetensors checkpoint. Raises: BadCheckpoint, with what to do."""
+    """Return `folder` if it is a readable safetensors checkpoint.
+
+    Raises: BadCheckpoint, with what to do.
+    """
     if not folder.is_dir():
-        raise BadCheckpoint(f"{folder} is a file; MODEL is the folder that holds config.json and the weights.")
+        raise BadCheckpoint(
+            f"{folder} is a file; MODEL is the folder that holds config.json and the weights."
+        )
     if not (folder / "config.json").is_file():
         raise BadCheckpoint(f"{folder} has no config.json, so it is not a transformers checkpoint.")
     shards = weight_files(folder)
@@ -111,8 +144,9 @@ def not_safetensors(name: str, files: Iterable[str]) -> BadCheckpoint:
     pickled = [f for pattern in _PICKLES for f in sorted(files) if fnmatch(f, pattern)]
     if pickled:
         return BadCheckpoint(
-            f"{name} holds only pickled weights ({', '.join(pickled[:3])}), which can run code when opened, so Surgeon does not. "
-            "Convert them once in a place you trust: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)."
+            f"{name} holds only pickled weights ({', '.join(pickled[:3])}), which can run code when"
+            " opened, so Surgeon does not. Convert them once in a place you trust:"
+            " AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)."
         )
     return BadCheckpoint(f"{name} holds no *.safetensors weights.")
 
@@ -130,16 +164,28 @@ def weight_files(folder: Path) -> list[Path]:
             raise BadCheckpoint(f"{index} points outside its folder.")
         missing = [n for n in names if not (folder / n).is_file()]
         if missing:
-            raise BadCheckpoint(f"{folder} lacks the shards {', '.join(missing[:3])} that its index names; download them again.")
+            raise BadCheckpoint(
+                f"{folder} lacks the shards {', '.join(missing[:3])} that its index names; download"
+                " them again."
+            )
         return [folder / n for n in names]
     single = folder / "model.safetensors"
-    return [single] if single.is_file() else sorted(p for pattern in _WEIGHT_FILES for p in folder.glob(pattern))
+    return (
+        [single]
+        if single.is_file()
+        else sorted(p for pattern in _WEIGHT_FILES for p in folder.glob(pattern))
+    )
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file, checked against the file's size. Raises: BadCheckpoint if damaged or truncated."""
+    """The header of a safetensors file, checked against the file's size.
+
+    Raises: BadCheckpoint if damaged or truncated.
+    """
     size = path.stat().st_size
-    broken = BadCheckpoint(f"{path} is damaged or not a safetensors file; download or write it again.")
+    broken = BadCheckpoint(
+        f"{path} is damaged or not a safetensors file; download or write it again."
+    )
     if size < 8:
         raise broken
     with path.open("rb") as file:
@@ -148,16 +194,35 @@ def read_header(path: Path) -> dict[str, Any]:
             raise broken
         try:
             header = json.loads(file.read(length))
-            end = max((operator.index(t["data_offsets"][1]) for n, t in header.items() if n != "__metadata__"), default=0)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+            end = max(
+                (
+                    operator.index(t["data_offsets"][1])
+                    for n, t in header.items()
+                    if n != "__metadata__"
+                ),
+                default=0,
+            )
+        except (
+            ValueError,
+            KeyError,
+            IndexError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise broken from error
     if 8 + length + end != size:
-        raise BadCheckpoint(f"{path} is truncated: its header promises {8 + length + end} bytes, it has {size}; download it again.")
+        raise BadCheckpoint(
+            f"{path} is truncated: its header promises {8 + length + end} bytes, it has {size};"
+            " download it again."
+        )
     return dict(header)
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over config.json and every weight file: two folders share it only if they hold the same model."""
+    """SHA-256 over config.json and every weight file: two folders share it only if they hold the
+    same model.
+    """
     total = hashlib.sha256((folder / "config.json").read_bytes())
     for shard in weight_files(folder):
         with shard.open("rb") as file:
@@ -170,7 +235,9 @@ def read_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types here, all of them about this file
-        raise BadCheckpoint(f"{folder}/config.json cannot be used: {_first_line(error)}.") from error
+        raise BadCheckpoint(
+            f"{folder}/config.json cannot be used: {_first_line(error)}."
+        ) from error
 
 
 def model_class(config: Any) -> Any:
@@ -184,14 +251,18 @@ def model_class(config: Any) -> Any:
 def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
     """Load MODEL (`patient`, a folder, or a Hub id) for surgery, in eval mode.
 
-    dtype: "auto" (the checkpoint's own) or float32, bfloat16, float16. device: "auto" takes a GPU if there is one.
+    dtype: "auto" (the checkpoint's own) or float32, bfloat16, float16. device: "auto" takes a GPU
+    if there is one.
     Raises: BadInput, BadCheckpoint.
     """
     check_dtype(dtype)
     folder = locate(name)
     config = read_config(folder)
     if not hasattr(config.get_text_config(), "vocab_size"):
-        raise UnknownArchitecture(f"{name} is a {config.model_type} model, which reads no tokens; Surgeon works on language models.")
+        raise UnknownArchitecture(
+            f"{name} is a {config.model_type} model, which reads no tokens; Surgeon works on"
+            " language models."
+        )
     where = device_named(device)
     try:
         model, notes = model_class(config).from_pretrained(
@@ -206,8 +277,13 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
         _unpack_(model)
     except (MemoryError, torch.OutOfMemoryError, SurgeonError):
         raise
-    except Exception as error:  # from_pretrained has no common base; whatever it says is about this checkpoint
-        raise BadCheckpoint(f"{name} cannot be loaded by transformers {transformers.__version__}: {_first_line(error)}.") from error
+    except (
+        Exception
+    ) as error:  # from_pretrained has no common base; whatever it says is about this checkpoint
+        raise BadCheckpoint(
+            f"{name} cannot be loaded by transformers {transformers.__version__}:"
+            f" {_first_line(error)}."
+        ) from error
     # transformers would go on, with random numbers in the place of these
     if wrong := sorted(notes["missing_keys"]) + sorted(key for key, *_ in notes["mismatched_keys"]):
         raise lacking(name, wrong)
@@ -216,16 +292,22 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise BadInput(f"--device {device} cannot be used on this machine: {_first_line(error)}.") from error
+        raise BadInput(
+            f"--device {device} cannot be used on this machine: {_first_line(error)}."
+        ) from error
     model.requires_grad_(False)
     return Loaded(model, load_tokenizer(folder), name, folder, fingerprint(folder))
 
 
 def _unpack_(model: PreTrainedModel) -> None:
-    """Replace weights that compressed-tensors or torchao keep packed by what they mean; those of other formats stay as they are."""
+    """Replace weights that compressed-tensors or torchao keep packed by what they mean; those of
+    other formats stay as they are.
+    """
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
     if compressor is not None:
-        with redirect_stderr(io.StringIO()):  # it draws a progress bar, also where stderr is no terminal
+        with redirect_stderr(
+            io.StringIO()
+        ):  # it draws a progress bar, also where stderr is no terminal
             compressor.decompress_model(model)
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
@@ -243,8 +325,8 @@ def lacking(name: str, parameters: list[str]) -> BadCheckpoint:
     """What is wrong with a checkpoint that has not these parameters."""
     more = f" and {len(parameters) - 3} more" if len(parameters) > 3 else ""
     return BadCheckpoint(
-        f"{name} lacks weights that its config.json promises, or has them in another shape: {', '.join(parameters[:3])}{more}; "
-        "download or write it again."
+        f"{name} lacks weights that its config.json promises, or has them in another shape:"
+        f" {', '.join(parameters[:3])}{more}; download or write it again."
     )
 
 
@@ -256,24 +338,43 @@ def device_named(name: str) -> torch.device:
     except RuntimeError as error:
         raise BadInput(f"--device {name} is not known; use auto, cpu, or cuda.") from error
     if device.type == "meta":
-        raise BadInput("--device meta holds no numbers, so nothing can be computed on it; use auto, cpu, or cuda.")
+        raise BadInput(
+            "--device meta holds no numbers, so nothing can be computed on it; use auto, cpu, or"
+            " cuda."
+        )
     return device
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The checkpoint's tokenizer, or None if it ships none."""
-    if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "vocab.txt")):
+    if not any(
+        (folder / n).is_file()
+        for n in (
+            "tokenizer.json",
+            "tokenizer.model",
+            "vocab.json",
+            "tokenizer_config.json",
+            "vocab.txt",
+        )
+    ):
         return None
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:
-        raise BadCheckpoint(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}; write it again.") from error
+        raise BadCheckpoint(
+            f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}; write it again."
+        ) from error
     return tokenizer
 
 
 def _first_line(error: Exception) -> str:
     if "trust_remote_code" in str(error):
-        return "it needs code of its own, which Surgeon never runs; use a model that transformers knows by itself"
+        return (
+            "it needs code of its own, which Surgeon never runs; use a model that transformers"
+            " knows by itself"
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, KeyError) or not lines:
         return repr(error)

@@ -20,15 +20,20 @@ N_PROBE_TOKENS = 8
 
 
 def prove(anatomy: Anatomy, layers: Iterable[int] | None = None) -> list[Site]:
-    """Check every projection of the given layers (default: the first layer of each kind) by experiment; return what was proved.
+    """Check every projection of the given layers (default: the first layer of each kind) by
+    experiment; return what was proved.
 
-    * mlp.down[r, c]: nudging it moves channel r of the MLP's output, by the nudge times neuron c's activation, and no other.
-    * mlp.up and mlp.gate, row r: the MLP's output moves along column r of mlp.down and in no other direction;
+    * mlp.down[r, c]: nudging it moves channel r of the MLP's output, by the nudge times neuron c's
+    activation, and no other.
+    * mlp.up and mlp.gate, row r: the MLP's output moves along column r of mlp.down and in no other
+    direction;
       it is linear in up and not in gate.
-    * attn.q, k, v: at the first position, q leaves later positions alone; k and v move them, v linearly.
+    * attn.q, k, v: at the first position, q leaves later positions alone; k and v move them, v
+    linearly.
     * attn.out, embed, unembed: like mlp.down, where they are plain projections.
 
-    The model is as it was afterwards, bit for bit. Raises: UnknownArchitecture naming the site that failed.
+    The model is as it was afterwards, bit for bit. Raises: UnknownArchitecture naming the site that
+    failed.
     """
     was_training = anatomy.model.training
     anatomy.model.eval()
@@ -44,10 +49,17 @@ def prove(anatomy: Anatomy, layers: Iterable[int] | None = None) -> list[Site]:
 
 
 def _kinds(anatomy: Anatomy) -> list[int]:
-    """The first layer of each set of roles; a mixture of experts may have dense layers among its own."""
+    """The first layer of each set of roles; a mixture of experts may have dense layers among its
+    own.
+    """
     kinds: dict[frozenset[tuple[str, bool]], int] = {}
     for index in range(len(anatomy.layers)):
-        kinds.setdefault(frozenset((s.role, s.expert is not None) for s in anatomy.addresses if s.layer == index), index)
+        kinds.setdefault(
+            frozenset(
+                (s.role, s.expert is not None) for s in anatomy.addresses if s.layer == index
+            ),
+            index,
+        )
     return list(kinds.values())
 
 
@@ -55,9 +67,15 @@ class _Probe:
     def __init__(self, anatomy: Anatomy, layer: int) -> None:
         self.anatomy = anatomy
         self.block = anatomy.layers[layer]
-        self.sites = {s.role: s for s in anatomy.addresses if s.layer == layer and s.expert in (None, 0)}
+        self.sites = {
+            s.role: s for s in anatomy.addresses if s.layer == layer and s.expert in (None, 0)
+        }
         self.layer = layer
-        vocab = anatomy.view("embed").shape[1] if Site(None, "embed") in anatomy.addresses else N_PROBE_TOKENS + 1
+        vocab = (
+            anatomy.view("embed").shape[1]
+            if Site(None, "embed") in anatomy.addresses
+            else N_PROBE_TOKENS + 1
+        )
         device = next(anatomy.model.parameters()).device
         self.ids = (torch.arange(1, N_PROBE_TOKENS + 1) % vocab)[None].to(device)
         self.random = torch.Generator().manual_seed(0)
@@ -84,7 +102,7 @@ class _Probe:
             "Pass a corrected Layout to Anatomy.of, and please report it."
         )
 
-    # -- experiments ------------------------------------------------------------------------------------------------
+    # -- experiments ---------------------------------------------------------------------------
 
     def down(self, site: Site) -> None:
         module, view = self.anatomy.module(site), self.anatomy.view(site)
@@ -99,40 +117,70 @@ class _Probe:
         if expert and not moved:
             return  # no token of the probe was routed to this expert
         if moved != {row}:
-            self.fail(site, f"nudging entry [{row}, {col}] moved the output channels {sorted(moved)[:6]}, not channel {row} alone")
+            self.fail(
+                site,
+                f"nudging entry [{row}, {col}] moved the output channels {sorted(moved)[:6]}, not"
+                f" channel {row} alone",
+            )
         if not expert:
             want = before.inputs[:, col].float() * amount
             got = (after.outputs - before.outputs)[:, row].float()
             if not _close(got, want):
-                self.fail(site, f"nudging entry [{row}, {col}] did not act through input neuron {col}")
+                self.fail(
+                    site, f"nudging entry [{row}, {col}] did not act through input neuron {col}"
+                )
 
     def neuron(self, site: Site) -> None:
-        """Row r of up or gate acts through neuron r: through column r of mlp.down, and linearly for up."""
+        """Row r of up or gate acts through neuron r: through column r of mlp.down, and linearly for
+        up.
+        """
         down = self.sites["mlp.down"]
         writer, matrix = self.anatomy.module(down), self.anatomy.view(down).read().float()
         view = self.anatomy.view(site)
         before = self.watch(writer)
-        row = view.shape[0] // 3 if site.expert is not None else int(before.inputs.abs().amax(0).argmax())
+        row = (
+            view.shape[0] // 3
+            if site.expert is not None
+            else int(before.inputs.abs().amax(0).argmax())
+        )
         with _nudged(view, row, None):
             after = self.watch(writer)
         change = (after.outputs - before.outputs).float()
         strongest = change[change.norm(dim=1).argmax()]
         if strongest.norm() < 1e-3 * before.outputs.float().norm(dim=1).max():
-            return  # an expert without a token, or a neuron whose gate is shut: nothing above rounding to judge by
+            # an expert without a token, or a neuron whose gate is shut: nothing above rounding to
+            # judge by
+            return
         cosine = torch.nn.functional.cosine_similarity(strongest, matrix[:, row], dim=0).abs()
         if cosine < 0.99:
-            self.fail(site, f"row {row} does not act through neuron {row} of {down} (cosine {cosine:.2f} with its column)")
+            self.fail(
+                site,
+                f"row {row} does not act through neuron {row} of {down} (cosine {cosine:.2f} with"
+                " its column)",
+            )
         if "mlp.gate" in self.sites and site.expert is None:
             linear = True
-            for factor in (-1.0, 8.0):  # an open gate is nearly linear upwards, one close to 0 nearly odd; none is both
+            for factor in (
+                -1.0,
+                8.0,
+            ):  # an open gate is nearly linear upwards, one close to 0 nearly odd; none is both
                 with _scaled(view, factor):
                     scaled = self.watch(writer)
                 linear = linear and _close(scaled.inputs.float(), factor * before.inputs.float())
             if linear != (site.role == "mlp.up"):
-                self.fail(site, "up and gate are exchanged" if linear else "the MLP's hidden state is not linear in it")
+                self.fail(
+                    site,
+                    (
+                        "up and gate are exchanged"
+                        if linear
+                        else "the MLP's hidden state is not linear in it"
+                    ),
+                )
 
     def attention(self, site: Site) -> None:
-        """Perturb the site's channels at the first position and look at the attention's output further on."""
+        """Perturb the site's channels at the first position and look at the attention's output
+        further on.
+        """
         if "attn.out" not in self.sites:
             return
         out, module = self.anatomy.module(self.sites["attn.out"]), self.anatomy.module(site)
@@ -149,20 +197,31 @@ class _Probe:
             return watch
 
         plain = self.watch(out).inputs.float()
-        # strong pushes: under weak ones attention is nearly linear in the keys of a freshly initialised model
-        once, tenfold = ((self.watch(out, (module, pushed(a))).inputs.float() - plain)[1:] for a in (100.0, 1000.0))
+        # strong pushes: under weak ones attention is nearly linear in the keys of a freshly
+        # initialised model
+        once, tenfold = (
+            (self.watch(out, (module, pushed(a))).inputs.float() - plain)[1:]
+            for a in (100.0, 1000.0)
+        )
         size = plain.abs().max()
         if site.role == "attn.q":
             if once.abs().max() > 1e-3 * size:
-                self.fail(site, "changing it at the first position changes later ones, as keys and values do")
+                self.fail(
+                    site,
+                    "changing it at the first position changes later ones, as keys and values do",
+                )
         elif once.abs().max() <= 1e-6 * size:
-            self.fail(site, "changing it at the first position leaves later ones alone, as queries do")
+            self.fail(
+                site, "changing it at the first position leaves later ones alone, as queries do"
+            )
         elif _close(tenfold, 10 * once) != (site.role == "attn.v"):
             self.fail(site, "keys and values are exchanged")
 
-    # -- instruments ------------------------------------------------------------------------------------------------
+    # -- instruments ---------------------------------------------------------------------------
 
-    def watch(self, module: nn.Module, push: tuple[nn.Module, Callable[[Tensor], Tensor]] | None = None) -> _Seen:
+    def watch(
+        self, module: nn.Module, push: tuple[nn.Module, Callable[[Tensor], Tensor]] | None = None
+    ) -> _Seen:
         """Input (pos, in) and output (pos, out) of `module`; the pass ends with this layer."""
         seen = _Seen()
         with Tap() as tap:
@@ -198,11 +257,16 @@ class _changed:
 
 
 class _nudged(_changed):
-    """Entry [row, col], or the whole row, moved by several times the usual weight; gives the amount after rounding."""
+    """Entry [row, col], or the whole row, moved by several times the usual weight; gives the amount
+    after rounding.
+    """
 
     def __init__(self, view: WeightView, row: int, col: int | None) -> None:
         super().__init__(view)
-        self.row, self.cols = row, torch.arange(view.shape[1]) if col is None else torch.tensor([col])
+        self.row, self.cols = (
+            row,
+            torch.arange(view.shape[1]) if col is None else torch.tensor([col]),
+        )
 
     def __enter__(self) -> float:
         rows = torch.full_like(self.cols, self.row)

@@ -1,4 +1,5 @@
-"""Addresses: a `Site` is a weight matrix, an `Entry` one scalar of it, a `Region` an entry, a row, a column or all of it.
+"""Addresses: a `Site` is a weight matrix, an `Entry` one scalar of it, a `Region` an entry, a row,
+a column or all of it.
 
 Row = output channel, column = input neuron, always, however the model stores the matrix.
 """
@@ -16,7 +17,9 @@ _REGION = re.compile(r"\s*(?P<site>[^\[\]\s]+)\s*\[\s*(?P<row>\d+|:)\s*,\s*(?P<c
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """The address of a weight matrix, written `L2.mlp.down`, `L4.mlp.down.e17` (expert 17), `embed`, `final_norm`."""
+    """The address of a weight matrix, written `L2.mlp.down`, `L4.mlp.down.e17` (expert 17),
+    `embed`, `final_norm`.
+    """
 
     layer: int | None
     role: str
@@ -32,14 +35,22 @@ class Site:
         """Read `L2.mlp.down` and the like. Raises: BadInput if the text has not that form."""
         match = _SITE.fullmatch(text.strip())
         if match is None:
-            raise BadInput(f"{text!r} is not a site; write it like L2.mlp.down, L4.mlp.down.e17 or embed.")
+            raise BadInput(
+                f"{text!r} is not a site; write it like L2.mlp.down, L4.mlp.down.e17 or embed."
+            )
         layer, expert = match["layer"], match["expert"]
-        return cls(None if layer is None else int(layer), match["role"], None if expert is None else int(expert))
+        return cls(
+            None if layer is None else int(layer),
+            match["role"],
+            None if expert is None else int(expert),
+        )
 
 
 @dataclass(frozen=True, order=True)
 class Entry:
-    """One scalar of a site, written `L2.mlp.down[3968, 7003]` as [row, column] = [output channel, input neuron]."""
+    """One scalar of a site, written `L2.mlp.down[3968, 7003]` as [row, column] = [output channel,
+    input neuron].
+    """
 
     site: Site
     row: int
@@ -58,7 +69,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Region:
-    """Part of a site: one entry, a row `[88, :]`, a column `[:, 165]`, or the whole matrix `[:, :]`."""
+    """Part of a site: one entry, a row `[88, :]`, a column `[:, 165]`, or the whole matrix `[:,
+    :]`.
+    """
 
     site: Site
     row: int | None
@@ -70,25 +83,38 @@ class Region:
 
     @classmethod
     def parse(cls, text: str) -> Region:
-        """Read `L0.mlp.down[88, 165]`, `[88, :]`, `[:, 165]` or `[:, :]`. Raises: BadInput if the text has not that form."""
+        """Read `L0.mlp.down[88, 165]`, `[88, :]`, `[:, 165]` or `[:, :]`.
+
+        Raises: BadInput if the text has not that form.
+        """
         match = _REGION.fullmatch(text)
         if match is None:
-            raise BadInput(f"{text!r} is not an entry; write it like 'L0.mlp.down[88, 165]', a row as [88, :], a column as [:, 165].")
+            raise BadInput(
+                f"{text!r} is not an entry; write it like 'L0.mlp.down[88, 165]', a row as [88, :],"
+                " a column as [:, 165]."
+            )
         row, col = (None if match[name] == ":" else int(match[name]) for name in ("row", "col"))
         return cls(Site.parse(match["site"]), row, col)
 
     @property
     def geometry(self) -> str:
-        return {(False, False): "single", (False, True): "row", (True, False): "column", (True, True): "matrix"}[
-            (self.row is None, self.col is None)
-        ]
+        return {
+            (False, False): "single",
+            (False, True): "row",
+            (True, False): "column",
+            (True, True): "matrix",
+        }[(self.row is None, self.col is None)]
 
     def rows_cols(self, shape: tuple[int, int]) -> tuple[list[int], list[int]]:
-        """Row and column index of every entry, row by row. Raises: BadInput if the region leaves (out, in) = `shape`."""
+        """Row and column index of every entry, row by row.
+
+        Raises: BadInput if the region leaves (out, in) = `shape`.
+        """
         for name, index, size in (("row", self.row, shape[0]), ("column", self.col, shape[1])):
             if index is not None and index >= size:
                 raise BadInput(
-                    f"{self}: {name} {index} does not exist; {self.site} has shape (out {shape[0]}, in {shape[1]}), counted from 0."
+                    f"{self}: {name} {index} does not exist; {self.site} has shape (out {shape[0]},"
+                    f" in {shape[1]}), counted from 0."
                 )
         rows = range(shape[0]) if self.row is None else (self.row,)
         cols = range(shape[1]) if self.col is None else (self.col,)

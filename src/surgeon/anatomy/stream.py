@@ -1,8 +1,10 @@
-"""A model larger than memory: the embedding and the norms are there, every other part is read when it runs and dropped after it.
+"""A model larger than memory: the embedding and the norms are there, every other part is read when
+it runs and dropped after it.
 
-The model is an ordinary transformers model, built from its configuration on the meta device. Each decoder layer, and the
-output head where it is not the embedding, reads its own weights just before it runs. So everything that only runs the
-model works on it unchanged, at the price of reading the checkpoint once for every forward pass.
+The model is an ordinary transformers model, built from its configuration on the meta device. Each
+decoder layer, and the output head where it is not the embedding, reads its own weights just before
+it runs. So everything that only runs the model works on it unchanged, at the price of reading the
+checkpoint once for every forward pass.
 """
 
 from __future__ import annotations
@@ -20,7 +22,17 @@ from transformers import PreTrainedModel
 from ..errors import BadCheckpoint, PackedWeight, Refused, SurgeonError, UnknownArchitecture
 from .anatomy import Anatomy
 from .hub import RemoteShards
-from .load import DTYPES, Loaded, check_dtype, device_named, lacking, load_tokenizer, locate, model_class, read_config
+from .load import (
+    DTYPES,
+    Loaded,
+    check_dtype,
+    device_named,
+    lacking,
+    load_tokenizer,
+    locate,
+    model_class,
+    read_config,
+)
 from .names import TensorNames
 from .shards import Shards
 from .site import Region, Site
@@ -28,11 +40,16 @@ from .table import TABLE, Layout
 from .view import WeightView
 
 
-def open_stream(name: str, dtype: str = "auto", device: str = "auto", whole: bool = True) -> tuple[Loaded, StreamedAnatomy]:
-    """Open MODEL (`patient`, a folder, or a Hub id) without reading its layers. The fingerprint is "" unless `whole`.
+def open_stream(
+    name: str, dtype: str = "auto", device: str = "auto", whole: bool = True
+) -> tuple[Loaded, StreamedAnatomy]:
+    """Open MODEL (`patient`, a folder, or a Hub id) without reading its layers. The fingerprint is
+    "" unless `whole`.
 
-    Of a local folder the fingerprint takes reading every byte once. On the Hub only the bytes that are read are fetched.
-    Raises: BadInput, BadCheckpoint; UnknownArchitecture outside the table of architectures, PackedWeight for quantized weights.
+    Of a local folder the fingerprint takes reading every byte once. On the Hub only the bytes that
+    are read are fetched.
+    Raises: BadInput, BadCheckpoint; UnknownArchitecture outside the table of architectures,
+    PackedWeight for quantized weights.
     """
     check_dtype(dtype)
     where = device_named(device)
@@ -42,26 +59,36 @@ def open_stream(name: str, dtype: str = "auto", device: str = "auto", whole: boo
     kind = config.get_text_config().model_type
     if kind not in TABLE:
         raise UnknownArchitecture(
-            f"{name} is a {kind} model, which is not in Surgeon's table of architectures, and only those can be streamed; "
-            "find reads it without --stream, if it fits into memory."
+            f"{name} is a {kind} model, which is not in Surgeon's table of architectures, and only"
+            " those can be streamed; find reads it without --stream, if it fits into memory."
         )
     if getattr(config, "quantization_config", None) is not None:
-        raise PackedWeight(f"{name} is quantized, and only plain weights can be streamed; give the model it was made from.")
+        raise PackedWeight(
+            f"{name} is quantized, and only plain weights can be streamed; give the model it was"
+            " made from."
+        )
     number = DTYPES.get(dtype) or getattr(config, "dtype", None) or shards.dtype()
     model = _skeleton(name, config, number, where)
     anatomy = StreamedAnatomy(model, TABLE[kind], shards, where)
     fingerprint = shards.fingerprint() if whole else None
-    return Loaded(model, load_tokenizer(shards.folder), name, shards.folder, fingerprint or ""), anatomy
+    return (
+        Loaded(model, load_tokenizer(shards.folder), name, shards.folder, fingerprint or ""),
+        anatomy,
+    )
 
 
 class StreamedAnatomy(Anatomy):
-    """The map of a streamed model. `view` gives the weights of a part that is held, else a copy from the checkpoint to read.
+    """The map of a streamed model. `view` gives the weights of a part that is held, else a copy
+    from the checkpoint to read.
 
-    model: on the meta device, but for its buffers. tell: called with (part, of how many) before a part is read.
+    model: on the meta device, but for its buffers. tell: called with (part, of how many) before a
+    part is read.
     Raises: BadCheckpoint if the shards lack a weight of it.
     """
 
-    def __init__(self, model: nn.Module, layout: Layout, shards: Shards, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, layout: Layout, shards: Shards, device: torch.device
+    ) -> None:
         super().__init__(model, layout, "table")
         self.shards, self.device = shards, device
         self.names = TensorNames(self, shards.stored)
@@ -88,8 +115,16 @@ class StreamedAnatomy(Anatomy):
 
     @contextmanager
     def holding(self, layer: int | None) -> Iterator[None]:
-        """Within the block the weights of one layer (None: of the output head) are in memory, read once. Can be nested."""
-        part = self._parts[layer] if layer is not None else self._parts[-1] if len(self._parts) > self.depth else None
+        """Within the block the weights of one layer (None: of the output head) are in memory, read
+        once. Can be nested.
+        """
+        part = (
+            self._parts[layer]
+            if layer is not None
+            else self._parts[-1]
+            if len(self._parts) > self.depth
+            else None
+        )
         if part is None:  # the head is the embedding, which is always there
             yield
             return
@@ -98,10 +133,14 @@ class StreamedAnatomy(Anatomy):
 
     @contextmanager
     def zeroed(self, regions: Sequence[Region]) -> Iterator[None]:
-        """Within the block all of `regions` are zero, in the layers that are held and in those that are read. Can be nested."""
+        """Within the block all of `regions` are zero, in the layers that are held and in those that
+        are read. Can be nested.
+        """
         before, self._last = self._zeroed, None
         self._zeroed = [*before, *regions]
-        undo = [(view, rows, cols, view.get(rows, cols)) for view, rows, cols in self._live(regions)]
+        undo = [
+            (view, rows, cols, view.get(rows, cols)) for view, rows, cols in self._live(regions)
+        ]
         try:
             for view, rows, cols, old in undo:
                 view.set_(rows, cols, torch.zeros_like(old))
@@ -112,7 +151,9 @@ class StreamedAnatomy(Anatomy):
             self._zeroed, self._last = before, None
 
     def view(self, site: Site | str) -> WeightView:
-        """The site's weight as (out, in): that of the model where it is held, else a copy that refuses to be written."""
+        """The site's weight as (out, in): that of the model where it is held, else a copy that
+        refuses to be written.
+        """
         site = self.resolve(site)
         address = self.addresses[site]
         live = self.model.get_parameter(address.parameter)
@@ -121,12 +162,14 @@ class StreamedAnatomy(Anatomy):
         if self._last is None or self._last.site != site:
             name, packing = self.names.find(site)
             stored = self.shards.read(name).to(self.device, live.dtype)
-            for rows, cols in _places([r for r in self._zeroed if r.site == site], WeightView(site, stored, packing)):
+            for rows, cols in _places(
+                [r for r in self._zeroed if r.site == site], WeightView(site, stored, packing)
+            ):
                 WeightView(site, stored, packing).set_(rows, cols, torch.zeros(len(rows)))
             self._last = _Copy(site, stored, packing)
         return self._last
 
-    # -- reading and dropping ---------------------------------------------------------------------------------------
+    # -- reading and dropping ------------------------------------------------------------------
 
     @contextmanager
     def _holding(self, part: str) -> Iterator[None]:
@@ -147,7 +190,11 @@ class StreamedAnatomy(Anatomy):
         try:
             for name, owner, leaf, empty in self._empty[part]:
                 owner._parameters[leaf] = nn.Parameter(self._read(name, empty), requires_grad=False)
-            mine = [r for r in self._zeroed if self.addresses[r.site].parameter in {name for name, *_ in self._empty[part]}]
+            mine = [
+                r
+                for r in self._zeroed
+                if self.addresses[r.site].parameter in {name for name, *_ in self._empty[part]}
+            ]
             for view, rows, cols in self._live(mine):
                 view.set_(rows, cols, torch.zeros(len(rows)))
         except BaseException:
@@ -168,17 +215,22 @@ class StreamedAnatomy(Anatomy):
         return stacked
 
     def _live(self, regions: Sequence[Region]) -> list[tuple[WeightView, Tensor, Tensor]]:
-        """Those of `regions` that lie in weights in memory, one triple a site: (view, rows, cols)."""
+        """Those of `regions` that lie in weights in memory, one triple a site: (view, rows,
+        cols).
+        """
         found = []
         for site in dict.fromkeys(r.site for r in regions):
             address = self.addresses[self.resolve(site)]
             live = self.model.get_parameter(address.parameter)
             if not live.is_meta:
                 view = WeightView(site, live, address.packing)
-                found += [(view, rows, cols) for rows, cols in _places([r for r in regions if r.site == site], view)]
+                found += [
+                    (view, rows, cols)
+                    for rows, cols in _places([r for r in regions if r.site == site], view)
+                ]
         return found
 
-    # -- building ---------------------------------------------------------------------------------------------------
+    # -- building ------------------------------------------------------------------------------
 
     def _stored(self, name: str, parameter: Tensor) -> bool:
         """Whether the checkpoint holds a parameter of the model, in its shape."""
@@ -187,11 +239,16 @@ class StreamedAnatomy(Anatomy):
         if len(slots) == 1 and slots[0][1] == ():
             return shapes[0] == tuple(parameter.shape)
         return bool(slots) and all(
-            shape == tuple(torch.empty(parameter.shape, device="meta")[at].shape) for (_, at), shape in zip(slots, shapes, strict=True)
+            shape == tuple(torch.empty(parameter.shape, device="meta")[at].shape)
+            for (_, at), shape in zip(slots, shapes, strict=True)
         )
 
-    def _slots_of(self, part: str, parameters: dict[str, nn.Parameter]) -> list[tuple[str, nn.Module, str, nn.Parameter]]:
-        """The parameters of a part: name, owner, name within the owner, and what stands there while the part is not held."""
+    def _slots_of(
+        self, part: str, parameters: dict[str, nn.Parameter]
+    ) -> list[tuple[str, nn.Module, str, nn.Parameter]]:
+        """The parameters of a part: name, owner, name within the owner, and what stands there while
+        the part is not held.
+        """
         found = []
         for name, empty in parameters.items():
             if name.startswith(f"{part}."):
@@ -227,14 +284,19 @@ class _Copy(WeightView):
     """A weight read from the checkpoint: a change of it would reach no model."""
 
     def set_(self, rows: Tensor, cols: Tensor, values: Tensor) -> None:
-        raise Refused(f"{self.site} belongs to a streamed model, whose weights are read anew for every pass; load the model to change it.")
+        raise Refused(
+            f"{self.site} belongs to a streamed model, whose weights are read anew for every pass;"
+            " load the model to change it."
+        )
 
     def assign_(self, matrix: Tensor) -> None:
         self.set_(matrix, matrix, matrix)
 
 
 def _places(regions: Sequence[Region], view: WeightView) -> list[tuple[Tensor, Tensor]]:
-    """Rows and columns (n,) of every entry of `regions`, all of one site, as one pair; nothing for no region."""
+    """Rows and columns (n,) of every entry of `regions`, all of one site, as one pair; nothing for
+    no region.
+    """
     both = [r.rows_cols(view.shape) for r in regions]
     rows, cols = ([i for pair in both for i in pair[axis]] for axis in (0, 1))
     return [(torch.tensor(rows), torch.tensor(cols))] if rows else []
@@ -254,16 +316,24 @@ def _skeleton(name: str, config: Any, dtype: torch.dtype, device: torch.device) 
             wanted = next((d for part, d in plan.items() if part in path.split(".")), None)
             if wanted is not None:
                 parameter.data = parameter.data.to(wanted)
-        # transformers computes the buffers that no checkpoint holds (rotary frequencies, masks) where it initialises weights
+        # transformers computes the buffers that no checkpoint holds (rotary frequencies, masks)
+        # where it initialises weights
         for module in model.modules():
             if module._buffers:
-                module._buffers = {n: b if b is None else torch.empty_like(b, device=device) for n, b in module._buffers.items()}
+                module._buffers = {
+                    n: b if b is None else torch.empty_like(b, device=device)
+                    for n, b in module._buffers.items()
+                }
                 model._init_weights(module)  # type: ignore[no-untyped-call]
     except SurgeonError:
         raise
-    except Exception as error:  # transformers raises many types here, all of them about the configuration
+    except (
+        Exception
+    ) as error:  # transformers raises many types here, all of them about the configuration
         reason = str(error).partition("\n")[0]
-        raise BadCheckpoint(f"no model can be built from the config.json of {name}: {reason}") from error
+        raise BadCheckpoint(
+            f"no model can be built from the config.json of {name}: {reason}"
+        ) from error
     return model
 
 

@@ -1,8 +1,9 @@
 """Find the parts of an unknown decoder by what feeds what: no names, no shapes.
 
-One decoder layer is run on random states and every linear map in it is watched. The map whose input mixes positions
-is `attn.out`; those that feed it are q, k, v; the last map that does not mix is `mlp.down`; those that feed it are
-`mlp.up` and `mlp.gate`. Each conclusion is drawn from gradients or from scaling one output and looking at the next input.
+One decoder layer is run on random states and every linear map in it is watched. The map whose input
+mixes positions is `attn.out`; those that feed it are q, k, v; the last map that does not mix is
+`mlp.down`; those that feed it are `mlp.up` and `mlp.gate`. Each conclusion is drawn from gradients
+or from scaling one output and looking at the next input.
 """
 
 from __future__ import annotations
@@ -24,23 +25,31 @@ def module_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def layout_by_structure(model: nn.Module, num_layers: int | None) -> Layout:
-    """A layout read off the running model. Raises: UnknownArchitecture with what was found instead."""
+    """A layout read off the running model.
+
+    Raises: UnknownArchitecture with what was found instead.
+    """
     lists = module_lists(model)
-    fitting = [p for p, m in lists.items() if len(m) == num_layers] or ([] if num_layers else list(lists))
+    fitting = [p for p, m in lists.items() if len(m) == num_layers] or (
+        [] if num_layers else list(lists)
+    )
     kind = type(model).__name__
     if len(fitting) != 1:
         raise UnknownArchitecture(
-            f"{kind} has no single list of {num_layers or 'its'} layers; its module lists are "
-            f"{', '.join(f'{p} ({len(m)})' for p, m in lists.items()) or 'none'}. Pass a Layout of your own to Anatomy.of."
+            f"{kind} has no single list of {num_layers or 'its'} layers; its module lists are"
+            f" {', '.join(f'{p} ({len(m)})' for p, m in lists.items()) or 'none'}. Pass a Layout of"
+            " your own to Anatomy.of."
         )
     path = fitting[0]
     layer = lists[path][0]
-    linears: dict[str, nn.Module] = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    linears: dict[str, nn.Module] = {
+        n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)
+    }
     roles = _classify(model, layer, linears)
     if "mlp.down" not in roles:
         raise UnknownArchitecture(
-            f"no MLP output projection could be recognised in {kind}; the linear maps of a layer are "
-            f"{', '.join(linears) or 'none'}. Pass a Layout of your own to Anatomy.of."
+            f"no MLP output projection could be recognised in {kind}; the linear maps of a layer"
+            f" are {', '.join(linears) or 'none'}. Pass a Layout of your own to Anatomy.of."
         )
     return Layout(path, _norm_after(model, path), roles)
 
@@ -53,7 +62,8 @@ def _classify(model: nn.Module, layer: nn.Module, linears: dict[str, nn.Module])
     mixing = [n for n in calls.order if any(calls.mixes(p, n) for p in parents[n])]
     roles: dict[str, str] = {}
     for out in mixing:
-        # later maps inherit the mixing through the residual; attn.out is fed by maps that nothing mixed before
+        # later maps inherit the mixing through the residual; attn.out is fed by maps that nothing
+        # mixed before
         feeders = parents[out]
         if any(f in mixing for f in feeders):
             continue
@@ -72,8 +82,13 @@ def _classify(model: nn.Module, layer: nn.Module, linears: dict[str, nn.Module])
         if not feeders:
             continue
         roles["mlp.down"] = down
-        if len(feeders) == 1 and calls.outputs[feeders[0]].shape[-1] == calls.inputs[down].shape[-1]:
-            roles["mlp.up"] = feeders[0]  # a wider one is up and gate fused, in an order that cannot be seen from here
+        if (
+            len(feeders) == 1
+            and calls.outputs[feeders[0]].shape[-1] == calls.inputs[down].shape[-1]
+        ):
+            roles["mlp.up"] = feeders[
+                0
+            ]  # a wider one is up and gate fused, in an order that cannot be seen from here
         elif len(feeders) == 2:
             ups = [f for f in feeders if calls.is_linear_in(f, down)]
             if len(ups) == 1:
@@ -84,7 +99,9 @@ def _classify(model: nn.Module, layer: nn.Module, linears: dict[str, nn.Module])
 
 
 class _Calls:
-    """The linear maps of one layer in the order they run, and how each input depends on earlier outputs."""
+    """The linear maps of one layer in the order they run, and how each input depends on earlier
+    outputs.
+    """
 
     def __init__(self, model: nn.Module, layer: nn.Module, linears: dict[str, nn.Module]) -> None:
         self.model, self.layer, self.linears = model, layer, linears
@@ -107,7 +124,8 @@ class _Calls:
         def left(name: str) -> Any:
             def watch(y: Tensor) -> Tensor:
                 y = y * 2 if name == scale else y
-                # a leaf copy would cut the graph; a fresh non-leaf keeps it and can be differentiated against
+                # a leaf copy would cut the graph; a fresh non-leaf keeps it and can be
+                # differentiated against
                 outputs[name] = y + 0 if y.requires_grad else (y + 0).requires_grad_()
                 return outputs[name]
 
@@ -126,9 +144,14 @@ class _Calls:
     def _slope(self, source: str, target: str, source_pos: int | None, target_pos: int) -> bool:
         """Does target's input at target_pos depend on source's output (at source_pos)?"""
         generator = torch.Generator().manual_seed(0)
-        probe = torch.randn(self.inputs[target][..., target_pos, :].shape, generator=generator).to(self.inputs[target].device)
+        probe = torch.randn(self.inputs[target][..., target_pos, :].shape, generator=generator).to(
+            self.inputs[target].device
+        )
         (grad,) = torch.autograd.grad(
-            (self.inputs[target][..., target_pos, :] * probe).sum(), self.outputs[source], retain_graph=True, allow_unused=True
+            (self.inputs[target][..., target_pos, :] * probe).sum(),
+            self.outputs[source],
+            retain_graph=True,
+            allow_unused=True,
         )
         if grad is None:
             return False
@@ -156,8 +179,14 @@ class _Calls:
 
 
 def _norm_after(model: nn.Module, layers: str) -> str | None:
-    """The norm that follows the layers: the last sibling of the list whose only weight is a vector."""
+    """The norm that follows the layers: the last sibling of the list whose only weight is a
+    vector.
+    """
     parent = layers.rpartition(".")[0]
     siblings = list((model.get_submodule(parent) if parent else model).named_children())
-    vectors = [name for name, m in siblings if [p.dim() for n, p in m.named_parameters() if n.endswith("weight")] == [1]]
+    vectors = [
+        name
+        for name, m in siblings
+        if [p.dim() for n, p in m.named_parameters() if n.endswith("weight")] == [1]
+    ]
     return f"{parent}.{vectors[-1]}".lstrip(".") if vectors else None

@@ -1,11 +1,12 @@
 """Architectures as data: where each `config.model_type` keeps its layers and projections.
 
-A location is `module path [/ part]`, relative to one decoder layer. The part says which slice of a fused weight is meant:
+A location is `module path [/ part]`, relative to one decoder layer. The part says which slice of a
+fused weight is meant:
 
-    gate_up:0, gate_up:1      first or second half of the output channels
-    even, odd                 every other output channel (gpt_oss)
-    qkv:0..2                  q, k or v stacked as [q; k; v], with their own sizes under grouped-query attention
-    groups:0..2               q, k or v interleaved as (group, [queries..., k, v], d_head); a group is one key-value head
+    gate_up:0, gate_up:1      first or second half of the output channels even, odd
+    every other output channel (gpt_oss) qkv:0..2                  q, k or v stacked as [q; k; v],
+    with their own sizes under grouped-query attention groups:0..2               q, k or v
+    interleaved as (group, [queries..., k, v], d_head); a group is one key-value head
 
 `experts` are parameters with a leading expert axis, not modules: `mlp.experts.down_proj`.
 """
@@ -17,14 +18,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Layout:
-    """Where one architecture keeps its parts. `layers` is the path of the ModuleList; roles map to locations in a layer."""
+    """Where one architecture keeps its parts.
+
+    `layers` is the path of the ModuleList; roles map to locations in a layer.
+    """
 
     layers: str
     final_norm: str | None
     roles: dict[str, str]
     experts: dict[str, str] | None = None
-    expert_orientation: str = "out_in"  # how a fused expert parameter stores each matrix; gpt_oss: "in_out"
-    transposed: frozenset[str] = frozenset()  # locations whose own class stores its weight as (in, out); Conv1D is known
+    expert_orientation: str = (
+        "out_in"  # how a fused expert parameter stores each matrix; gpt_oss: "in_out"
+    )
+    transposed: frozenset[str] = (
+        frozenset()
+    )  # locations whose own class stores its weight as (in, out); Conv1D is known
 
 
 _LLAMA_ATTN = {f"attn.{r}": f"self_attn.{r}_proj" for r in "qkv"} | {"attn.out": "self_attn.o_proj"}
@@ -40,21 +48,38 @@ _MOE = Layout(
         "mlp.down": "mlp.experts.down_proj",
     },
 )
-_NEOX_ATTN = {f"attn.{r}": f"attention.query_key_value/groups:{i}" for i, r in enumerate("qkv")} | {"attn.out": "attention.dense"}
-_BLOOM_ATTN = {f"attn.{r}": f"self_attention.query_key_value/groups:{i}" for i, r in enumerate("qkv")} | {
-    "attn.out": "self_attention.dense"
+_NEOX_ATTN = {f"attn.{r}": f"attention.query_key_value/groups:{i}" for i, r in enumerate("qkv")} | {
+    "attn.out": "attention.dense"
 }
-_FALCON_ATTN = {f"attn.{r}": f"self_attention.query_key_value/groups:{i}" for i, r in enumerate("qkv")} | {
-    "attn.out": "self_attention.dense"
-}
+_BLOOM_ATTN = {
+    f"attn.{r}": f"self_attention.query_key_value/groups:{i}" for i, r in enumerate("qkv")
+} | {"attn.out": "self_attention.dense"}
+_FALCON_ATTN = {
+    f"attn.{r}": f"self_attention.query_key_value/groups:{i}" for i, r in enumerate("qkv")
+} | {"attn.out": "self_attention.dense"}
 _4H_MLP = {"mlp.up": "mlp.dense_h_to_4h", "mlp.down": "mlp.dense_4h_to_h"}
 
 TABLE: dict[str, Layout] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "smollm3"), _LLAMA),
+    **dict.fromkeys(
+        (
+            "llama",
+            "mistral",
+            "qwen2",
+            "qwen3",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "olmo",
+            "olmo2",
+            "smollm3",
+        ),
+        _LLAMA,
+    ),
     "phi": Layout(
         "model.layers",
         "model.final_layernorm",
-        {f"attn.{r}": f"self_attn.{r}_proj" for r in "qkv"} | {"attn.out": "self_attn.dense", "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2"},
+        {f"attn.{r}": f"self_attn.{r}_proj" for r in "qkv"}
+        | {"attn.out": "self_attn.dense", "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2"},
     ),
     "phi3": Layout(
         "model.layers",
@@ -73,12 +98,14 @@ TABLE: dict[str, Layout] = {
     "gptj": Layout(
         "transformer.h",
         "transformer.ln_f",
-        {f"attn.{r}": f"attn.{r}_proj" for r in "qkv"} | {"attn.out": "attn.out_proj", "mlp.up": "mlp.fc_in", "mlp.down": "mlp.fc_out"},
+        {f"attn.{r}": f"attn.{r}_proj" for r in "qkv"}
+        | {"attn.out": "attn.out_proj", "mlp.up": "mlp.fc_in", "mlp.down": "mlp.fc_out"},
     ),
     "opt": Layout(
         "model.decoder.layers",
         "model.decoder.final_layer_norm",
-        {f"attn.{r}": f"self_attn.{r}_proj" for r in "qkv"} | {"attn.out": "self_attn.out_proj", "mlp.up": "fc1", "mlp.down": "fc2"},
+        {f"attn.{r}": f"self_attn.{r}_proj" for r in "qkv"}
+        | {"attn.out": "self_attn.out_proj", "mlp.up": "fc1", "mlp.down": "fc2"},
     ),
     "falcon": Layout("transformer.h", "transformer.ln_f", _FALCON_ATTN | _4H_MLP),
     "bloom": Layout("transformer.h", "transformer.ln_f", _BLOOM_ATTN | _4H_MLP),
@@ -97,7 +124,14 @@ TABLE: dict[str, Layout] = {
     "bert": Layout(
         "bert.encoder.layer",
         None,
-        {f"attn.{r}": f"attention.self.{n}" for r, n in (("q", "query"), ("k", "key"), ("v", "value"))}
-        | {"attn.out": "attention.output.dense", "mlp.up": "intermediate.dense", "mlp.down": "output.dense"},
+        {
+            f"attn.{r}": f"attention.self.{n}"
+            for r, n in (("q", "query"), ("k", "key"), ("v", "value"))
+        }
+        | {
+            "attn.out": "attention.output.dense",
+            "mlp.up": "intermediate.dense",
+            "mlp.down": "output.dense",
+        },
     ),
 }

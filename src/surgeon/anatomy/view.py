@@ -18,8 +18,8 @@ Rows = slice | Tensor | None
 class Packing:
     """How one stored tensor holds a site's matrix.
 
-    expert: index on a leading expert axis, or None. transposed: stored as (in, out). rows: which output channels of a
-    fused tensor belong to the site; None for all of them.
+    expert: index on a leading expert axis, or None. transposed: stored as (in, out). rows: which
+    output channels of a fused tensor belong to the site; None for all of them.
     """
 
     expert: int | None = None
@@ -27,7 +27,9 @@ class Packing:
     rows: Rows = None
 
     def oriented(self, stored: Tensor) -> Tensor:
-        """The matrix that holds the site's rows, as a view (out_all, in) of `stored`; vectors become one column."""
+        """The matrix that holds the site's rows, as a view (out_all, in) of `stored`; vectors
+        become one column.
+        """
         matrix = stored if self.expert is None else stored[self.expert]
         if matrix.dim() == 1:
             matrix = matrix[:, None]
@@ -45,8 +47,8 @@ class WeightView:
     def __post_init__(self) -> None:
         if not self.stored.is_floating_point():
             raise PackedWeight(
-                f"{self.site} is stored as {self.stored.dtype}, which is quantized; its entries cannot be changed in place. "
-                "Dequantize the model first."
+                f"{self.site} is stored as {self.stored.dtype}, which is quantized; its entries"
+                " cannot be changed in place. Dequantize the model first."
             )
 
     @property
@@ -86,10 +88,14 @@ class WeightView:
         self._matrix[target] = matrix.to(device=self.stored.device, dtype=self.stored.dtype)
 
     def positions(self, rows: Tensor, cols: Tensor) -> Tensor:
-        """Where the entries (n,) lie in the flattened tensor that stores them; for its gradient, say."""
+        """Where the entries (n,) lie in the flattened tensor that stores them; for its gradient,
+        say.
+        """
         matrix = self._matrix
         offset = int(matrix.storage_offset()) - int(self.stored.storage_offset())
-        flat: Tensor = self._stored_rows(rows) * matrix.stride(0) + cols.to(self.stored.device) * matrix.stride(1)
+        flat: Tensor = self._stored_rows(rows) * matrix.stride(0) + cols.to(
+            self.stored.device
+        ) * matrix.stride(1)
         return flat + offset
 
     def _stored_rows(self, rows: Tensor) -> Tensor:
@@ -105,12 +111,20 @@ class WeightView:
         return chosen
 
     def digest(self) -> str:
-        """SHA-256 of the matrix as (out, in) in float32 (float64 stays): the same for every layout and for bf16 read as fp32."""
+        """SHA-256 of the matrix as (out, in) in float32 (float64 stays): the same for every layout
+        and for bf16 read as fp32.
+        """
         return digest(self.read())
 
 
 def digest(matrix: Tensor) -> str:
-    """SHA-256 of a matrix (out, in): its shape, then its values as float32 (float64 stays), row by row."""
-    wide = matrix.detach().to("cpu", torch.float64 if matrix.dtype == torch.float64 else torch.float32).contiguous()
+    """SHA-256 of a matrix (out, in): its shape, then its values as float32 (float64 stays), row by
+    row.
+    """
+    wide = (
+        matrix.detach()
+        .to("cpu", torch.float64 if matrix.dtype == torch.float64 else torch.float32)
+        .contiguous()
+    )
     head = f"{tuple(wide.shape)}:{wide.dtype}:".encode()
     return hashlib.sha256(head + wide.numpy().tobytes()).hexdigest()

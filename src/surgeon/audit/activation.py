@@ -1,4 +1,6 @@
-"""The super activation of both models: how large the channels grow that the critical entries write."""
+"""The super activation of both models: how large the channels grow that the critical entries
+write.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ _BATCH = 4
 
 @dataclass(frozen=True)
 class SuperActivation:
-    """The largest |value| that the module of `site` writes to output channel `row`, over all tokens of a text."""
+    """The largest |value| that the module of `site` writes to output channel `row`, over all tokens
+    of a text.
+    """
 
     site: Site
     row: int
@@ -30,17 +34,32 @@ class SuperActivation:
         return self.other / self.base if self.base else None
 
     def to_json(self) -> dict[str, Any]:
-        return {"site": str(self.site), "row": self.row, "base": self.base, "other": self.other, "ratio": self.ratio}
+        return {
+            "site": str(self.site),
+            "row": self.row,
+            "base": self.base,
+            "other": self.other,
+            "ratio": self.ratio,
+        }
 
 
 def channels(entries: Sequence[Entry]) -> list[tuple[Site, int]]:
-    """The channels that the entries write, where one module writes them: experts that share a module are left out."""
+    """The channels that the entries write, where one module writes them: experts that share a
+    module are left out.
+    """
     return sorted({(e.site, e.row) for e in entries if e.site.expert is None})
 
 
 @torch.no_grad()
-def peaks(model: nn.Module, addresses: Sequence[Address], rows: Sequence[int], windows: Int64[Tensor, "batch pos"]) -> list[float]:
-    """The largest |output| of channel `rows[i]` of the module at `addresses[i]`, in one pass over the windows."""
+def peaks(
+    model: nn.Module,
+    addresses: Sequence[Address],
+    rows: Sequence[int],
+    windows: Int64[Tensor, "batch pos"],
+) -> list[float]:
+    """The largest |output| of channel `rows[i]` of the module at `addresses[i]`, in one pass over
+    the windows.
+    """
     device = next(model.parameters()).device
     highest = [0.0] * len(rows)
     with Tap() as tap:

@@ -1,4 +1,6 @@
-"""A callback for transformers' Trainer: the drift of the critical entries in its logs, and, if wanted, no drift at all."""
+"""A callback for transformers' Trainer: the drift of the critical entries in its logs, and, if
+wanted, no drift at all.
+"""
 
 from __future__ import annotations
 
@@ -16,33 +18,48 @@ PREFIX = "critical"
 
 
 class CriticalWeights(TrainerCallback):  # type: ignore[misc]
-    """Logs `critical/<entry>`, the ratio of each entry to what it was when training began, wherever the trainer logs.
+    """Logs `critical/<entry>`, the ratio of each entry to what it was when training began, wherever
+    the trainer logs.
 
         trainer = Trainer(..., callbacks=[CriticalWeights(["L0.mlp.down[24, 177]"], freeze=True)])
 
-    entries: addresses or `Entry`s; of more than `listed` only the ratio furthest from 1 is logged, and what is left of their sum.
-    freeze: after each step of the optimizer the entries get their exact bits back; nothing else of the matrix is held.
-    Of a matrix with LoRA on it the sum of base and adapter is watched, which cannot be frozen.
+    entries: addresses or `Entry`s; of more than `listed` only the ratio furthest from 1 is logged,
+    and what is left of their sum. freeze: after each step of the optimizer the entries get their
+    exact bits back; nothing else of the matrix is held. Of a matrix with LoRA on it the sum of base
+    and adapter is watched, which cannot be frozen.
     """
 
-    def __init__(self, entries: Sequence[Entry | str], freeze: bool = False, listed: int = 8) -> None:
+    def __init__(
+        self, entries: Sequence[Entry | str], freeze: bool = False, listed: int = 8
+    ) -> None:
         """Raises: BadInput if there are no entries, or one has not the form of an address."""
-        self.entries = list(dict.fromkeys(Entry.parse(e) if isinstance(e, str) else e for e in entries))
+        self.entries = list(
+            dict.fromkeys(Entry.parse(e) if isinstance(e, str) else e for e in entries)
+        )
         if not self.entries:
-            raise BadInput("no critical entries were given; name at least one, like L0.mlp.down[24, 177].")
+            raise BadInput(
+                "no critical entries were given; name at least one, like L0.mlp.down[24, 177]."
+            )
         self.freeze, self.listed = freeze, listed
         self._watches: list[_Watch] = []
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
         if model is None:
-            raise BadInput("the trainer gave the callback no model; use it with transformers' Trainer.")
+            raise BadInput(
+                "the trainer gave the callback no model; use it with transformers' Trainer."
+            )
         anatomy = Anatomy.of(_plain(model))
         sites = dict.fromkeys(anatomy.resolve(e.site) for e in self.entries)
-        self._watches = [_Watch(anatomy, site, [e for e in self.entries if e.site == site]) for site in sites]
+        self._watches = [
+            _Watch(anatomy, site, [e for e in self.entries if e.site == site]) for site in sites
+        ]
         adapted = [str(w.site) for w in self._watches if w.adapters()]
         if self.freeze and adapted:
             raise BadInput(
-                f"{', '.join(adapted)} is trained through an adapter, which moves all of its entries together; do not freeze it."
+                f"{', '.join(adapted)} is trained through an adapter, which moves all of its"
+                " entries together; do not freeze it."
             )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -50,7 +67,9 @@ class CriticalWeights(TrainerCallback):  # type: ignore[misc]
             for watch in self._watches:
                 watch.restore_()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         drift = self.drift()
         if logs is not None:
             logs.update(drift)
@@ -66,7 +85,10 @@ class CriticalWeights(TrainerCallback):  # type: ignore[misc]
             return ratios
         before = sum(float(w.original.abs().sum()) for w in self._watches)
         left = sum(float((w.now() * w.original.sign()).sum()) for w in self._watches)
-        return {f"{PREFIX}/furthest": max(ratios.values(), key=lambda r: abs(r - 1)), f"{PREFIX}/sum": left / before}
+        return {
+            f"{PREFIX}/furthest": max(ratios.values(), key=lambda r: abs(r - 1)),
+            f"{PREFIX}/sum": left / before,
+        }
 
 
 class _Watch:
@@ -78,12 +100,20 @@ class _Watch:
         self.view = anatomy.view(site)
         n_out, n_in = self.view.shape
         if wrong := [e for e in entries if e.row >= n_out or e.col >= n_in]:
-            raise BadInput(f"{wrong[0]} does not exist: {site} has shape (out {n_out}, in {n_in}), counted from 0.")
-        self.rows, self.cols = torch.tensor([e.row for e in entries]), torch.tensor([e.col for e in entries])
+            raise BadInput(
+                f"{wrong[0]} does not exist: {site} has shape (out {n_out}, in {n_in}), counted"
+                " from 0."
+            )
+        self.rows, self.cols = (
+            torch.tensor([e.row for e in entries]),
+            torch.tensor([e.col for e in entries]),
+        )
         self.bits = self.view.get(self.rows, self.cols).clone()
         self.original = self.now()
         if zero := [e for e, w in zip(entries, self.original.tolist(), strict=True) if w == 0]:
-            raise BadInput(f"{zero[0]} is zero, so its drift has no ratio; name entries that hold something.")
+            raise BadInput(
+                f"{zero[0]} is zero, so its drift has no ratio; name entries that hold something."
+            )
 
     def now(self) -> Tensor:
         """The entries (n,) as they act: with what adapters add."""
@@ -100,7 +130,10 @@ class _Watch:
         return [a for a in self.module.active_adapters if a in self.module.lora_A]  # type: ignore[union-attr, operator]
 
     def ratios(self) -> dict[str, float]:
-        return {f"{PREFIX}/{e}": r for e, r in zip(self.entries, (self.now() / self.original).tolist(), strict=True)}
+        return {
+            f"{PREFIX}/{e}": r
+            for e, r in zip(self.entries, (self.now() / self.original).tolist(), strict=True)
+        }
 
     def restore_(self) -> None:
         with torch.no_grad():

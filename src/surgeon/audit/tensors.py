@@ -1,10 +1,11 @@
-"""Single tensors of a checkpoint in whatever dtype they are stored, and slices of them, with the bytes counted."""
+"""Single tensors of a checkpoint in whatever dtype they are stored, and slices of them, with the
+bytes counted.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -33,11 +34,17 @@ _DTYPES = {
 
 
 class Tensors:
-    """The tensors of a local folder or of a repository on the Hub. `bytes_read` counts what was read of their data."""
+    """The tensors of a local folder or of a repository on the Hub.
+
+    `bytes_read` counts what was read of their data.
+    """
 
     def __init__(self, shards: Shards) -> None:
         self.shards = shards
-        self.bytes_read = 0
+
+    @property
+    def bytes_read(self) -> int:
+        return self.shards.bytes_read
 
     @property
     def name(self) -> str:
@@ -53,21 +60,37 @@ class Tensors:
         return self.shards.stored[name].shape
 
     def read(self, name: str, index: int | None = None) -> Tensor:
-        """The tensor, or its part `index` along the first axis. Raises: BadCheckpoint if it is missing, damaged or of unknown dtype."""
+        """The tensor, or its part `index` along the first axis.
+
+        Raises: BadCheckpoint if it is missing, damaged or of unknown dtype.
+        """
         if name not in self.shards.stored:
-            raise BadCheckpoint(f"{self.name} lacks {name}, without which the weight beside it cannot be read; download it again.")
+            raise BadCheckpoint(
+                f"{self.name} lacks {name}, without which the weight beside it cannot be read;"
+                " download it again."
+            )
         stored = self.shards.stored[name]
         if stored.dtype not in _DTYPES:
-            raise BadCheckpoint(f"{self.name} stores {name} as {stored.dtype}, which Surgeon does not read; dequantize the model first.")
+            raise BadCheckpoint(
+                f"{self.name} stores {name} as {stored.dtype}, which Surgeon does not read;"
+                " dequantize the model first."
+            )
         dtype, shape = _DTYPES[stored.dtype], stored.shape
         if stored.stop - stored.start != math.prod(shape) * dtype.itemsize:
-            raise BadCheckpoint(f"{stored.shard} of {self.name} does not describe {name} soundly; download it again.")
+            raise BadCheckpoint(
+                f"{stored.shard} of {self.name} does not describe {name} soundly; download it"
+                " again."
+            )
         if index is not None:
             shape = shape[1:]
             start = stored.start + index * math.prod(shape) * dtype.itemsize
             stored = replace(stored, start=start, stop=start + math.prod(shape) * dtype.itemsize)
         data = self._bytes(stored)
-        return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
+        return (
+            torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(shape)
+            if data
+            else torch.empty(shape, dtype=dtype)
+        )
 
     @cached_property
     def metadata(self) -> dict[str, str]:
@@ -75,21 +98,12 @@ class Tensors:
         found: dict[str, str] = {}
         for shard in dict.fromkeys(s.shard for s in self.shards.stored.values()):
             length = int.from_bytes(self._bytes(Stored(shard, "U8", (8,), 0, 8)), "little")
-            found |= json.loads(self._bytes(Stored(shard, "U8", (length,), 8, 8 + length))).get("__metadata__", {})
+            found |= json.loads(self._bytes(Stored(shard, "U8", (length,), 8, 8 + length))).get(
+                "__metadata__", {}
+            )
         return found
 
     def _bytes(self, stored: Stored) -> bytearray:
-        path, offset = self.shards.place(stored)
         data = bytearray(stored.stop - stored.start)
-        left = memoryview(data)
-        try:
-            with path.open("rb", buffering=0) as file:
-                while len(left):
-                    count = os.preadv(file.fileno(), [left], offset)
-                    if count == 0:
-                        raise BadCheckpoint(f"{stored.shard} of {self.name} ends before byte {stored.stop}; download it again.")
-                    left, offset = left[count:], offset + count
-        except OSError as error:
-            raise BadCheckpoint(f"{stored.shard} of {self.name} cannot be read: {error.strerror}.") from error
-        self.bytes_read += len(data)
+        self.shards.read_into(stored, memoryview(data))
         return data

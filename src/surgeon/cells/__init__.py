@@ -1,4 +1,6 @@
-"""Models of gene expression: scGPT, Geneformer and cell sentences; what they cannot live without, beside nulls that can say no."""
+"""Models of gene expression: scGPT, Geneformer and cell sentences; what they cannot live without,
+beside nulls that can say no.
+"""
 
 from .checkpoint import LoadedCells, load_cells, make_vocab, save_cells
 from .data import Expression, expression, read_cells

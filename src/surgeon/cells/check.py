@@ -1,4 +1,6 @@
-"""Whether a screen can be believed: it must find a planted fragile weight, and must not find a rescaled neuron."""
+"""Whether a screen can be believed: it must find a planted fragile weight, and must not find a
+rescaled neuron.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,25 @@ from .tokenise import Batch
 class CheckConfig:
     """Settings of the screen's own controls."""
 
-    nats: float = field(default=0.25, metadata={"help": "what removing the planted weight is to cost, in nats per masked value"})
-    factor: float = field(default=1000.0, metadata={"help": "by how much a ReLU neuron is scaled up, and its output weights down"})
-    screen: ScreenConfig = field(default=ScreenConfig(), metadata={"help": "settings of the screens"})
+    nats: float = field(
+        default=0.25,
+        metadata={"help": "what removing the planted weight is to cost, in nats per masked value"},
+    )
+    factor: float = field(
+        default=1000.0,
+        metadata={"help": "by how much a ReLU neuron is scaled up, and its output weights down"},
+    )
+    screen: ScreenConfig = field(
+        default=ScreenConfig(), metadata={"help": "settings of the screens"}
+    )
 
 
 @dataclass(frozen=True)
 class Check:
-    """Both controls, and the screens of them. The planted weight must be found alone; no weight of the rescaled neuron may be."""
+    """Both controls, and the screens of them.
+
+    The planted weight must be found alone; no weight of the rescaled neuron may be.
+    """
 
     planted: Planted
     planted_screen: Screen
@@ -43,14 +56,20 @@ class Check:
     def rescaled_found(self) -> bool:
         column = f", {self.rescaled.neuron}]"
         name = f"L{self.rescaled.layer}.mlp.down["
-        return any(a.startswith(name) and a.endswith(column) for v in self.rescaled_screen.found for a in v.addresses)
+        return any(
+            a.startswith(name) and a.endswith(column)
+            for v in self.rescaled_screen.found
+            for a in v.addresses
+        )
 
     @property
     def passed(self) -> bool:
         return self.planted_found and not self.rescaled_found
 
     def to_json(self) -> dict[str, Any]:
-        verified = {v.addresses[0]: v for v in self.planted_screen.verified if len(v.addresses) == 1}.get(self.planted.part.address)
+        verified = {
+            v.addresses[0]: v for v in self.planted_screen.verified if len(v.addresses) == 1
+        }.get(self.planted.part.address)
         ranks = [s.part.address for s, _ in self.planted_screen.pruned]
         worst = max(self.rescaled_screen.verified, key=lambda v: v.nats)
         return {
@@ -58,7 +77,11 @@ class Check:
             "planted": {
                 **self.planted.to_json(),
                 "found": self.planted_found,
-                "rank": ranks.index(self.planted.part.address) + 1 if self.planted.part.address in ranks else None,
+                "rank": (
+                    ranks.index(self.planted.part.address) + 1
+                    if self.planted.part.address in ranks
+                    else None
+                ),
                 "verified": None if verified is None else verified.to_json(),
             },
             "rescaled": {
@@ -81,8 +104,14 @@ def check(
     config: CheckConfig = CheckConfig(),
     progress: Progress | None = None,
 ) -> Check:
-    """Screen a copy of the model with a planted weight, and one with a rescaled neuron. Arguments and errors as `screen` and `plant`."""
+    """Screen a copy of the model with a planted weight, and one with a rescaled neuron.
+
+    Arguments and errors as `screen` and `plant`.
+    """
     planted = plant(model, batch, masked, config.nats, seed=config.screen.seed)
     rescaled = rescale(model, batch, config.factor)
-    first, second = (screen(copy, batch, masked, baseline, types, config.screen, progress) for copy in (planted.model, rescaled.model))
+    first, second = (
+        screen(copy, batch, masked, baseline, types, config.screen, progress)
+        for copy in (planted.model, rescaled.model)
+    )
     return Check(planted, first, rescaled, second, config)

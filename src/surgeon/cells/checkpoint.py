@@ -1,6 +1,8 @@
-"""Checkpoints in the published layout: `best_model.pt`, `args.json`, `vocab.json`; and what training here leaves beside them.
+"""Checkpoints in the published layout: `best_model.pt`, `args.json`, `vocab.json`; and what
+training here leaves beside them.
 
-Only tensors are read: `torch.load` with `weights_only=True`, or the same tensors as `model.safetensors`. Every tensor is accounted for.
+Only tensors are read: `torch.load` with `weights_only=True`, or the same tensors as
+`model.safetensors`. Every tensor is accounted for.
 """
 
 from __future__ import annotations
@@ -30,13 +32,24 @@ from .tokenise import CLS, END, PAD, TokenConfig
 
 WEIGHTS, SAFE, ARGS, VOCAB = "best_model.pt", "model.safetensors", "args.json", "vocab.json"
 TRAINING, MARGINAL = "training.json", "marginal.safetensors"
-_RENAMED = ((r"^module\.", ""), (r"self_attn\.(_impl\.)?Wqkv\.", "self_attn.in_proj_"), (r"self_attn\._impl\.", "self_attn."))
-_CHANGES = ("dsbn.", "batch_encoder.", "bn.")  # parts that the published forward pass runs and this one does not have
+_RENAMED = (
+    (r"^module\.", ""),
+    (r"self_attn\.(_impl\.)?Wqkv\.", "self_attn.in_proj_"),
+    (r"self_attn\._impl\.", "self_attn."),
+)
+_CHANGES = (
+    "dsbn.",
+    "batch_encoder.",
+    "bn.",
+)  # parts that the published forward pass runs and this one does not have
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Where every tensor of the file went. matched and unmatched: names in the file; renamed: how many had another name there."""
+    """Where every tensor of the file went.
+
+    matched and unmatched: names in the file; renamed: how many had another name there.
+    """
 
     file: str
     matched: list[str]
@@ -44,15 +57,20 @@ class LoadReport:
     renamed: int
 
     def to_json(self) -> dict[str, Any]:
-        return {"file": self.file, "matched": len(self.matched), "unmatched": self.unmatched, "renamed": self.renamed}
+        return {
+            "file": self.file,
+            "matched": len(self.matched),
+            "unmatched": self.unmatched,
+            "renamed": self.renamed,
+        }
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedCells:
     """A model of gene expression, ready for surgery.
 
-    training: what `cells train` wrote (which cells it held out, for one), empty for others. fingerprint: SHA-256 of arguments,
-    vocabulary and weights.
+    training: what `cells train` wrote (which cells it held out, for one), empty for others.
+    fingerprint: SHA-256 of arguments, vocabulary and weights.
     """
 
     model: ScGPT
@@ -66,15 +84,18 @@ class LoadedCells:
 
 
 def load_cells(folder: str | Path) -> LoadedCells:
-    """Load a checkpoint in the published layout, in eval mode. `model.safetensors` is preferred where both are there.
+    """Load a checkpoint in the published layout, in eval mode. `model.safetensors` is preferred
+    where both are there.
 
-    Raises: BadCheckpoint for a file that is missing, damaged or holds more than tensors, for a model that lacks weights (any `linear2`
-    above all) or computes what this module does not.
+    Raises: BadCheckpoint for a file that is missing, damaged or holds more than tensors, for a
+    model that lacks weights (any `linear2` above all) or computes what this module does not.
     """
     folder = Path(folder)
     args, vocab = _read_json(folder / ARGS), _read_json(folder / VOCAB)
     if not vocab or not all(isinstance(i, int) and i >= 0 for i in vocab.values()):
-        raise BadCheckpoint(f"{folder / VOCAB} is no vocabulary: it should give a whole number to every gene.")
+        raise BadCheckpoint(
+            f"{folder / VOCAB} is no vocabulary: it should give a whole number to every gene."
+        )
     file, raw = _read_weights(folder)
     state = {_published_name(name): tensor for name, tensor in raw.items()}
     _refuse_others(folder, args, state)
@@ -88,13 +109,20 @@ def load_cells(folder: str | Path) -> LoadedCells:
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in state]
     if missing:
-        missing.sort(key=lambda name: ".linear2." not in name)  # without these nothing of a layer's MLP is written
-        raise BadCheckpoint(
-            f"{file} lacks {', '.join(missing[:3])}{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}; download it again."
-        )
-    wrong = [f"{n} {tuple(state[n].shape)} for {tuple(w.shape)}" for n, w in wanted.items() if state[n].shape != w.shape]
+        missing.sort(
+            key=lambda name: ".linear2." not in name
+        )  # without these nothing of a layer's MLP is written
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise BadCheckpoint(f"{file} lacks {', '.join(missing[:3])}{more}; download it again.")
+    wrong = [
+        f"{n} {tuple(state[n].shape)} for {tuple(w.shape)}"
+        for n, w in wanted.items()
+        if state[n].shape != w.shape
+    ]
     if wrong:
-        raise BadCheckpoint(f"{file} does not fit its {ARGS}: {wrong[0]}; use the one that came with it.")
+        raise BadCheckpoint(
+            f"{file} does not fit its {ARGS}: {wrong[0]}; use the one that came with it."
+        )
     model.load_state_dict({name: state[name] for name in wanted}, assign=True)
     names = {_published_name(name): name for name in raw}
     report = LoadReport(
@@ -104,12 +132,17 @@ def load_cells(folder: str | Path) -> LoadedCells:
         sum(_published_name(n) != n for n in raw),
     )
     tokens = TokenConfig(
-        config.n_bins, int(args.get("max_seq_len", 1200)), bool(args.get("include_zero_gene", False)), config.pad_value
-    )  # fmt: skip
+        config.n_bins,
+        int(args.get("max_seq_len", 1200)),
+        bool(args.get("include_zero_gene", False)),
+        config.pad_value,
+    )
     marginal = Marginal.read(folder / MARGINAL) if (folder / MARGINAL).is_file() else None
     training = _read_json(folder / TRAINING) if (folder / TRAINING).is_file() else {}
     model.float().eval().requires_grad_(False)
-    return LoadedCells(model, vocab, args, report, tokens, _fingerprint(folder, file), marginal, training)
+    return LoadedCells(
+        model, vocab, args, report, tokens, _fingerprint(folder, file), marginal, training
+    )
 
 
 def save_cells(
@@ -121,13 +154,23 @@ def save_cells(
     training: Mapping[str, Any] | None = None,
     flash_names: bool = False,
 ) -> None:
-    """Write a model in the published layout, its weights also as safetensors. flash_names: as flash-attn has them, `Wqkv.`."""
+    """Write a model in the published layout, its weights also as safetensors.
+
+    flash_names: as flash-attn has them, `Wqkv.`.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
     if flash_names:
-        state = {name.replace("self_attn.in_proj_", "self_attn.Wqkv."): tensor for name, tensor in state.items()}
-    pickled = io.BytesIO()  # torch writes the file's own name into the archive, and the temporary one must not get there
+        state = {
+            name.replace("self_attn.in_proj_", "self_attn.Wqkv."): tensor
+            for name, tensor in state.items()
+        }
+    pickled = (
+        io.BytesIO()
+    )  # torch writes the file's own name into the archive, and the temporary one must not get there
     torch.save(state, pickled)
     _write(folder / WEIGHTS, pickled.getvalue())
     _write(folder / SAFE, to_safetensors(state))
@@ -146,49 +189,85 @@ def make_vocab(genes: list[str]) -> dict[str, int]:
 
 def _args(shape: CellConfig, tokens: TokenConfig) -> dict[str, Any]:
     return {
-        "embsize": shape.d_model, "nheads": shape.n_heads, "d_hid": shape.d_mlp, "nlayers": shape.n_layers, "dropout": shape.dropout,
-        "n_layers_cls": shape.n_layers_types, "n_bins": shape.n_bins, "pad_token": PAD, "pad_value": shape.pad_value,
-        "mask_value": shape.mask_value, "input_style": "binned", "input_emb_style": "continuous", "pre_norm": False,
-        "max_seq_len": tokens.max_length, "include_zero_gene": tokens.include_zeros,
-    }  # fmt: skip
+        "embsize": shape.d_model,
+        "nheads": shape.n_heads,
+        "d_hid": shape.d_mlp,
+        "nlayers": shape.n_layers,
+        "dropout": shape.dropout,
+        "n_layers_cls": shape.n_layers_types,
+        "n_bins": shape.n_bins,
+        "pad_token": PAD,
+        "pad_value": shape.pad_value,
+        "mask_value": shape.mask_value,
+        "input_style": "binned",
+        "input_emb_style": "continuous",
+        "pre_norm": False,
+        "max_seq_len": tokens.max_length,
+        "include_zero_gene": tokens.include_zeros,
+    }
 
 
 def _refuse_others(folder: Path, args: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     """Raises: BadCheckpoint for a model that computes something else than `ScGPT`."""
     style = args.get("input_emb_style", "continuous")
     changes = [name for name in state if name.startswith(_CHANGES)]
-    what = "norms before its blocks" if args.get("pre_norm") else f"{style} values" if style != "continuous" else "".join(changes[:1])
+    what = (
+        "norms before its blocks"
+        if args.get("pre_norm")
+        else f"{style} values"
+        if style != "continuous"
+        else "".join(changes[:1])
+    )
     if what:
-        raise BadCheckpoint(f"{folder} holds a model with {what}, which this module does not compute; use one like the published ones.")
+        raise BadCheckpoint(
+            f"{folder} holds a model with {what}, which this module does not compute; use one like"
+            " the published ones."
+        )
 
 
 def _with_special(vocab: dict[str, int], n_tokens: int) -> dict[str, int]:
-    """The vocabulary with the special tokens it lacks put behind it, as the published loader does, where the embedding has room."""
+    """The vocabulary with the special tokens it lacks put behind it, as the published loader does,
+    where the embedding has room.
+    """
     for name in (PAD, CLS, END):
         if name not in vocab and max(vocab.values()) + 1 < n_tokens:
             vocab = {**vocab, name: max(vocab.values()) + 1}
     return vocab
 
 
-def _shape(folder: Path, args: Mapping[str, Any], vocab: Mapping[str, int], state: Mapping[str, Tensor]) -> CellConfig:
+def _shape(
+    folder: Path, args: Mapping[str, Any], vocab: Mapping[str, int], state: Mapping[str, Tensor]
+) -> CellConfig:
     """The shape, from the tensors where they tell it and from the arguments where they do not."""
     try:
         n_tokens, d_model = state["encoder.embedding.weight"].shape
-        layers = {int(m[1]) for name in state if (m := re.match(r"transformer_encoder\.layers\.(\d+)\.", name))}
+        layers = {
+            int(m[1])
+            for name in state
+            if (m := re.match(r"transformer_encoder\.layers\.(\d+)\.", name))
+        }
         first = state["transformer_encoder.layers.0.linear1.weight"]
         n_heads = int(args["nheads"])
         n_layers = max(int(args.get("nlayers", 0)), max(layers) + 1)
     except (KeyError, ValueError, TypeError) as error:
-        raise BadCheckpoint(f"{folder} holds no scGPT checkpoint: its weights or its {ARGS} have no {error}.") from error
+        raise BadCheckpoint(
+            f"{folder} holds no scGPT checkpoint: its weights or its {ARGS} have no {error}."
+        ) from error
     if max(vocab.values()) >= n_tokens:
         raise BadCheckpoint(
-            f"{folder / VOCAB} numbers genes up to {max(vocab.values())}, the model knows {n_tokens}; use its own vocabulary."
+            f"{folder / VOCAB} numbers genes up to {max(vocab.values())}, the model knows"
+            f" {n_tokens}; use its own vocabulary."
         )
     pad = str(args.get("pad_token", PAD))
     if pad not in vocab:
-        raise BadCheckpoint(f"{folder / VOCAB} has no {pad}, which {ARGS} names as padding; use the vocabulary that came with the model.")
+        raise BadCheckpoint(
+            f"{folder / VOCAB} has no {pad}, which {ARGS} names as padding; use the vocabulary that"
+            " came with the model."
+        )
     types = state.get("cls_decoder.out_layer.weight")
-    blocks = {int(m[1]) for name in state if (m := re.match(r"cls_decoder\._decoder\.(\d+)\.", name))}
+    blocks = {
+        int(m[1]) for name in state if (m := re.match(r"cls_decoder\._decoder\.(\d+)\.", name))
+    }
     try:
         return CellConfig(
             n_tokens=n_tokens,
@@ -205,7 +284,11 @@ def _shape(folder: Path, args: Mapping[str, Any], vocab: Mapping[str, int], stat
             flags="flag_encoder.weight" in state,
             from_cell="mvc_decoder.W.weight" in state,
             n_types=0 if types is None else types.shape[0],
-            n_layers_types=int(args.get("n_layers_cls", 3)) if types is None else len({b // 3 for b in blocks}) + 1,
+            n_layers_types=(
+                int(args.get("n_layers_cls", 3))
+                if types is None
+                else len({b // 3 for b in blocks}) + 1
+            ),
         )
     except (BadInput, TypeError, ValueError) as error:
         raise BadCheckpoint(f"{folder / ARGS} cannot be used: {error}") from error
@@ -218,20 +301,31 @@ def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
             return safe, load_safetensors(safe.read_bytes())
         if pickled.is_file():
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Detected pickle protocol")  # said of files that are refused in any case
+                warnings.filterwarnings(
+                    "ignore", message="Detected pickle protocol"
+                )  # said of files that are refused in any case
                 found = torch.load(pickled, map_location="cpu", weights_only=True)
-            if isinstance(found, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
+            if isinstance(found, dict) and all(
+                isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()
+            ):
                 return pickled, dict(found)
-            raise BadCheckpoint(f"{pickled} is not a plain table of tensors; save model.state_dict() and nothing else.")
+            raise BadCheckpoint(
+                f"{pickled} is not a plain table of tensors; save model.state_dict() and nothing"
+                " else."
+            )
     except pickle.UnpicklingError as error:
         raise BadCheckpoint(
-            f"{pickled} holds more than tensors, which can run code when opened, so Surgeon does not open it; "
-            "save model.state_dict() and nothing else."
+            f"{pickled} holds more than tensors, which can run code when opened, so Surgeon does"
+            " not open it; save model.state_dict() and nothing else."
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise BadCheckpoint(f"the weights in {folder} are damaged ({str(error).splitlines()[0]}); download them again.") from error
+        raise BadCheckpoint(
+            f"the weights in {folder} are damaged ({str(error).splitlines()[0]}); download them"
+            " again."
+        ) from error
     raise BadCheckpoint(
-        f"{folder} holds neither {WEIGHTS} nor {SAFE}; give the folder of a cell model, as `surgeon cells train` writes it."
+        f"{folder} holds neither {WEIGHTS} nor {SAFE}; give the folder of a cell model, as `surgeon"
+        " cells train` writes it."
     )
 
 
@@ -239,7 +333,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise BadCheckpoint(f"{path} cannot be read: {error.strerror}; a cell model has {WEIGHTS}, {ARGS} and {VOCAB}.") from error
+        raise BadCheckpoint(
+            f"{path} cannot be read: {error.strerror}; a cell model has {WEIGHTS}, {ARGS} and"
+            f" {VOCAB}."
+        ) from error
     except ValueError as error:
         raise BadCheckpoint(f"{path} is not JSON: {error}.") from error
     if not isinstance(found, dict):

@@ -1,4 +1,6 @@
-"""Attention heads and MLP blocks, ranked by what their removal costs: each writes nothing, the rest is as it was."""
+"""Attention heads and MLP blocks, ranked by what their removal costs: each writes nothing, the rest
+is as it was.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from .damage import Damage, Progress, by_cell
 
 @dataclass(frozen=True)
 class Component:
-    """`L2.head3` or `L2.mlp`, and its damage in nats per masked value with an interval over cells."""
+    """`L2.head3` or `L2.mlp`, and its damage in nats per masked value with an interval over
+    cells.
+    """
 
     name: str
     layer: int
@@ -27,7 +31,9 @@ class Component:
 
 
 def components(damage: Damage, seed: int = 0, progress: Progress | None = None) -> list[Component]:
-    """Every head (what it gives to the output projection set to zero) and every MLP block (its write set to zero), worst first."""
+    """Every head (what it gives to the output projection set to zero) and every MLP block (its
+    write set to zero), worst first.
+    """
     layers = damage.model.layers
     heads = damage.model.n_heads
     found = []
@@ -37,7 +43,9 @@ def components(damage: Damage, seed: int = 0, progress: Progress | None = None) 
             with Tap() as tap:
                 if head < heads:
                     name = f"L{index}.head{head}"
-                    tap.on_input(layer.self_attn.out_proj, _without(slice(head * width, (head + 1) * width)))
+                    tap.on_input(
+                        layer.self_attn.out_proj, _without(slice(head * width, (head + 1) * width))
+                    )
                 else:
                     name = f"L{index}.mlp"
                     tap.on_output(layer.linear2, torch.zeros_like)

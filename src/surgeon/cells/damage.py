@@ -1,4 +1,6 @@
-"""Damage: paired masked negative log-likelihood of the intact and the broken model on the same tokenised cells and the same masks."""
+"""Damage: paired masked negative log-likelihood of the intact and the broken model on the same
+tokenised cells and the same masks.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,12 @@ Progress = Callable[[str, int, int], None]
 
 
 class Damage:
-    """What a change of the model costs on fixed cells and fixed masks; layers below the change are computed once.
+    """What a change of the model costs on fixed cells and fixed masks; layers below the change are
+    computed once.
 
-    batch: tokenised once, since binning breaks ties at random. masked: (draw, cell, pos), True where a value is hidden and scored.
-    `intact` is the NLL (draw, cell, pos) in nats, NaN where nothing is scored.
+    batch: tokenised once, since binning breaks ties at random. masked: (draw, cell, pos), True
+    where a value is hidden and scored. `intact` is the NLL (draw, cell, pos) in nats, NaN where
+    nothing is scored.
     """
 
     def __init__(self, model: ScGPT, batch: Batch, masked: Bool[Tensor, "draw cell pos"]) -> None:
@@ -40,16 +44,24 @@ class Damage:
         return float(by_cell(self.intact).nanmean())
 
     def of(self, parts: Sequence[Part], factor: float = 0.0) -> Float[Tensor, "draw cell pos"]:
-        """Damage (draw, cell, pos) in nats with all of `parts` scaled together, by default to zero."""
+        """Damage (draw, cell, pos) in nats with all of `parts` scaled together, by default to
+        zero.
+        """
         with scaled(self.model, parts, factor):
             return self.change(min(p.layer for p in parts))
 
     def change(self, lowest: int = 0) -> Float[Tensor, "draw cell pos"]:
-        """NLL of the model as it is now, less the intact one's. lowest: the lowest layer that differs from the intact model."""
+        """NLL of the model as it is now, less the intact one's.
+
+        lowest: the lowest layer that differs from the intact model.
+        """
         return self.nll(lowest) - self.intact
 
     def nll(self, lowest: int = 0) -> Float[Tensor, "draw cell pos"]:
-        """NLL of the model as it is now. Layers below `lowest` must be as they were when this object was made."""
+        """NLL of the model as it is now.
+
+        Layers below `lowest` must be as they were when this object was made.
+        """
         entries = self._entries(lowest)
         found = torch.full(self.masked.shape, nan, dtype=torch.float32)
         for i, (draw, piece) in enumerate(self._passes()):
@@ -61,10 +73,14 @@ class Damage:
         return ((draw, piece) for draw in range(len(self.masked)) for piece in self._pieces)
 
     def _call(self, draw: int, piece: slice) -> Tensor:
-        return masked_nll(self.model, cells_of(self.batch, piece), self.masked[draw : draw + 1, piece])[0]
+        return masked_nll(
+            self.model, cells_of(self.batch, piece), self.masked[draw : draw + 1, piece]
+        )[0]
 
     def _entries(self, start: int) -> list[LayerInput]:
-        """What enters layer `start` in each pass of the intact model; nothing where that saves no work or takes too much memory."""
+        """What enters layer `start` in each pass of the intact model; nothing where that saves no
+        work or takes too much memory.
+        """
         layers = self.model.layers
         size = self.masked.numel() * self.model.d_model * 4
         if start < 1 or len(self._kept) * size + (start not in self._kept) * size > KEPT_BYTES:
@@ -72,7 +88,10 @@ class Damage:
         if start not in self._kept:
             kept: list[LayerInput] = []
             with Tap() as tap:
-                tap.on_output(layers[start - 1], lambda states: kept.append(LayerInput(start, states.detach(), False)))
+                tap.on_output(
+                    layers[start - 1],
+                    lambda states: kept.append(LayerInput(start, states.detach(), False)),
+                )
                 for draw, piece in self._passes():
                     self._call(draw, piece)
             self._kept[start] = kept
@@ -82,7 +101,13 @@ class Damage:
 def cells_of(batch: Batch, piece: slice | Tensor) -> Batch:
     """Some of the cells of a batch."""
     at = range(len(batch.cell_names))[piece] if isinstance(piece, slice) else piece.tolist()
-    return Batch(batch.genes[piece], batch.values[piece], batch.padding[piece], batch.gene_names, [batch.cell_names[i] for i in at])
+    return Batch(
+        batch.genes[piece],
+        batch.values[piece],
+        batch.padding[piece],
+        batch.gene_names,
+        [batch.cell_names[i] for i in at],
+    )
 
 
 def by_cell(values: Float[Tensor, "draw cell pos"]) -> Float64[Tensor, " cell"]:
@@ -90,12 +115,19 @@ def by_cell(values: Float[Tensor, "draw cell pos"]) -> Float64[Tensor, " cell"]:
     return values.double().nanmean(dim=(0, 2))
 
 
-def by_gene(values: Float[Tensor, "draw cell pos"], batch: Batch, least: int) -> tuple[list[str], Float64[Tensor, " gene"], list[int]]:
-    """Mean over the scored values of each gene that has at least `least` of them: names, means, and how many values each has."""
+def by_gene(
+    values: Float[Tensor, "draw cell pos"], batch: Batch, least: int
+) -> tuple[list[str], Float64[Tensor, " gene"], list[int]]:
+    """Mean over the scored values of each gene that has at least `least` of them: names, means, and
+    how many values each has.
+    """
     scored = ~values.isnan()
     ids = batch.genes.expand(values.shape)[scored]
     known, inverse, counts = torch.unique(ids, return_inverse=True, return_counts=True)
-    means = torch.zeros(len(known), dtype=torch.float64).index_add_(0, inverse, values[scored].double()) / counts
+    means = (
+        torch.zeros(len(known), dtype=torch.float64).index_add_(0, inverse, values[scored].double())
+        / counts
+    )
     enough = counts >= least
     names = [batch.gene_names[i] for i in known[enough].tolist()]
     return names, means[enough], counts[enough].tolist()

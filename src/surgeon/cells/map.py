@@ -1,8 +1,10 @@
-"""Map: which genes, cells and pathways fall with given weights, beside the same figures for arbitrary weights of equal damage.
+"""Map: which genes, cells and pathways fall with given weights, beside the same figures for
+arbitrary weights of equal damage.
 
-Two corrections stand beside each raw figure. Genes that are hard to begin with lose most, whatever breaks, so damage is also taken less
-what the intact NLL foretells. And any broken weight gives some story, so each pathway's score is held against those of arbitrary weights
-of the same model, scaled until they cost as much.
+Two corrections stand beside each raw figure. Genes that are hard to begin with lose most, whatever
+breaks, so damage is also taken less what the intact NLL foretells. And any broken weight gives some
+story, so each pathway's score is held against those of arbitrary weights of the same model, scaled
+until they cost as much.
 """
 
 from __future__ import annotations
@@ -33,20 +35,31 @@ LEVEL = 0.05
 class MapConfig:
     """Settings of the map."""
 
-    null: int = field(default=20, metadata={"help": "arbitrary weights of equal damage, 0 for none"})
+    null: int = field(
+        default=20, metadata={"help": "arbitrary weights of equal damage, 0 for none"}
+    )
     least: int = field(default=5, metadata={"help": "scored values a gene needs to be ranked"})
-    components: bool = field(default=True, metadata={"help": "rank attention heads and MLP blocks too"})
-    enrich: EnrichConfig = field(default=EnrichConfig(), metadata={"help": "settings of the enrichment"})
+    components: bool = field(
+        default=True, metadata={"help": "rank attention heads and MLP blocks too"}
+    )
+    enrich: EnrichConfig = field(
+        default=EnrichConfig(), metadata={"help": "settings of the enrichment"}
+    )
     seed: int = field(default=0, metadata={"help": "seed of everything random"})
 
     def __post_init__(self) -> None:
         if self.null < 0 or self.least < 1:
-            raise BadInput("a map needs a null of 0 or more weights, and at least one scored value per gene.")
+            raise BadInput(
+                "a map needs a null of 0 or more weights, and at least one scored value per gene."
+            )
 
 
 @dataclass(frozen=True)
 class Groups:
-    """The columns of `obs` that a comparison by condition needs: the values of each cell. Without donors no test is made."""
+    """The columns of `obs` that a comparison by condition needs: the values of each cell.
+
+    Without donors no test is made.
+    """
 
     condition: str
     conditions: Sequence[str]
@@ -56,7 +69,9 @@ class Groups:
 
 @dataclass(frozen=True)
 class Enriched:
-    """A gene set ranked by raw or by residual damage: the pathway, and how often a weight of equal damage has at least its NES."""
+    """A gene set ranked by raw or by residual damage: the pathway, and how often a weight of equal
+    damage has at least its NES.
+    """
 
     pathway: Pathway
     null_p: float | None
@@ -67,7 +82,10 @@ class Enriched:
 
 @dataclass(frozen=True)
 class Story:
-    """One way to rank genes. null_sets: for each arbitrary weight, how many sets lie high in its ranking at an FDR of 5%."""
+    """One way to rank genes.
+
+    null_sets: for each arbitrary weight, how many sets lie high in its ranking at an FDR of 5%.
+    """
 
     pathways: list[Enriched]
     null_sets: list[int]
@@ -77,12 +95,20 @@ class Story:
         return sum(_high(e.pathway) for e in self.pathways)
 
     def to_json(self) -> dict[str, Any]:
-        return {"sets_at_fdr_5": self.sets, "null_sets_at_fdr_5": self.null_sets, "pathways": [e.to_json() for e in self.pathways]}
+        return {
+            "sets_at_fdr_5": self.sets,
+            "null_sets_at_fdr_5": self.null_sets,
+            "pathways": [e.to_json() for e in self.pathways],
+        }
 
 
 @dataclass(frozen=True)
 class Map:
-    """The result. genes: name, damage and intact NLL in nats, damage less what the intact NLL foretells, scored values; worst first."""
+    """The result.
+
+    genes: name, damage and intact NLL in nats, damage less what the intact NLL foretells, scored
+    values; worst first.
+    """
 
     addresses: list[str]
     nats: float
@@ -114,7 +140,10 @@ class Map:
             "enrichment": {name: story.to_json() for name, story in self.stories.items()},
             "null": {
                 "n": len(self.null),
-                "weights": [{"address": e.part.address, "factor": e.factor, "nats": e.nats} for e in self.null],
+                "weights": [
+                    {"address": e.part.address, "factor": e.factor, "nats": e.nats}
+                    for e in self.null
+                ],
                 "difficulty_correlations": self.null_correlations,
             },
             "components": [c.to_json() for c in self.components],
@@ -136,17 +165,23 @@ def map_damage(
     config: MapConfig = MapConfig(),
     progress: Progress | None = None,
 ) -> Map:
-    """What zeroing `parts` together costs each gene, cell, cell type and pathway. The model is left as it was.
+    """What zeroing `parts` together costs each gene, cell, cell type and pathway. The model is left
+    as it was.
 
-    sets: gene sets to test; types: the cell type of each cell; groups: a condition, and donors as replicates.
-    Raises: BadInput as `enrich`, or if no gene has enough values; Refused as `donor_test`; SurgeonError if the null cannot be made.
+    sets: gene sets to test; types: the cell type of each cell; groups: a condition, and donors as
+    replicates.
+    Raises: BadInput as `enrich`, or if no gene has enough values; Refused as `donor_test`;
+    SurgeonError if the null cannot be made.
     """
     damage = Damage(model, batch, masked)
     values = damage.of(parts)
     cells = by_cell(values)
     names, per_gene, counts = by_gene(values, batch, config.least)
     if len(names) < 3:
-        raise BadInput(f"{len(names)} genes have {config.least} scored values or more; give more cells or draws, or lower --least.")
+        raise BadInput(
+            f"{len(names)} genes have {config.least} scored values or more; give more cells or"
+            " draws, or lower --least."
+        )
     difficulty = by_gene(damage.intact, batch, config.least)[1]
     residual, correlation = residualise(per_gene, difficulty)
     # refused before the long part, where it is to be refused
@@ -159,15 +194,23 @@ def map_damage(
         found = {name: enrich(names, scores, sets, config.enrich) for name, scores in raw.items()}
         if config.null and nats <= 0:
             raise SurgeonError(
-                f"the damage is {nats:+.4g} nats, so no weight of equal damage can be looked for; leave the null out (--null 0)."
+                f"the damage is {nats:+.4g} nats, so no weight of equal damage can be looked for;"
+                " leave the null out (--null 0)."
             )
         null = equal_damage(damage, nats, config.null, config.seed, progress) if config.null else []
         stories = _stories(found, null, names, difficulty, damage.batch, sets, config)
     null_genes = [by_gene(e.values, batch, config.least)[1] for e in null]
     order = per_gene.argsort(descending=True, stable=True).tolist()
-    table = [(names[i], float(per_gene[i]), float(difficulty[i]), float(residual[i]), counts[i]) for i in order]
+    table = [
+        (names[i], float(per_gene[i]), float(difficulty[i]), float(residual[i]), counts[i])
+        for i in order
+    ]
     known = {n: float(v) for n, v in zip(batch.cell_names, cells.tolist(), strict=True) if v == v}
-    intact = {n: float(v) for n, v in zip(batch.cell_names, by_cell(damage.intact).tolist(), strict=True) if v == v}
+    intact = {
+        n: float(v)
+        for n, v in zip(batch.cell_names, by_cell(damage.intact).tolist(), strict=True)
+        if v == v
+    }
     return Map(
         addresses=[p.address for p in parts],
         nats=nats,
@@ -191,7 +234,9 @@ def map_damage(
 def _donors(cells: Float64[Tensor, " cell"], groups: Groups | None, seed: int) -> DonorTest | None:
     if groups is None or groups.donors is None or groups.donor is None:
         return None
-    return donor_test(cells, groups.conditions, groups.donors, (groups.condition, groups.donor), seed=seed)
+    return donor_test(
+        cells, groups.conditions, groups.donors, (groups.condition, groups.donor), seed=seed
+    )
 
 
 def _stories(
@@ -219,7 +264,9 @@ def _stories(
 
 
 def _high(pathway: Pathway) -> bool:
-    """Whether a set lies among the damaged genes at an FDR of 5%; one that lies at the other end is spared."""
+    """Whether a set lies among the damaged genes at an FDR of 5%; one that lies at the other end is
+    spared.
+    """
     return pathway.nes > 0 and pathway.fdr <= LEVEL
 
 

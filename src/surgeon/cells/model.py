@@ -1,7 +1,9 @@
-"""scGPT in plain torch: genes and their binned expression in, expression out; the published checkpoint's tensor names.
+"""scGPT in plain torch: genes and their binned expression in, expression out; the published
+checkpoint's tensor names.
 
-Post-norm blocks with ReLU. Attention is spelled out over `scaled_dot_product_attention`, because torch's own encoder layer takes a fast
-path that hides activations from hooks. A set of genes has no order, so there are no positions.
+Post-norm blocks with ReLU. Attention is spelled out over `scaled_dot_product_attention`, because
+torch's own encoder layer takes a fast path that hides activations from hooks. A set of genes has no
+order, so there are no positions.
 Source: Cui et al. 2024, doi:10.1038/s41592-024-02201-0; github.com/bowang-lab/scGPT.
 """
 
@@ -22,14 +24,18 @@ MAX_VALUE = 512.0  # the published value encoder clips here
 LAYOUT = Layout(
     layers="transformer_encoder.layers",
     final_norm=None,
-    # q, k and v are rows of the bare parameter `in_proj_weight`, which no module owns as its `weight`
+    # q, k and v are rows of the bare parameter `in_proj_weight`, which no module owns as its
+    # `weight`
     roles={"attn.out": "self_attn.out_proj", "mlp.up": "linear1", "mlp.down": "linear2"},
 )
 
 
 @dataclass(frozen=True)
 class CellConfig:
-    """The shape of a model, and how values are written for it. The defaults are the published whole-human shape."""
+    """The shape of a model, and how values are written for it.
+
+    The defaults are the published whole-human shape.
+    """
 
     n_tokens: int = 60697
     d_model: int = 512
@@ -51,13 +57,18 @@ class CellConfig:
         sizes = (self.n_tokens, self.d_model, self.n_heads, self.d_mlp, self.n_layers)
         if min(sizes) < 1 or self.d_model % self.n_heads or self.n_bins < 3:
             raise BadInput(
-                f"no model has {self.n_layers} layers x {self.d_model} channels x {self.n_heads} heads, {self.n_tokens} tokens and "
-                f"{self.n_bins} bins; the heads must divide the channels, and bins be at least 3."
+                f"no model has {self.n_layers} layers x {self.d_model} channels x {self.n_heads}"
+                f" heads, {self.n_tokens} tokens and {self.n_bins} bins; the heads must divide the"
+                " channels, and bins be at least 3."
             )
 
 
 class CellOutput(NamedTuple):
-    """What one pass gives. `value_pred` is in bins; `logits` over bins where the model has that head, `types` over cell types."""
+    """What one pass gives.
+
+    `value_pred` is in bins; `logits` over bins where the model has that head, `types` over cell
+    types.
+    """
 
     states: Float[Tensor, "cell pos d_model"]
     value_pred: Float[Tensor, "cell pos"]
@@ -66,7 +77,11 @@ class CellOutput(NamedTuple):
 
 
 class ScGPT(nn.Module):
-    """The model. `reading` is "categorical" (a likelihood over bins) or "regression" (a value, and no likelihood)."""
+    """The model.
+
+    `reading` is "categorical" (a likelihood over bins) or "regression" (a value, and no
+    likelihood).
+    """
 
     def __init__(self, config: CellConfig) -> None:
         super().__init__()
@@ -80,7 +95,9 @@ class ScGPT(nn.Module):
         self.bin_decoder = _Decoder(d, config.n_bins) if config.categorical else None
         self.flag_encoder = nn.Embedding(2, d) if config.flags else None
         self.mvc_decoder = _FromCell(d) if config.from_cell else None
-        self.cls_decoder = _TypeDecoder(d, config.n_types, config.n_layers_types) if config.n_types else None
+        self.cls_decoder = (
+            _TypeDecoder(d, config.n_types, config.n_layers_types) if config.n_types else None
+        )
         nn.init.uniform_(self.encoder.embedding.weight, -0.1, 0.1)
 
     @property
@@ -101,10 +118,21 @@ class ScGPT(nn.Module):
         values: Float[Tensor, "cell pos"] | None = None,
         padding: Bool[Tensor, "cell pos"] | None = None,
     ) -> CellOutput:
-        """Read cells. values: bins, `mask_value` where hidden; without them all are hidden. padding: True at places that hold no gene."""
+        """Read cells.
+
+        values: bins, `mask_value` where hidden; without them all are hidden. padding: True at
+        places that hold no gene.
+        """
         if values is None:
-            values = torch.full(genes.shape, self.shape.mask_value, dtype=self.encoder.enc_norm.weight.dtype, device=genes.device)
-        states = self.encoder(genes) + self.value_encoder(values.to(self.encoder.enc_norm.weight.dtype))
+            values = torch.full(
+                genes.shape,
+                self.shape.mask_value,
+                dtype=self.encoder.enc_norm.weight.dtype,
+                device=genes.device,
+            )
+        states = self.encoder(genes) + self.value_encoder(
+            values.to(self.encoder.enc_norm.weight.dtype)
+        )
         # (cell, 1, 1, pos): True where a key may be looked at
         visible = None if padding is None or not bool(padding.any()) else ~padding[:, None, None, :]
         for layer in self.transformer_encoder.layers:
@@ -116,13 +144,19 @@ class ScGPT(nn.Module):
             None if self.cls_decoder is None else self.cls_decoder(states[:, 0]),
         )
 
-    def values_from_cell(self, genes: Int64[Tensor, "cell pos"], states: Float[Tensor, "cell pos d_model"]) -> Float[Tensor, "cell pos"]:
-        """Values as the published second objective reads them: from the state at <cls> and the gene alone.
+    def values_from_cell(
+        self, genes: Int64[Tensor, "cell pos"], states: Float[Tensor, "cell pos d_model"]
+    ) -> Float[Tensor, "cell pos"]:
+        """Values as the published second objective reads them: from the state at <cls> and the gene
+        alone.
 
         Raises: BadInput for a model without that decoder.
         """
         if self.mvc_decoder is None:
-            raise BadInput("this model has no mvc_decoder, so no values can be read from the cell's state; read them from the genes'.")
+            raise BadInput(
+                "this model has no mvc_decoder, so no values can be read from the cell's state;"
+                " read them from the genes'."
+            )
         read: Tensor = self.mvc_decoder(states[:, 0], self.encoder(genes))
         return read
 
@@ -140,7 +174,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(d)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, states: Float[Tensor, "cell pos d_model"], visible: Tensor | None = None) -> Float[Tensor, "cell pos d_model"]:
+    def forward(
+        self, states: Float[Tensor, "cell pos d_model"], visible: Tensor | None = None
+    ) -> Float[Tensor, "cell pos d_model"]:
         states = self.norm1(states + self.dropout(self.self_attn(states, visible)))
         hidden = self.dropout(F.relu(self.linear1(states)))
         out: Tensor = self.norm2(states + self.dropout(self.linear2(hidden)))
@@ -148,7 +184,9 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with the parameter names of `nn.MultiheadAttention`: q, k and v stacked in `in_proj_weight`."""
+    """Self-attention with the parameter names of `nn.MultiheadAttention`: q, k and v stacked in
+    `in_proj_weight`.
+    """
 
     def __init__(self, d_model: int, n_heads: int, dropout: float) -> None:
         super().__init__()
@@ -159,11 +197,17 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, states: Float[Tensor, "cell pos d_model"], visible: Tensor | None = None) -> Float[Tensor, "cell pos d_model"]:
+    def forward(
+        self, states: Float[Tensor, "cell pos d_model"], visible: Tensor | None = None
+    ) -> Float[Tensor, "cell pos d_model"]:
         cells, pos, d = states.shape
-        packed = F.linear(states, self.in_proj_weight, self.in_proj_bias).view(cells, pos, 3, self.n_heads, d // self.n_heads)
+        packed = F.linear(states, self.in_proj_weight, self.in_proj_bias).view(
+            cells, pos, 3, self.n_heads, d // self.n_heads
+        )
         q, k, v = packed.permute(2, 0, 3, 1, 4)  # each (cell, head, pos, d_head)
-        mixed = F.scaled_dot_product_attention(q, k, v, visible, self.dropout if self.training else 0.0)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, visible, self.dropout if self.training else 0.0
+        )
         out: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(cells, pos, d))
         return out
 
@@ -203,7 +247,11 @@ class _Decoder(nn.Module):
     def __init__(self, d_model: int, n_out: int) -> None:
         super().__init__()
         self.fc = nn.Sequential(
-            nn.Linear(d_model, d_model), nn.LeakyReLU(), nn.Linear(d_model, d_model), nn.LeakyReLU(), nn.Linear(d_model, n_out)
+            nn.Linear(d_model, d_model),
+            nn.LeakyReLU(),
+            nn.Linear(d_model, d_model),
+            nn.LeakyReLU(),
+            nn.Linear(d_model, n_out),
         )
 
     def forward(self, states: Tensor) -> Tensor:

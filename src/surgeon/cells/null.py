@@ -1,7 +1,8 @@
-"""The equal-damage null: arbitrary weights of the same model, scaled until they cost as much as the weight in question.
+"""The equal-damage null: arbitrary weights of the same model, scaled until they cost as much as the
+weight in question.
 
-Whatever breaks a model breaks some genes more than others, and those share pathways. A story is worth telling only where it is not the
-one that any weight of this model would give.
+Whatever breaks a model breaks some genes more than others, and those share pathways. A story is
+worth telling only where it is not the one that any weight of this model would give.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ SEARCH_CELLS = 24
 
 @dataclass(frozen=True, eq=False)
 class EqualDamage:
-    """One arbitrary weight: what it was scaled by, its damage in nats, and the damage of each value (draw, cell, pos)."""
+    """One arbitrary weight: what it was scaled by, its damage in nats, and the damage of each value
+    (draw, cell, pos).
+    """
 
     part: Part
     factor: float
@@ -34,11 +37,15 @@ class EqualDamage:
     values: Float[Tensor, "draw cell pos"]
 
 
-def equal_damage(damage: Damage, nats: float, n: int, seed: int = 0, progress: Progress | None = None) -> list[EqualDamage]:
-    """`n` random weights of the kinds that a screen looks at, each scaled until the mean damage is `nats`, within a quarter.
+def equal_damage(
+    damage: Damage, nats: float, n: int, seed: int = 0, progress: Progress | None = None
+) -> list[EqualDamage]:
+    """`n` random weights of the kinds that a screen looks at, each scaled until the mean damage is
+    `nats`, within a quarter.
 
-    A matrix, scale or shift is drawn first, then an entry of it and a sign. The factor is sought on the first cells and one draw, and
-    judged on all. Weights that cannot cost as much are drawn again: behind a LayerNorm one channel can only drown the others.
+    A matrix, scale or shift is drawn first, then an entry of it and a sign. The factor is sought on
+    the first cells and one draw, and judged on all. Weights that cannot cost as much are drawn
+    again: behind a LayerNorm one channel can only drown the others.
     Raises: SurgeonError if fewer than `n` of 20 `n` weights can.
     """
     model = damage.model
@@ -62,7 +69,10 @@ def equal_damage(damage: Damage, nats: float, n: int, seed: int = 0, progress: P
             if progress:
                 progress("equal-damage null", len(found), n)
     if len(found) < n:
-        raise SurgeonError(f"only {len(found)} of {20 * n} random weights could be made to cost {nats:.3g} nats; ask for a smaller null.")
+        raise SurgeonError(
+            f"only {len(found)} of {20 * n} random weights could be made to cost {nats:.3g} nats;"
+            " ask for a smaller null."
+        )
     return found
 
 

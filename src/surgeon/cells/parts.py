@@ -1,7 +1,8 @@
 """Single weights of a cell model: their addresses, and how to take them out for a while.
 
-`L2.mlp.down[5, 17]` is an entry of an MLP's output matrix, row = output channel; `L2.norm1.scale[5]` and `L2.norm1.shift[5]` belong to a
-LayerNorm, `encoder.enc_norm.scale[5]` to one that lies before the first layer.
+`L2.mlp.down[5, 17]` is an entry of an MLP's output matrix, row = output channel;
+`L2.norm1.scale[5]` and `L2.norm1.shift[5]` belong to a LayerNorm, `encoder.enc_norm.scale[5]` to
+one that lies before the first layer.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ _NORM = re.compile(r"\s*([\w.]+)\.(scale|shift)\s*\[\s*(\d+)\s*\]\s*")
 
 @dataclass(frozen=True)
 class Part:
-    """One weight: its address, the parameter that stores it, its place there, and the layer it lies in (-1: before the first)."""
+    """One weight: its address, the parameter that stores it, its place there, and the layer it lies
+    in (-1: before the first).
+    """
 
     address: str
     parameter: str
@@ -31,37 +34,67 @@ class Part:
 
 
 def part_of(model: ScGPT, text: str) -> Part:
-    """The weight of that address. Raises: BadInput for another form, UnknownSite for a weight the model does not have."""
+    """The weight of that address.
+
+    Raises: BadInput for another form, UnknownSite for a weight the model does not have.
+    """
     if mlp := _MLP.fullmatch(text):
         layer, row, col = map(int, mlp.groups())
         n = len(model.layers)
         if layer >= n:
-            raise UnknownSite(f"{text.strip()} does not exist: this model has {n} layers, L0 to L{n - 1}.")
+            raise UnknownSite(
+                f"{text.strip()} does not exist: this model has {n} layers, L0 to L{n - 1}."
+            )
         rows, cols = model.layers[layer].linear2.weight.shape
         if row >= rows or col >= cols:
-            raise UnknownSite(f"{text.strip()} does not exist: L{layer}.mlp.down has shape (out {rows}, in {cols}), counted from 0.")
+            raise UnknownSite(
+                f"{text.strip()} does not exist: L{layer}.mlp.down has shape (out {rows}, in"
+                f" {cols}), counted from 0."
+            )
         return mlp_part(model, layer, row, col)
     if norm := _NORM.fullmatch(text):
-        known = {norm_part(model, name, norm[2], 0).address.rpartition(".")[0]: (name, module) for name, module in norms(model)}
+        known = {
+            norm_part(model, name, norm[2], 0).address.rpartition(".")[0]: (name, module)
+            for name, module in norms(model)
+        }
         if norm[1] not in known:
-            raise UnknownSite(f"{norm[1]} is no LayerNorm of this model; there are {', '.join(known)}.")
+            raise UnknownSite(
+                f"{norm[1]} is no LayerNorm of this model; there are {', '.join(known)}."
+            )
         name, module = known[norm[1]]
         channel = int(norm[3])
         if channel >= module.normalized_shape[0]:
-            raise UnknownSite(f"{text.strip()} does not exist: {norm[1]} has {module.normalized_shape[0]} channels, counted from 0.")
+            raise UnknownSite(
+                f"{text.strip()} does not exist: {norm[1]} has {module.normalized_shape[0]}"
+                " channels, counted from 0."
+            )
         return norm_part(model, name, norm[2], channel)
-    raise BadInput(f"{text!r} is no weight of a cell model; write 'L2.mlp.down[5, 17]', 'L2.norm1.scale[5]' or 'L2.norm1.shift[5]'.")
+    raise BadInput(
+        f"{text!r} is no weight of a cell model; write 'L2.mlp.down[5, 17]', 'L2.norm1.scale[5]' or"
+        " 'L2.norm1.shift[5]'."
+    )
 
 
 def mlp_part(model: ScGPT, layer: int, row: int, col: int) -> Part:
     """One entry of an MLP's output matrix."""
-    return Part(f"L{layer}.mlp.down[{row}, {col}]", f"{module_name(model, model.layers[layer].linear2)}.weight", (row, col), layer)
+    return Part(
+        f"L{layer}.mlp.down[{row}, {col}]",
+        f"{module_name(model, model.layers[layer].linear2)}.weight",
+        (row, col),
+        layer,
+    )
 
 
 def norms(model: ScGPT) -> list[tuple[str, nn.LayerNorm]]:
-    """Every LayerNorm with its name; not those of a head over cell types, which no likelihood reads."""
+    """Every LayerNorm with its name; not those of a head over cell types, which no likelihood
+    reads.
+    """
     named = model.named_modules()
-    return [(name, module) for name, module in named if isinstance(module, nn.LayerNorm) and not name.startswith("cls_decoder.")]
+    return [
+        (name, module)
+        for name, module in named
+        if isinstance(module, nn.LayerNorm) and not name.startswith("cls_decoder.")
+    ]
 
 
 def norm_part(model: ScGPT, name: str, kind: str, channel: int) -> Part:
@@ -71,7 +104,12 @@ def norm_part(model: ScGPT, name: str, kind: str, channel: int) -> Part:
         prefix = f"{module_name(model, module)}."
         if name.startswith(prefix):
             layer, short = index, f"L{index}.{name.removeprefix(prefix)}"
-    return Part(f"{short}.{kind}[{channel}]", f"{name}.{'weight' if kind == 'scale' else 'bias'}", (channel,), layer)
+    return Part(
+        f"{short}.{kind}[{channel}]",
+        f"{name}.{'weight' if kind == 'scale' else 'bias'}",
+        (channel,),
+        layer,
+    )
 
 
 def module_name(model: nn.Module, wanted: nn.Module) -> str:
@@ -80,7 +118,9 @@ def module_name(model: nn.Module, wanted: nn.Module) -> str:
 
 @contextmanager
 def scaled(model: nn.Module, parts: Sequence[Part], factor: float = 0.0) -> Iterator[None]:
-    """Within the block every part is `factor` times itself; on any exit the original bits are back."""
+    """Within the block every part is `factor` times itself; on any exit the original bits are
+    back.
+    """
     stored = [model.get_parameter(p.parameter).detach() for p in parts]
     kept = [tensor[p.index].clone() for tensor, p in zip(stored, parts, strict=True)]
     try:

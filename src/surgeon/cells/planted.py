@@ -1,4 +1,6 @@
-"""Controls of the screen: a planted fragile weight, which it must find, and a rescaled neuron, which it must not."""
+"""Controls of the screen: a planted fragile weight, which it must find, and a rescaled neuron,
+which it must not.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,9 @@ LARGEST = 2.0**14  # constant write beyond which the layer holds nothing else in
 class Planted:
     """A copy of the model that computes the same, and what was planted in it.
 
-    write: the constant that the weight writes and the bias takes off again. nats: what its removal costs. difference: the largest absolute
-    difference between the states of the model and of the copy, over all positions that are not padding.
+    write: the constant that the weight writes and the bias takes off again. nats: what its removal
+    costs. difference: the largest absolute difference between the states of the model and of the
+    copy, over all positions that are not padding.
     """
 
     model: ScGPT
@@ -39,12 +42,19 @@ class Planted:
     difference: float
 
     def to_json(self) -> dict[str, Any]:
-        return {"address": self.part.address, "write": self.write, "nats": self.nats, "max_abs_difference": self.difference}
+        return {
+            "address": self.part.address,
+            "write": self.write,
+            "nats": self.nats,
+            "max_abs_difference": self.difference,
+        }
 
 
 @dataclass(frozen=True)
 class Rescaled:
-    """A copy of the model in which one ReLU neuron is `factor` times as large and its output weights as many times smaller."""
+    """A copy of the model in which one ReLU neuron is `factor` times as large and its output
+    weights as many times smaller.
+    """
 
     model: ScGPT
     layer: int
@@ -53,21 +63,35 @@ class Rescaled:
     difference: float
 
     def to_json(self) -> dict[str, Any]:
-        return {"layer": self.layer, "neuron": self.neuron, "factor": self.factor, "max_abs_difference": self.difference}
+        return {
+            "layer": self.layer,
+            "neuron": self.neuron,
+            "factor": self.factor,
+            "max_abs_difference": self.difference,
+        }
 
 
 def plant(
-    model: ScGPT, batch: Batch, masked: Bool[Tensor, "draw cell pos"], nats: float = 0.25, layer: int | None = None, seed: int = 0
+    model: ScGPT,
+    batch: Batch,
+    masked: Bool[Tensor, "draw cell pos"],
+    nats: float = 0.25,
+    layer: int | None = None,
+    seed: int = 0,
 ) -> Planted:
-    """Add a constant hidden unit to one MLP, whose one output weight a bias takes off again, so that the model computes the same.
+    """Add a constant hidden unit to one MLP, whose one output weight a bias takes off again, so
+    that the model computes the same.
 
-    Removing that weight leaves the bias alone. The constant is found by bisection, so that this costs `nats` per masked value. |w| is
-    that of the matrix's 95% quantile, so that magnitude does not give it away. The layer is the middle one unless named.
+    Removing that weight leaves the bias alone. The constant is found by bisection, so that this
+    costs `nats` per masked value. |w| is that of the matrix's 95% quantile, so that magnitude does
+    not give it away. The layer is the middle one unless named.
     Raises: BadInput for a layer that is not there; SurgeonError if no constant costs that much.
     """
     index = len(model.layers) // 2 if layer is None else layer
     if not 0 <= index < len(model.layers):
-        raise BadInput(f"layer {index} does not exist; the model has {len(model.layers)}, counted from 0.")
+        raise BadInput(
+            f"layer {index} does not exist; the model has {len(model.layers)}, counted from 0."
+        )
     weight = model.layers[index].linear2.weight.detach()
     damage = Damage(model, batch, masked)
 
@@ -76,12 +100,17 @@ def plant(
             return float(by_cell(damage.change(index)).nanmean())
 
     # not every channel matters so much that any constant would do
-    for row in torch.randperm(len(weight), generator=torch.Generator().manual_seed(seed))[:CHANNELS].tolist():
+    for row in torch.randperm(len(weight), generator=torch.Generator().manual_seed(seed))[
+        :CHANNELS
+    ].tolist():
         write = solve(partial(cost, row), nats, 1.0, LARGEST)
         if write is not None:
             break
     else:
-        raise SurgeonError(f"no constant in {CHANNELS} channels of layer {index} costs {nats:g} nats; take another layer, or ask for less.")
+        raise SurgeonError(
+            f"no constant in {CHANNELS} channels of layer {index} costs {nats:g} nats; take another"
+            " layer, or ask for less."
+        )
     # the quantile by sorting: torch's own takes no more than 16 million values
     size = float(weight.abs().flatten().sort().values[int(0.95 * weight.numel())])
     copy = deepcopy(model)
@@ -92,10 +121,14 @@ def plant(
     return Planted(copy, part, write, measured, difference(model, copy, batch))
 
 
-def rescale(model: ScGPT, batch: Batch, factor: float = 1000.0, layer: int | None = None) -> Rescaled:
-    """Make a neuron `factor` times as large, and its output weights as many times smaller: the same function, for a ReLU.
+def rescale(
+    model: ScGPT, batch: Batch, factor: float = 1000.0, layer: int | None = None
+) -> Rescaled:
+    """Make a neuron `factor` times as large, and its output weights as many times smaller: the same
+    function, for a ReLU.
 
-    Taken is the neuron in the middle of those that fire on these cells, by how high they fire. Raises: SurgeonError if none fires.
+    Taken is the neuron in the middle of those that fire on these cells, by how high they fire.
+    Raises: SurgeonError if none fires.
     """
     index = len(model.layers) // 2 if layer is None else layer
     seen: list[Tensor] = []
@@ -105,7 +138,10 @@ def rescale(model: ScGPT, batch: Batch, factor: float = 1000.0, layer: int | Non
     height = torch.stack(seen).amax(0)
     live = (height > 0).nonzero().flatten()
     if not len(live):
-        raise SurgeonError(f"no neuron of layer {index} fires on these cells, so none can be rescaled; give other cells.")
+        raise SurgeonError(
+            f"no neuron of layer {index} fires on these cells, so none can be rescaled; give other"
+            " cells."
+        )
     neuron = int(live[height[live].argsort()[len(live) // 2]])
     copy = deepcopy(model)
     block = copy.layers[index]
@@ -118,8 +154,12 @@ def rescale(model: ScGPT, batch: Batch, factor: float = 1000.0, layer: int | Non
 
 @torch.no_grad()
 def difference(one: ScGPT, other: ScGPT, batch: Batch) -> float:
-    """The largest absolute difference between the states of two models on these cells, padding left out."""
-    states = [m(batch.genes, batch.values, batch.padding).states[~batch.padding] for m in (one, other)]
+    """The largest absolute difference between the states of two models on these cells, padding left
+    out.
+    """
+    states = [
+        m(batch.genes, batch.values, batch.padding).states[~batch.padding] for m in (one, other)
+    ]
     return float((states[0] - states[1]).abs().max())
 
 
@@ -132,7 +172,8 @@ def solve(
     steps: int = 24,
     growth: float = 4.0,
 ) -> float | None:
-    """The x in [start / 64, largest] where `cost(x)` is `wanted`, within `tolerance` of it, by growth and then bisection of log x.
+    """The x in [start / 64, largest] where `cost(x)` is `wanted`, within `tolerance` of it, by
+    growth and then bisection of log x.
 
     None if the cost stays below up to `largest`.
     """
@@ -163,8 +204,12 @@ def _shifted(linear: nn.Linear, row: int, by: float) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _widened(up: nn.Linear, down: nn.Linear, row: int, weight: float, write: float) -> tuple[nn.Linear, nn.Linear]:
-    """Both matrices with one more neuron, which is constant and writes `write` to channel `row`, and the bias that takes it off."""
+def _widened(
+    up: nn.Linear, down: nn.Linear, row: int, weight: float, write: float
+) -> tuple[nn.Linear, nn.Linear]:
+    """Both matrices with one more neuron, which is constant and writes `write` to channel `row`,
+    and the bias that takes it off.
+    """
     wide_up = nn.Linear(up.in_features, up.out_features + 1).to(up.weight)
     wide_down = nn.Linear(down.in_features + 1, down.out_features).to(down.weight)
     wide_up.weight.copy_(torch.cat([up.weight, torch.zeros_like(up.weight[:1])]))

@@ -1,6 +1,8 @@
-"""A probe of cell types on the model's embeddings of cells: frozen (fitted on the intact model) and refitted on the broken one.
+"""A probe of cell types on the model's embeddings of cells: frozen (fitted on the intact model) and
+refitted on the broken one.
 
-The frozen probe asks whether what others built on the embeddings still works; the refitted one whether the cell type is still in them.
+The frozen probe asks whether what others built on the embeddings still works; the refitted one
+whether the cell type is still in them.
 """
 
 from __future__ import annotations
@@ -32,13 +34,17 @@ class ProbeScore:
 
 
 class Probe:
-    """A logistic regression from standardised embeddings to cell types, fitted on half of the cells of each type.
+    """A logistic regression from standardised embeddings to cell types, fitted on half of the cells
+    of each type.
 
-    states: the intact model's embeddings. Types of fewer than four cells are left out; `left_out` counts their cells.
+    states: the intact model's embeddings. Types of fewer than four cells are left out; `left_out`
+    counts their cells.
     Raises: MissingExtra without scikit-learn.
     """
 
-    def __init__(self, states: Float[Tensor, "cell d_model"], types: Sequence[str], seed: int = 0) -> None:
+    def __init__(
+        self, states: Float[Tensor, "cell d_model"], types: Sequence[str], seed: int = 0
+    ) -> None:
         counts = Counter(types)
         self.names = sorted(name for name, n in counts.items() if n >= LEAST)
         self.used = torch.tensor([name in self.names for name in types])
@@ -55,7 +61,9 @@ class Probe:
     @property
     def majority(self) -> float:
         """The accuracy of always naming the commonest type, on the test half."""
-        return max(Counter(self.labels[~self.train.numpy()].tolist()).values()) / int((~self.train).sum())
+        return max(Counter(self.labels[~self.train.numpy()].tolist()).values()) / int(
+            (~self.train).sum()
+        )
 
     def frozen(self, states: Float[Tensor, "cell d_model"]) -> ProbeScore:
         """The probe of the intact model on these embeddings of the same cells."""

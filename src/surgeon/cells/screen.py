@@ -1,7 +1,9 @@
-"""Screen: is there a weight this model cannot live without? Candidates by |w·x|, each pruned; the worst verified against controls.
+"""Screen: is there a weight this model cannot live without? Candidates by |w·x|, each pruned; the
+worst verified against controls.
 
-A finding needs an effect size, the share of what the model knows over the gene-marginal baseline that is lost, beside significance.
-"None found" is the expected answer for many of these models, and comes with the numbers that decided it.
+A finding needs an effect size, the share of what the model knows over the gene-marginal baseline
+that is lost, beside significance. "None found" is the expected answer for many of these models, and
+comes with the numbers that decided it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ from .probe import Probe, ProbeScore
 from .spikes import Spike, spikes
 from .tokenise import Batch
 
-NOTE = "Hypotheses about the model, not biomarkers: what a model loses without a weight says how the model computes, not what cells do."
+NOTE = (
+    "Hypotheses about the model, not biomarkers: what a model loses without a weight says how the"
+    " model computes, not what cells do."
+)
 NEIGHBOURS = 4  # how many times more entries than controls are considered the nearest in magnitude
 
 
@@ -31,29 +36,61 @@ NEIGHBOURS = 4  # how many times more entries than controls are considered the n
 class ScreenConfig:
     """Settings of the screen, and what a finding demands."""
 
-    each: int = field(default=4, metadata={"help": "candidates from every MLP output matrix, LayerNorm scale and LayerNorm shift"})
-    verify: int = field(default=3, metadata={"help": "candidates, the most damaging ones, that are verified against controls"})
-    controls: int = field(default=20, metadata={"help": "matched controls of each verified candidate, at least 20"})
-    probe_share: float = field(default=0.25, metadata={"help": "share of the cells on which candidates are chosen; the others judge them"})
-    min_share: float = field(
-        default=0.1, metadata={"help": "least collapse share: of the lead over the gene-marginal baseline, what is lost"}
+    each: int = field(
+        default=4,
+        metadata={
+            "help": "candidates from every MLP output matrix, LayerNorm scale and LayerNorm shift"
+        },
     )
-    min_ratio: float = field(default=3.0, metadata={"help": "least damage as a multiple of the worst control's"})
+    verify: int = field(
+        default=3,
+        metadata={"help": "candidates, the most damaging ones, that are verified against controls"},
+    )
+    controls: int = field(
+        default=20, metadata={"help": "matched controls of each verified candidate, at least 20"}
+    )
+    probe_share: float = field(
+        default=0.25,
+        metadata={
+            "help": "share of the cells on which candidates are chosen; the others judge them"
+        },
+    )
+    min_share: float = field(
+        default=0.1,
+        metadata={
+            "help": (
+                "least collapse share: of the lead over the gene-marginal baseline, what is lost"
+            )
+        },
+    )
+    min_ratio: float = field(
+        default=3.0, metadata={"help": "least damage as a multiple of the worst control's"}
+    )
     least: int = field(default=5, metadata={"help": "scored values a gene needs to be named"})
-    seed: int = field(default=0, metadata={"help": "seed of the controls, the split of the cells, the probe and the bootstrap"})
+    seed: int = field(
+        default=0,
+        metadata={
+            "help": "seed of the controls, the split of the cells, the probe and the bootstrap"
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.controls < 20:
-            raise BadInput(f"{self.controls} controls cannot show anything at the 5% level; use at least 20.")
+            raise BadInput(
+                f"{self.controls} controls cannot show anything at the 5% level; use at least 20."
+            )
         if not 0 < self.probe_share < 1 or min(self.each, self.verify, self.least) < 1:
             raise BadInput(
-                "a screen needs a probe share between 0 and 1, and at least one candidate, one verification and one value per gene."
+                "a screen needs a probe share between 0 and 1, and at least one candidate, one"
+                " verification and one value per gene."
             )
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What one candidate, or several together, cost on the judging cells, in nats per masked value, beside matched controls."""
+    """What one candidate, or several together, cost on the judging cells, in nats per masked value,
+    beside matched controls.
+    """
 
     addresses: list[str]
     nats: float
@@ -86,8 +123,8 @@ class Verified:
 
 @dataclass(frozen=True)
 class Screen:
-    """The result. pruned: damage of each candidate alone on the probe cells, most damaging first; verified: the worst of them, and, last,
-    all of those together where there are several."""
+    """The result. pruned: damage of each candidate alone on the probe cells, most damaging first;
+    verified: the worst of them, and, last, all of those together where there are several."""
 
     verdict: str
     intact_nll: float
@@ -106,15 +143,18 @@ class Screen:
 
     @property
     def lead(self) -> float:
-        """How much better than the gene-marginal baseline the intact model is, in nats per masked value."""
+        """How much better than the gene-marginal baseline the intact model is, in nats per masked
+        value.
+        """
         return self.baseline_nll - self.intact_nll
 
     @property
     def criteria(self) -> str:
         c = self.config
         return (
-            f"a finding needs at least {c.min_share:.0%} of the lead over the gene-marginal baseline lost, {c.min_ratio:g} times "
-            f"the worst of {c.controls} matched controls, p <= 0.05 against them, and a 95% interval over cells above 0"
+            f"a finding needs at least {c.min_share:.0%} of the lead over the gene-marginal"
+            f" baseline lost, {c.min_ratio:g} times the worst of {c.controls} matched controls, p"
+            " <= 0.05 against them, and a 95% interval over cells above 0"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -125,8 +165,14 @@ class Screen:
             "verdict": self.verdict,
             "candidates": [
                 {
-                    "address": s.part.address, "kind": s.kind, "layer": s.part.layer, "weight": s.weight, "write": s.write,
-                    "height": s.height, "probe_nats": nats, "verified": verified.get(s.part.address),
+                    "address": s.part.address,
+                    "kind": s.kind,
+                    "layer": s.part.layer,
+                    "weight": s.weight,
+                    "write": s.write,
+                    "height": s.height,
+                    "probe_nats": nats,
+                    "verified": verified.get(s.part.address),
                 }
                 for s, nats in self.pruned
             ],
@@ -142,7 +188,7 @@ class Screen:
             "criteria": self.criteria,
             "settings": asdict(self.config),
             "note": NOTE,
-        }  # fmt: skip
+        }
 
 
 def screen(
@@ -154,28 +200,46 @@ def screen(
     config: ScreenConfig = ScreenConfig(),
     progress: Progress | None = None,
 ) -> Screen:
-    """Prune every candidate on the probe cells, then verify the worst on the others. The model is left as it was.
+    """Prune every candidate on the probe cells, then verify the worst on the others. The model is
+    left as it was.
 
-    batch: cells tokenised once. masked: which values are hidden and scored in each draw. baseline: the gene-marginal baseline's NLL of
-    the same values, in nats, NaN elsewhere. types: the cell type of each cell, if known.
+    batch: cells tokenised once. masked: which values are hidden and scored in each draw. baseline:
+    the gene-marginal baseline's NLL of the same values, in nats, NaN elsewhere. types: the cell
+    type of each cell, if known.
     Raises: BadInput with fewer than 8 cells.
     """
     if len(batch.cell_names) < 8:
-        raise BadInput(f"{len(batch.cell_names)} cells are too few to choose candidates on some and judge them on others; give at least 8.")
+        raise BadInput(
+            f"{len(batch.cell_names)} cells are too few to choose candidates on some and judge them"
+            " on others; give at least 8."
+        )
     choose, judge = _split(len(batch.cell_names), config)
     candidates = spikes(model, cells_of(batch, choose), config.each)
-    tick = _Tick(progress, len(candidates) + min(config.verify, len(candidates)) * (config.controls + 1) + config.controls + 1)
+    tick = _Tick(
+        progress,
+        len(candidates)
+        + min(config.verify, len(candidates)) * (config.controls + 1)
+        + config.controls
+        + 1,
+    )
     pruned = _prune(model, cells_of(batch, choose), masked[:1, choose], candidates, tick)
 
     damage = Damage(model, cells_of(batch, judge), masked[:, judge])
     lead = float(by_cell(baseline[:, judge] - damage.intact).nanmean())
     judged = [types[i] for i in judge.tolist()] if types is not None else None
-    probe = Probe(embeddings(model, damage.batch), judged, config.seed) if judged is not None else None
-    bench = _Bench(damage, lead, judged, probe if probe is not None and probe.possible else None, config, tick)
+    probe = (
+        Probe(embeddings(model, damage.batch), judged, config.seed) if judged is not None else None
+    )
+    bench = _Bench(
+        damage, lead, judged, probe if probe is not None and probe.possible else None, config, tick
+    )
     worst = [spike.part for spike, _ in pruned[: config.verify]]
     generator = torch.Generator().manual_seed(config.seed)
     sets = [matched(model, part, config.controls, worst, generator) for part in worst]
-    verified = [bench.verify([part], [[c] for c in controls]) for part, controls in zip(worst, sets, strict=True)]
+    verified = [
+        bench.verify([part], [[c] for c in controls])
+        for part, controls in zip(worst, sets, strict=True)
+    ]
     if len(worst) > 1:
         verified.append(bench.verify(worst, [list(row) for row in zip(*sets, strict=True)]))
     return Screen(
@@ -193,29 +257,47 @@ def screen(
 
 
 def worst_candidate(
-    model: ScGPT, batch: Batch, masked: Bool[Tensor, "draw cell pos"], each: int = ScreenConfig.each, progress: Progress | None = None
+    model: ScGPT,
+    batch: Batch,
+    masked: Bool[Tensor, "draw cell pos"],
+    each: int = ScreenConfig.each,
+    progress: Progress | None = None,
 ) -> Part:
-    """The candidate whose removal alone costs most on these cells, in one draw of masks; nothing is verified."""
+    """The candidate whose removal alone costs most on these cells, in one draw of masks; nothing is
+    verified.
+    """
     candidates = spikes(model, batch, each)
     pruned = _prune(model, batch, masked[:1], candidates, _Tick(progress, len(candidates)))
     return pruned[0][0].part
 
 
-def _prune(model: ScGPT, batch: Batch, masked: Tensor, candidates: Sequence[Spike], tick: _Tick) -> list[tuple[Spike, float]]:
+def _prune(
+    model: ScGPT, batch: Batch, masked: Tensor, candidates: Sequence[Spike], tick: _Tick
+) -> list[tuple[Spike, float]]:
     """Each candidate with its damage alone, most damaging first."""
     damage = Damage(model, batch, masked)
-    pruned = [(spike, tick(float(by_cell(damage.of([spike.part])).nanmean()))) for spike in candidates]
+    pruned = [
+        (spike, tick(float(by_cell(damage.of([spike.part])).nanmean()))) for spike in candidates
+    ]
     return sorted(pruned, key=lambda item: (-item[1], item[0].part.address))
 
 
-def matched(model: ScGPT, part: Part, n: int, taken: Sequence[Part], generator: torch.Generator) -> list[Part]:
-    """`n` entries of the same matrix or LayerNorm vector, near in |w|, none of them in `taken`; some twice where there are too few."""
+def matched(
+    model: ScGPT, part: Part, n: int, taken: Sequence[Part], generator: torch.Generator
+) -> list[Part]:
+    """`n` entries of the same matrix or LayerNorm vector, near in |w|, none of them in `taken`;
+    some twice where there are too few.
+    """
     stored = model.get_parameter(part.parameter).detach()
     distance = (stored.abs() - stored[part.index].abs()).abs()
     for other in taken:
         if other.parameter == part.parameter:
             distance[other.index] = float("inf")
-    near = distance.flatten().topk(min(NEIGHBOURS * n, int(distance.isfinite().sum())), largest=False).indices
+    near = (
+        distance.flatten()
+        .topk(min(NEIGHBOURS * n, int(distance.isfinite().sum())), largest=False)
+        .indices
+    )
     picks = near[torch.randperm(len(near), generator=generator)[torch.arange(n) % len(near)]]
     found = []
     for flat in picks.tolist():
@@ -235,7 +317,13 @@ def embeddings(model: ScGPT, batch: Batch) -> Float[Tensor, "cell d_model"]:
 def control_summary(nats: Sequence[float], kind: str) -> dict[str, Any]:
     """Damage of the controls as every document has it."""
     middle = float(torch.tensor(nats, dtype=torch.float64).quantile(0.5))
-    return {"n": len(nats), "max_nats": max(nats), "median_nats": middle, "nats": list(nats), "kind": kind}
+    return {
+        "n": len(nats),
+        "max_nats": max(nats),
+        "median_nats": middle,
+        "nats": list(nats),
+        "kind": kind,
+    }
 
 
 class _Tick:
@@ -268,20 +356,42 @@ class _Bench:
         cells = by_cell(values)
         cells = cells[~cells.isnan()]
         nats = float(cells.mean())
-        chance = [float(by_cell(self.tick(self.damage.of(control))).nanmean()) for control in controls]
+        chance = [
+            float(by_cell(self.tick(self.damage.of(control))).nanmean()) for control in controls
+        ]
         low, high = interval(cells, c.seed)
         p = (1 + sum(n >= nats for n in chance)) / (1 + len(chance))
         # a model that is no better than the baseline knows nothing that it could lose
         share = nats / self.lead if self.lead > 0 else None
-        large = share is not None and share >= c.min_share and nats >= c.min_ratio * max(max(chance), 0.0)
+        large = (
+            share is not None
+            and share >= c.min_share
+            and nats >= c.min_ratio * max(max(chance), 0.0)
+        )
         names, means, _ = by_gene(values, self.damage.batch, c.least)
         return Verified(
-            [p.address for p in parts], nats, (low, high), p, share, chance, _kind(parts), large and low > 0 and p <= 0.05,
+            [p.address for p in parts],
+            nats,
+            (low, high),
+            p,
+            share,
+            chance,
+            _kind(parts),
+            large and low > 0 and p <= 0.05,
             by_type(by_cell(values), self.types) if self.types is not None else {},
-            {names[i]: float(means[i]) for i in means.argsort(descending=True, stable=True).tolist()},
-            {name: v for name, v in zip(self.damage.batch.cell_names, by_cell(values).tolist(), strict=True) if v == v},
+            {
+                names[i]: float(means[i])
+                for i in means.argsort(descending=True, stable=True).tolist()
+            },
+            {
+                name: v
+                for name, v in zip(
+                    self.damage.batch.cell_names, by_cell(values).tolist(), strict=True
+                )
+                if v == v
+            },
             self._probe(parts),
-        )  # fmt: skip
+        )
 
     def _probe(self, parts: Sequence[Part]) -> dict[str, ProbeScore]:
         if self.probe is None:
@@ -295,14 +405,23 @@ def _probe_summary(bench: _Bench) -> dict[str, float]:
     if bench.probe is None:
         return {}
     intact = bench.probe.frozen(embeddings(bench.damage.model, bench.damage.batch))
-    return {**intact.to_json(), "majority": bench.probe.majority, "types": len(bench.probe.names), "cells_left_out": bench.probe.left_out}
+    return {
+        **intact.to_json(),
+        "majority": bench.probe.majority,
+        "types": len(bench.probe.names),
+        "cells_left_out": bench.probe.left_out,
+    }
 
 
 def _kind(parts: Sequence[Part]) -> str:
     if len(parts) > 1:
         return "one matched control of each, together"
     norm = ".scale[" in parts[0].address or ".shift[" in parts[0].address
-    return "entries of the same LayerNorm vector, near in |w|" if norm else "entries of the same matrix, near in |w|"
+    return (
+        "entries of the same LayerNorm vector, near in |w|"
+        if norm
+        else "entries of the same matrix, near in |w|"
+    )
 
 
 def _split(n: int, config: ScreenConfig) -> tuple[Tensor, Tensor]:

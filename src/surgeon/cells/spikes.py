@@ -1,7 +1,9 @@
-"""Where to look: weights with the largest |w·x| among what MLPs write, and among LayerNorm scales and shifts.
+"""Where to look: weights with the largest |w·x| among what MLPs write, and among LayerNorm scales
+and shifts.
 
-|w·x| and never |w| or |x|: a neuron scaled by 1000 whose output weights are divided by 1000 is the same neuron. Post-norm encoders
-carry their outliers in the LayerNorms, so every scale (what it multiplies is the standardised state) and shift is looked at too.
+|w·x| and never |w| or |x|: a neuron scaled by 1000 whose output weights are divided by 1000 is the
+same neuron. Post-norm encoders carry their outliers in the LayerNorms, so every scale (what it
+multiplies is the standardised state) and shift is looked at too.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from .tokenise import Batch
 class Spike:
     """A candidate.
 
-    kind: "mlp", "scale" or "shift". write: the largest |w·x| over all positions of all cells. height: the same over the root mean square
-    of that figure in its matrix or vector.
+    kind: "mlp", "scale" or "shift". write: the largest |w·x| over all positions of all cells.
+    height: the same over the root mean square of that figure in its matrix or vector.
     """
 
     part: Part
@@ -37,7 +39,8 @@ class Spike:
 
 @torch.no_grad()
 def spikes(model: ScGPT, batch: Batch, each: int) -> list[Spike]:
-    """The `each` entries of every MLP output matrix, and of every LayerNorm's scale and shift, that write most on these cells.
+    """The `each` entries of every MLP output matrix, and of every LayerNorm's scale and shift, that
+    write most on these cells.
 
     Returns the candidates, largest height first. What stands at padding is not looked at.
     """
@@ -51,14 +54,21 @@ def spikes(model: ScGPT, batch: Batch, each: int) -> list[Spike]:
             part = mlp_part(model, index, *divmod(flat, weight.shape[1]))
             found.append(_spike(part, "mlp", weight, write))
     for name, norm in norms(model):
-        for kind, stored, write in (("scale", norm.weight, outputs[name]), ("shift", norm.bias, norm.bias.detach().abs())):
+        for kind, stored, write in (
+            ("scale", norm.weight, outputs[name]),
+            ("shift", norm.bias, norm.bias.detach().abs()),
+        ):
             for flat in _top(write, each):
-                found.append(_spike(norm_part(model, name, kind, flat), kind, stored.detach(), write))
+                found.append(
+                    _spike(norm_part(model, name, kind, flat), kind, stored.detach(), write)
+                )
     return sorted(found, key=lambda s: (-s.height, s.part.address))
 
 
 def _largest(model: ScGPT, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """By module name: the largest |x| of each neuron that enters a `linear2`, and the largest |scale·x̂| of each LayerNorm channel."""
+    """By module name: the largest |x| of each neuron that enters a `linear2`, and the largest
+    |scale·x̂| of each LayerNorm channel.
+    """
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     kept = Tensor()

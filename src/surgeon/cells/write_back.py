@@ -23,10 +23,12 @@ def write_back(
     per_cell: Mapping[str, Mapping[str, float]],
     document: Mapping[str, Any],
 ) -> None:
-    """Write a copy of `adata` with new columns `surgeon_<name>` to `path`, under a temporary name first.
+    """Write a copy of `adata` with new columns `surgeon_<name>` to `path`, under a temporary name
+    first.
 
-    per_gene, per_cell: name of the column -> name of the gene or cell -> value; all others are NaN. `uns["surgeon"]` holds the document
-    as JSON text and what the numbers are. `adata` is left as it was.
+    per_gene, per_cell: name of the column -> name of the gene or cell -> value; all others are NaN.
+    `uns["surgeon"]` holds the document as JSON text and what the numbers are. `adata` is left as it
+    was.
     Raises: BadInput if no gene or no cell is in the data, or the file cannot be written.
     """
     path = Path(path)
@@ -34,9 +36,14 @@ def write_back(
     made: dict[str, dict[str, Any]] = {"var": {}, "obs": {}}
     for axis, names, values in columns:
         for column, by_name in values.items():
-            column_values = np.array([by_name.get(str(name), np.nan) for name in names], dtype=np.float64)
+            column_values = np.array(
+                [by_name.get(str(name), np.nan) for name in names], dtype=np.float64
+            )
             if not np.isfinite(column_values).any():
-                raise BadInput(f"none of the results for {axis} names is in the data; write into the data that was screened.")
+                raise BadInput(
+                    f"none of the results for {axis} names is in the data; write into the data that"
+                    " was screened."
+                )
             made[axis][NAMES + column] = column_values
     copy = adata.copy()
     for axis, new in made.items():
@@ -49,6 +56,8 @@ def write_back(
         copy.write_h5ad(part)
         os.replace(part, path)
     except OSError as error:
-        raise BadInput(f"{path} cannot be written ({error.strerror or error}); choose another place.") from error
+        raise BadInput(
+            f"{path} cannot be written ({error.strerror or error}); choose another place."
+        ) from error
     finally:
         part.unlink(missing_ok=True)

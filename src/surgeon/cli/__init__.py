@@ -1,4 +1,6 @@
-"""The command line: one file a verb; here the group, and how errors become one sentence and an exit status."""
+"""The command line: one file a verb; here the group, and how errors become one sentence and an exit
+status.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ INTERRUPTED = 1
 def surgeon() -> None:
     """Weight surgery for transformer language models.
 
-    MODEL is `patient` (the embedded model), a local folder, or a Hub id, optionally @revision. No network unless it is a Hub id.
+    MODEL is `patient` (the embedded model), a local folder, or a Hub id, optionally @revision. No
+    network unless it is a Hub id.
     """
 
 
@@ -69,14 +72,18 @@ for _module in (
 
 
 def main() -> None:
-    """Run the command line. Exit status: 0 done, 1 failed, 2 bad input or usage, 3 refused for safety."""
+    """Run the command line.
+
+    Exit status: 0 done, 1 failed, 2 bad input or usage, 3 refused for safety.
+    """
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit status; errors are said in a sentence on stderr."""
     try:
-        # the arguments go along as the context's object: every JSON document records the command that made it
+        # the arguments go along as the context's object: every JSON document records the command
+        # that made it
         surgeon.main(arguments, prog_name="surgeon", standalone_mode=False, obj=tuple(arguments))
     except SurgeonError as error:
         return _say(str(error), error.exit_status)
@@ -88,7 +95,9 @@ def run(arguments: list[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         return _say("interrupted; nothing was written.", INTERRUPTED)
     except (MemoryError, torch.OutOfMemoryError):
-        return _say("out of memory; try fewer --windows, a smaller --window, or --dtype bfloat16.", 1)
+        return _say(
+            "out of memory; try fewer --windows, a smaller --window, or --dtype bfloat16.", 1
+        )
     except BrokenPipeError:
         return 0
     except OSError as error:

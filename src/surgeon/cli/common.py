@@ -1,4 +1,6 @@
-"""What several verbs share: options, opening a model and a text, progress on stderr, JSON on stdout."""
+"""What several verbs share: options, opening a model and a text, progress on stderr, JSON on
+stdout.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,7 @@ from typing import Any, TypeVar
 import click
 import torch
 import transformers
-from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from ..anatomy import Anatomy, Loaded, Region, load_model, open_stream, prove
@@ -26,11 +26,9 @@ from ..corpus import BOS_POLICIES, DEFAULT_WINDOW, Corpus, load_corpus, read_tex
 from ..errors import BadInput, MissingExtra, SurgeonError, UnknownArchitecture
 from ..patients import heldout_text
 from ..report import write_report
+from ..show.console import err
 
 F = TypeVar("F", bound=Callable[..., Any])
-# without emoji: what a model or a user wrote is printed as it is, also where it holds something like :smile:
-out = Console(highlight=False, soft_wrap=True, emoji=False)
-err = Console(stderr=True, highlight=False, emoji=False)
 
 
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -38,33 +36,85 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return lambda function: reduce(lambda f, decorate: decorate(f), reversed(decorators), function)
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else.")
-seed_option = click.option("--seed", default=0, type=click.IntRange(0, 2**32 - 1), show_default=True, help="Seed of everything random.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else."
+)
+seed_option = click.option(
+    "--seed",
+    default=0,
+    type=click.IntRange(0, 2**32 - 1),
+    show_default=True,
+    help="Seed of everything random.",
+)
 model_options = options(
     click.argument("model"),
-    click.option("--dtype", default="auto", show_default=True, help="auto (the checkpoint's own), float32, bfloat16, float16, float64."),
+    click.option(
+        "--dtype",
+        default="auto",
+        show_default=True,
+        help="auto (the checkpoint's own), float32, bfloat16, float16, float64.",
+    ),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, ..."),
 )
 at_option = click.option(
-    "--at", "at", multiple=True, required=True, metavar="ENTRY", help="'L0.mlp.down[88, 165]'; a row is [88, :], a column [:, 165]."
+    "--at",
+    "at",
+    multiple=True,
+    required=True,
+    metavar="ENTRY",
+    help="'L0.mlp.down[88, 165]'; a row is [88, :], a column [:, 165].",
 )
-folder_option = click.option("--folder", metavar="DIR", help="Run folder: write the result, its data and report.html there too.")
-patch_option = click.option("--patch", "patches", multiple=True, metavar="P", help="Patch file; several are applied in order.")
+folder_option = click.option(
+    "--folder",
+    metavar="DIR",
+    help="Run folder: write the result, its data and report.html there too.",
+)
+patch_option = click.option(
+    "--patch",
+    "patches",
+    multiple=True,
+    metavar="P",
+    help="Patch file; several are applied in order.",
+)
 
 
 def text_options(windows: int | None) -> Callable[[F], F]:
     """Options of the evaluation text; `windows` is the default number of windows, None for all."""
     many = "all" if windows is None else str(windows)
     return options(
-        click.option("--text", metavar="FILE", help="UTF-8 text to evaluate on; default: the patient's held-out text."),
-        click.option("--window", default=DEFAULT_WINDOW, show_default=True, help="Tokens per window, BOS included."),
-        click.option("--windows", default=windows, type=int, help=f"Use the first N windows.  [default: {many}]"),
-        click.option("--bos", default="auto", show_default=True, type=click.Choice(BOS_POLICIES), help="Whether windows begin with BOS."),
+        click.option(
+            "--text",
+            metavar="FILE",
+            help="UTF-8 text to evaluate on; default: the patient's held-out text.",
+        ),
+        click.option(
+            "--window",
+            default=DEFAULT_WINDOW,
+            show_default=True,
+            help="Tokens per window, BOS included.",
+        ),
+        click.option(
+            "--windows",
+            default=windows,
+            type=int,
+            help=f"Use the first N windows.  [default: {many}]",
+        ),
+        click.option(
+            "--bos",
+            default="auto",
+            show_default=True,
+            type=click.Choice(BOS_POLICIES),
+            help="Whether windows begin with BOS.",
+        ),
     )
 
 
-def open_model(name: str, dtype: str = "auto", device: str = "auto", stream: bool = False, whole: bool = True) -> tuple[Loaded, Anatomy]:
-    """Load MODEL and draw its map, proved by experiment; with `stream` its layers stay on disk, `whole` as in `open_stream`."""
+def open_model(
+    name: str, dtype: str = "auto", device: str = "auto", stream: bool = False, whole: bool = True
+) -> tuple[Loaded, Anatomy]:
+    """Load MODEL and draw its map, proved by experiment; with `stream` its layers stay on disk,
+    `whole` as in `open_stream`.
+    """
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     anatomy: Anatomy | None = None
@@ -78,57 +128,86 @@ def open_model(name: str, dtype: str = "auto", device: str = "auto", stream: boo
     except UnknownArchitecture as error:
         # NaN fails every experiment, and the map is not to blame
         with nullcontext() if anatomy is None else anatomy.holding(0):
-            weights = [(p, weight) for p, weight in loaded.model.named_parameters() if not weight.is_meta]
+            weights = [
+                (p, weight) for p, weight in loaded.model.named_parameters() if not weight.is_meta
+            ]
             broken = [p for p, weight in weights if not bool(torch.isfinite(weight).all())]
         if not broken:
             raise
         raise SurgeonError(
-            f"{name} holds weights that are not finite (NaN or infinity in {', '.join(broken[:3])}), so nothing can be found or measured; "
-            "download or write it again, or load it with a wider --dtype."
+            f"{name} holds weights that are not finite (NaN or infinity in"
+            f" {', '.join(broken[:3])}), so nothing can be found or measured; download or write it"
+            " again, or load it with a wider --dtype."
         ) from error
     return loaded, anatomy
 
 
 def regions(anatomy: Anatomy, at: tuple[str, ...]) -> list[Region]:
-    """The regions that `--at` names. Raises: BadInput, UnknownSite; BadInput if two share an entry, which would be counted twice."""
+    """The regions that `--at` names.
+
+    Raises: BadInput, UnknownSite; BadInput if two share an entry, which would be counted twice.
+    """
     found = [anatomy.region(a) for a in at]
     for i, one in enumerate(found):
         for other in found[:i]:
             rows, cols = ({a, b} for a, b in ((one.row, other.row), (one.col, other.col)))
-            if one.site == other.site and all(None in lines or len(lines) == 1 for lines in (rows, cols)):
-                both = f"{one} is given twice" if one == other else f"{other} and {one} share an entry"
+            if one.site == other.site and all(
+                None in lines or len(lines) == 1 for lines in (rows, cols)
+            ):
+                both = (
+                    f"{one} is given twice" if one == other else f"{other} and {one} share an entry"
+                )
                 raise BadInput(f"--at: {both}; name each entry once.")
     return found
 
 
 def tokenizer_of(loaded: Loaded) -> PreTrainedTokenizerBase:
     if loaded.tokenizer is None:
-        raise BadInput(f"{loaded.name} ships no tokenizer, so no text can be read with it; put its tokenizer.json beside the weights.")
+        raise BadInput(
+            f"{loaded.name} ships no tokenizer, so no text can be read with it; put its"
+            " tokenizer.json beside the weights."
+        )
     return loaded.tokenizer
 
 
-def open_corpus(loaded: Loaded, text: str | None, window: int, windows: int | None, bos: str) -> Corpus:
-    """The evaluation text as windows. Raises: BadText, BadInput; BadInput if the model cannot read windows or tokens like these."""
-    source, name = (heldout_text(), "patient-heldout") if text is None else (read_text(text), Path(text).name)
+def open_corpus(
+    loaded: Loaded, text: str | None, window: int, windows: int | None, bos: str
+) -> Corpus:
+    """The evaluation text as windows.
+
+    Raises: BadText, BadInput; BadInput if the model cannot read windows or tokens like these.
+    """
+    source, name = (
+        (heldout_text(), "patient-heldout") if text is None else (read_text(text), Path(text).name)
+    )
     config = loaded.model.config.get_text_config()
-    longest, known = getattr(config, "max_position_embeddings", None), getattr(config, "vocab_size", None)
+    longest, known = (
+        getattr(config, "max_position_embeddings", None),
+        getattr(config, "vocab_size", None),
+    )
     if longest is not None and window > longest:
-        raise BadInput(f"--window {window} is longer than the {longest} positions that {loaded.name} reads; use at most {longest}.")
+        raise BadInput(
+            f"--window {window} is longer than the {longest} positions that {loaded.name} reads;"
+            f" use at most {longest}."
+        )
     corpus = load_corpus(tokenizer_of(loaded), source, name, window, windows, bos)
     if known is not None and int(corpus.windows.max()) >= known:
         raise BadInput(
-            f"the tokenizer of {loaded.name} gives token {int(corpus.windows.max())}, and the model knows {known}; "
-            "the tokenizer belongs to another model."
+            f"the tokenizer of {loaded.name} gives token {int(corpus.windows.max())}, and the model"
+            f" knows {known}; the tokenizer belongs to another model."
         )
     return corpus
 
 
 def require_finite(**numbers: float | None) -> None:
-    """Raises: SurgeonError naming the first number that is NaN or infinite, for which neither JSON nor a conclusion has room."""
+    """Raises: SurgeonError naming the first number that is NaN or infinite, for which neither JSON
+    nor a conclusion has room.
+    """
     for name, number in numbers.items():
         if number is not None and not isfinite(number):
             raise SurgeonError(
-                f"{name} is {number} on this text: the model's predictions are not finite; try --dtype float32, or look at its patches."
+                f"{name} is {number} on this text: the model's predictions are not finite; try"
+                " --dtype float32, or look at its patches."
             )
 
 
@@ -142,17 +221,14 @@ def command_line() -> str | None:
 def to_text(document: dict[str, Any]) -> str:
     """The document as JSON, with the command that made it."""
     made_by = command_line()
-    return json.dumps(document if made_by is None else {"command": made_by, **document}, indent=2, allow_nan=False)
+    return json.dumps(
+        document if made_by is None else {"command": made_by, **document}, indent=2, allow_nan=False
+    )
 
 
 def print_json(document: dict[str, Any]) -> None:
     """Exactly one JSON document on stdout."""
     click.echo(to_text(document))
-
-
-def print_table(table: Table) -> None:
-    """A table as wide as what it holds: an address that is cut at the width of a terminal, or of none, cannot be copied."""
-    Console(highlight=False, soft_wrap=True, emoji=False, width=100_000).print(table)
 
 
 @contextmanager
@@ -180,7 +256,10 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def run_folder(output: str | None) -> Path | None:
-    """The run folder, if one is wanted: made and tried before the work that is to go into it. Raises: BadInput."""
+    """The run folder, if one is wanted: made and tried before the work that is to go into it.
+
+    Raises: BadInput.
+    """
     if output is None:
         return None
     folder = Path(output)
@@ -189,7 +268,10 @@ def run_folder(output: str | None) -> Path | None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise BadInput(f"cannot make the folder {output} or write to it: {error.strerror}; choose another place.") from error
+        raise BadInput(
+            f"cannot make the folder {output} or write to it: {error.strerror}; choose another"
+            " place."
+        ) from error
     return folder
 
 
@@ -204,10 +286,12 @@ def deliver(
     folder: Path | None,
     data: Mapping[str, Writer] | None = None,
 ) -> None:
-    """The end of a verb: its data and `VERB.json` go into the run folder, the result to stdout, report.html beside the data.
+    """The end of a verb: its data and `VERB.json` go into the run folder, the result to stdout,
+    report.html beside the data.
 
-    data: what writes each file, by name; called with the path of a temporary file, which is then renamed. Without `folder` none is called.
-    An extra that is missing costs only what needs it, and a sentence on stderr; so does a folder that no report can be made of.
+    data: what writes each file, by name; called with the path of a temporary file, which is then
+    renamed. Without `folder` none is called. An extra that is missing costs only what needs it, and
+    a sentence on stderr; so does a folder that no report can be made of.
     Raises: OSError where the folder cannot be written to any more.
     """
     if folder is not None:
@@ -225,14 +309,19 @@ def deliver(
     if folder is not None:
         try:
             report = write_report(folder)
-        except BadInput as error:  # an extra is missing, or something else in the folder is damaged; the result is there all the same
+        # an extra is missing, or something else in the folder is damaged; the result is there all
+        # the same
+        except BadInput as error:
             click.echo(f"surgeon: no report.html was written: {error}", err=True)
         else:
             click.echo(f"report: {report}", err=True)
 
 
 def write_columns(columns: Mapping[str, Sequence[Any]], path: Path) -> None:
-    """Write columns of one length as Parquet. Raises: MissingExtra without `weight-surgeon[report]`."""
+    """Write columns of one length as Parquet.
+
+    Raises: MissingExtra without `weight-surgeon[report]`.
+    """
     try:
         import pyarrow
         import pyarrow.parquet

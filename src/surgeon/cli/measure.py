@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from ..measure import divergence, generate, mean_nll, require_causal, task_accuracy
 from ..patch import load
+from ..show.console import out
 from .common import (
     deliver,
     folder_option,
@@ -19,7 +20,6 @@ from .common import (
     model_options,
     open_corpus,
     open_model,
-    out,
     patch_option,
     require_finite,
     run_folder,
@@ -32,19 +32,48 @@ from .common import (
 @model_options
 @patch_option
 @text_options(windows=None)
-@click.option("--generate", "prompts", multiple=True, metavar="PROMPT", help="Also continue this prompt greedily; several are allowed.")
-@click.option("--new-tokens", default=40, type=click.IntRange(min=1), show_default=True, help="Tokens per generation.")
 @click.option(
-    "--task", "tasks", multiple=True, help="Also: accuracy on an lm-eval task, by name or YAML file (needs weight-surgeon[eval])."
+    "--generate",
+    "prompts",
+    multiple=True,
+    metavar="PROMPT",
+    help="Also continue this prompt greedily; several are allowed.",
+)
+@click.option(
+    "--new-tokens",
+    default=40,
+    type=click.IntRange(min=1),
+    show_default=True,
+    help="Tokens per generation.",
+)
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    help="Also: accuracy on an lm-eval task, by name or YAML file (needs weight-surgeon[eval]).",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Examples per task; default: all.")
 @folder_option
 @json_option
 def command(
-    model: str, dtype: str, device: str, patches: tuple[str, ...], text: str | None, window: int, windows: int | None, bos: str,
-    prompts: tuple[str, ...], new_tokens: int, tasks: tuple[str, ...], limit: int | None, folder: str | None, as_json: bool,
-) -> None:  # fmt: skip
-    """NLL and perplexity of MODEL; with patches also KL to the unpatched model and both generations side by side."""
+    model: str,
+    dtype: str,
+    device: str,
+    patches: tuple[str, ...],
+    text: str | None,
+    window: int,
+    windows: int | None,
+    bos: str,
+    prompts: tuple[str, ...],
+    new_tokens: int,
+    tasks: tuple[str, ...],
+    limit: int | None,
+    folder: str | None,
+    as_json: bool,
+) -> None:
+    """NLL and perplexity of MODEL; with patches also KL to the unpatched model and both generations
+    side by side.
+    """
     run = run_folder(folder)
     loaded, anatomy = open_model(model, dtype, device)
     require_causal(loaded.model)
@@ -76,7 +105,10 @@ def command(
         "tokens": corpus.predicted,
         "kl_from_base": far.kl if far else None,
         "top1_agreement": far.top1_agreement if far else None,
-        "generations": [{"prompt": b.prompt, "base": b.text, "patched": c.text} for b, c in zip(base, changed, strict=True)],
+        "generations": [
+            {"prompt": b.prompt, "base": b.text, "patched": c.text}
+            for b, c in zip(base, changed, strict=True)
+        ],
         "loop_rate": sum(c.loop for c in changed) / len(changed) if changed else 0.0,
     }
     if tasks:
@@ -88,11 +120,20 @@ def command(
 def print_measure(document: dict[str, Any]) -> None:
     d, patches = document, document["patches"]
     with_patches = f" with {escape(', '.join(patches))}" if patches else ""
-    out.print(f"[bold]{escape(d['model'])}[/bold]{with_patches} on {escape(d['corpus']['name'])}, {d['tokens']} tokens")
-    distance = f"  KL from base {d['kl_from_base']:.4f}  top-1 agreement {d['top1_agreement']:.3f}" if patches else ""
+    out.print(
+        f"[bold]{escape(d['model'])}[/bold]{with_patches} on {escape(d['corpus']['name'])},"
+        f" {d['tokens']} tokens"
+    )
+    distance = (
+        f"  KL from base {d['kl_from_base']:.4f}  top-1 agreement {d['top1_agreement']:.3f}"
+        if patches
+        else ""
+    )
     out.print(f"NLL {d['nll']:.4f}  perplexity {d['ppl']:.2f}{distance}")
     for name, scores in d.get("tasks", {}).items():
-        out.print(f"{escape(name)}: accuracy {scores['base']:.3f} base, {scores['patched']:.3f} patched")
+        out.print(
+            f"{escape(name)}: accuracy {scores['base']:.3f} base, {scores['patched']:.3f} patched"
+        )
     for g in d["generations"]:
         out.print(f"[bold]{escape(g['prompt'])}[/bold]")
         for name in ("base", "patched") if patches else ("base",):

@@ -8,7 +8,8 @@ import click
 from rich.markup import escape
 
 from ..report import write_report
-from .common import json_option, out, print_json
+from ..show.console import out
+from .common import json_option, print_json
 
 
 @click.command("report")
@@ -17,8 +18,8 @@ from .common import json_option, out, print_json
 def command(dir: str, as_json: bool) -> None:
     """Write DIR/report.html, one self-contained page, from the results that lie in DIR.
 
-    Results are the JSON documents that the other verbs write with -o or print with --json, under any name. What they hold is shown;
-    nothing is measured anew.
+    Results are the JSON documents that the other verbs write with -o or print with --json, under
+    any name. What they hold is shown; nothing is measured anew.
     """
     path = write_report(Path(dir))
     if as_json:

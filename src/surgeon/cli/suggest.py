@@ -14,8 +14,8 @@ from ..edit import SEVERAL_LAYERS, EditConfig, Preparation, edit
 from ..errors import BadInput, SurgeonError
 from ..facts import Fact
 from ..measure import Scorecard, ScoreConfig, examine, interval
+from ..show.console import out, print_table
 from ..trace import TraceConfig, suggest_prior, trace_facts
-from .common import out, print_table
 
 TRIALS = 6  # facts to try on
 CANDIDATES = 8  # layers to try, those with the strongest prior
@@ -23,25 +23,39 @@ LIGHT = ScoreConfig(new_tokens=1, confabulation=())
 
 
 def suggested(
-    preparation: Preparation, facts: Sequence[Fact], config: EditConfig, progress: Callable[[str, int, int], None]
+    preparation: Preparation,
+    facts: Sequence[Fact],
+    config: EditConfig,
+    progress: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
-    """Every candidate layer with its prior, and the score of trial edits there with its 95% interval over facts, best first.
+    """Every candidate layer with its prior, and the score of trial edits there with its 95%
+    interval over facts, best first.
 
-    The score of one edit is the mean of what there is of P(target), the share of paraphrases that prefer the target and the share of
-    neighbours that keep their answer. Raises: BadInput for a method that changes several layers.
+    The score of one edit is the mean of what there is of P(target), the share of paraphrases that
+    prefer the target and the share of neighbours that keep their answer. Raises: BadInput for a
+    method that changes several layers.
     """
     if config.method in SEVERAL_LAYERS:
-        raise BadInput(f"--suggest-layer tries one layer at a time, and {config.method} changes several; ask it for --method rome.")
+        raise BadInput(
+            f"--suggest-layer tries one layer at a time, and {config.method} changes several; ask"
+            " it for --method rome."
+        )
     anatomy, tokenizer, bos = preparation.anatomy, preparation.tokenizer, preparation.config.bos
     some = list(facts[:TRIALS])
     last = max(1, len(anatomy.layers) - 1)
     prior: dict[int, tuple[float, tuple[float, float]]] = {}
     try:
         average = trace_facts(anatomy, tokenizer, some, TraceConfig(kinds=("mlp",)), bos, progress)
-        prior = {layer: (effect, ci) for layer, effect, ci in suggest_prior(average) if layer < last}
-    except SurgeonError:  # no fact says what is true, or the model knows none: the trials decide alone
+        prior = {
+            layer: (effect, ci) for layer, effect, ci in suggest_prior(average) if layer < last
+        }
+    except (
+        SurgeonError
+    ):  # no fact says what is true, or the model knows none: the trials decide alone
         pass
-    order = sorted(range(last), key=lambda layer: -prior[layer][0] if layer in prior else 0.0)[:CANDIDATES]
+    order = sorted(range(last), key=lambda layer: -prior[layer][0] if layer in prior else 0.0)[
+        :CANDIDATES
+    ]
     preparation.gather(order)
     before = [examine(anatomy.model, tokenizer, [fact], config=LIGHT, bos=bos) for fact in some]
     rows = []
@@ -56,7 +70,15 @@ def suggested(
                 scores.append(0.0)
                 continue
             with made.patch.applied(anatomy):
-                scores.append(_score(Scorecard(intact, examine(anatomy.model, tokenizer, [fact], config=LIGHT, bos=bos), LIGHT)))
+                scores.append(
+                    _score(
+                        Scorecard(
+                            intact,
+                            examine(anatomy.model, tokenizer, [fact], config=LIGHT, bos=bos),
+                            LIGHT,
+                        )
+                    )
+                )
             damage.append(max(f.relative_damage for f in made.layers))
         values = torch.tensor(scores, dtype=torch.float64)
         rows.append(
@@ -84,16 +106,34 @@ def _score(card: Scorecard) -> float:
 
 
 def print_suggested(model: str, document: dict[str, Any]) -> None:
-    out.print(f"[bold]{escape(model)}[/bold]: trial edits of {document['facts']} fact(s) by {document['method']} in each layer, best first")
-    table = Table("layer", "score", "95%", "relative damage", "effect of its MLP in the trace", box=None, header_style="bold")
+    out.print(
+        f"[bold]{escape(model)}[/bold]: trial edits of {document['facts']} fact(s) by"
+        f" {document['method']} in each layer, best first"
+    )
+    table = Table(
+        "layer",
+        "score",
+        "95%",
+        "relative damage",
+        "effect of its MLP in the trace",
+        box=None,
+        header_style="bold",
+    )
     for row in document["layers"]:
         low, high = row["ci95"]
         damage = "" if row["relative_damage"] is None else f"{row['relative_damage']:.3f}"
         prior = (
-            "not traced" if row["prior"] is None else f"{row['prior']:+.3f} ({row['prior_ci95'][0]:+.3f} to {row['prior_ci95'][1]:+.3f})"
+            "not traced"
+            if row["prior"] is None
+            else f"{row['prior']:+.3f} ({row['prior_ci95'][0]:+.3f} to {row['prior_ci95'][1]:+.3f})"
         )
-        table.add_row(str(row["layer"]), f"{row['score']:.3f}", f"{low:.3f} to {high:.3f}", damage, prior)
+        table.add_row(
+            str(row["layer"]), f"{row['score']:.3f}", f"{low:.3f} to {high:.3f}", damage, prior
+        )
     print_table(table)
     best, rest = document["layers"][0], document["layers"][1:]
     close = [str(r["layer"]) for r in rest if r["ci95"][1] >= best["ci95"][0]]
-    out.print(f"layer {best['layer']} is best" + (f"; {', '.join(close)} cannot be told from it on so few facts" if close else ""))
+    out.print(
+        f"layer {best['layer']} is best"
+        + (f"; {', '.join(close)} cannot be told from it on so few facts" if close else "")
+    )

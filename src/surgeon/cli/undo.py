@@ -9,16 +9,25 @@ from rich.markup import escape
 
 from ..anatomy.load import locate
 from ..patch import load, undo_on_checkpoint
-from .common import json_option, out, print_json
+from ..show.console import out
+from .common import json_option, print_json
 
 
 @click.command("undo")
 @click.argument("model")
 @click.option("--patch", required=True, metavar="P", help="Patch file to take off.")
-@click.option("-o", "output", required=True, metavar="DIR", help="New folder for the checkpoint without the patch.")
+@click.option(
+    "-o",
+    "output",
+    required=True,
+    metavar="DIR",
+    help="New folder for the checkpoint without the patch.",
+)
 @json_option
 def command(model: str, patch: str, output: str, as_json: bool) -> None:
-    """Write a copy of MODEL with a patch taken off again: the original entries come back bit for bit."""
+    """Write a copy of MODEL with a patch taken off again: the original entries come back bit for
+    bit.
+    """
     undo_on_checkpoint(locate(model), load(patch), Path(output))
     if as_json:
         print_json({"model": model, "patch": patch, "output": output})

@@ -1,4 +1,6 @@
-"""Rewrite facts: subject and keys, covariance, value, the editors, and what an edit will do before it is done."""
+"""Rewrite facts: subject and keys, covariance, value, the editors, and what an edit will do before
+it is done.
+"""
 
 from .cache import CovarianceCache, default_folder
 from .contexts import ContextConfig, prefixes, sampled

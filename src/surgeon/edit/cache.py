@@ -1,4 +1,6 @@
-"""Covariances on disk: one safetensors file each, named by a hash of everything that decides its content, so files can be shared."""
+"""Covariances on disk: one safetensors file each, named by a hash of everything that decides its
+content, so files can be shared.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,21 @@ from torch import Tensor
 
 from ..errors import BadInput
 
-_KEY = "surgeon"  # safetensors writes several metadata keys in random order, so there is only this one
+_KEY = (  # safetensors writes several metadata keys in random order, so there is only this one
+    "surgeon"
+)
 
 
 def default_folder() -> Path:
     """$SURGEON_CACHE, else `surgeon` in the user's cache folder."""
     own = os.environ.get("SURGEON_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "surgeon" / "covariance"
+    return (
+        Path(own)
+        if own
+        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        / "surgeon"
+        / "covariance"
+    )
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,9 @@ class CovarianceCache:
         return self.folder / f"{hashlib.sha256(_text(key).encode()).hexdigest()[:32]}.safetensors"
 
     def read(self, key: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and numbers kept under `key`; None if there are none, or the file is damaged or of another key."""
+        """Tensors and numbers kept under `key`; None if there are none, or the file is damaged or
+        of another key.
+        """
         try:
             with safe_open(self.path(key), "pt") as file:
                 held = json.loads((file.metadata() or {})[_KEY])
@@ -46,7 +58,9 @@ class CovarianceCache:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
 
-    def write(self, key: Mapping[str, Any], tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+    def write(
+        self, key: Mapping[str, Any], tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
+    ) -> None:
         path = self.path(key)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         raw = safetensors.torch.save(dict(tensors), {_KEY: _text({"key": key, "numbers": numbers})})
@@ -56,7 +70,8 @@ class CovarianceCache:
             os.replace(part, path)
         except OSError as error:
             raise BadInput(
-                f"cannot keep the covariance in {self.folder}: {error.strerror}; name another folder with --cache, or use --no-cache."
+                f"cannot keep the covariance in {self.folder}: {error.strerror}; name another"
+                " folder with --cache, or use --no-cache."
             ) from error
         finally:
             part.unlink(missing_ok=True)

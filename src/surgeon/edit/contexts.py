@@ -1,4 +1,6 @@
-"""Texts to stand before a prompt, so that an edit holds wherever the subject is mentioned; and text that a model writes by itself."""
+"""Texts to stand before a prompt, so that an edit holds wherever the subject is mentioned; and text
+that a model writes by itself.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..anatomy import Anatomy
 from ..corpus import bos_ids
 from ..errors import BadInput
+from ..measure import Decoder
 
 STARTS = ("The", "Therefore", "Because", "I", "You")  # where there is no BOS to begin with
 ROWS = 64  # texts in one batch
@@ -21,7 +24,9 @@ ROWS = 64  # texts in one batch
 class ContextConfig:
     """Settings of the contexts. The bare prompt is always one of them, the first."""
 
-    count: int = field(default=10, metadata={"help": "texts, written by the model, to stand before the prompt"})
+    count: int = field(
+        default=10, metadata={"help": "texts, written by the model, to stand before the prompt"}
+    )
     tokens: int = field(default=10, metadata={"help": "tokens of each text"})
     fixed: tuple[str, ...] = field(default=(), metadata={"help": "texts to use instead"})
 
@@ -31,22 +36,34 @@ class ContextConfig:
 
 
 def prefixes(
-    anatomy: Anatomy, tokenizer: PreTrainedTokenizerBase, config: ContextConfig = ContextConfig(), seed: int = 0, bos: str = "auto"
+    anatomy: Anatomy,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ContextConfig = ContextConfig(),
+    seed: int = 0,
+    bos: str = "auto",
 ) -> list[str]:
     """ "", then each context with the end of its sentence and a space."""
     texts = list(config.fixed)
     if not texts and config.count:
         ids = sampled(anatomy, tokenizer, config.count, config.tokens, seed, bos)
-        texts = [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in ids.tolist()]
+        texts = [
+            str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in ids.tolist()
+        ]
     return ["", *(f"{text.rstrip(' .,;:')}. " for text in texts if text.strip(" .,;:"))]
 
 
 @torch.no_grad()
 def sampled(
-    anatomy: Anatomy, tokenizer: PreTrainedTokenizerBase, count: int, tokens: int, seed: int, bos: str = "auto"
+    anatomy: Anatomy,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    tokens: int,
+    seed: int,
+    bos: str = "auto",
 ) -> Int64[Tensor, "count pos"]:
-    """Texts that the model writes after BOS, or after one of STARTS without it: ids (count, head + tokens), drawn on the CPU by `seed`."""
-    device = next(anatomy.model.parameters()).device
+    """Texts that the model writes after BOS, or after one of STARTS without it: ids (count, head +
+    tokens), drawn on the CPU by `seed`.
+    """
     generator = torch.Generator().manual_seed(seed)
     special = [i for i in tokenizer.all_special_ids if i is not None]
     head = bos_ids(tokenizer, bos)
@@ -54,14 +71,11 @@ def sampled(
     texts = []
     for first in range(0, count, ROWS):
         ids = torch.tensor([heads[i % len(heads)] for i in range(first, min(count, first + ROWS))])
-        past, step = None, ids
+        decoder, new = Decoder(anatomy.model), ids
         for _ in range(tokens):
-            output = anatomy.model(input_ids=step.to(device), past_key_values=past, use_cache=True)
-            logits = output.logits[:, -1].float().cpu()
+            logits = decoder.read(new).cpu()
             logits[:, [i for i in special if i < logits.shape[1]]] = -torch.inf
             new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
             ids = torch.cat([ids, new], 1)
-            past = getattr(output, "past_key_values", None)
-            step = ids if past is None else new
         texts.append(ids)
     return torch.cat(texts)

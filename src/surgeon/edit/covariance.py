@@ -23,10 +23,11 @@ CHECKPOINTS = 10  # times that an unfinished pass is kept
 
 @dataclass(frozen=True, eq=False)
 class KeyMoments:
-    """Sums over `count` keys k of one layer. Shapes: gram (d_mlp, d_mlp) of k k'; half, the same over the first half of the keys.
+    """Sums over `count` keys k of one layer. Shapes: gram (d_mlp, d_mlp) of k k'; half, the same
+    over the first half of the keys.
 
-    quartic: sum of |k|^4, for Ledoit-Wolf. half_count: keys in `half`. first_norm, norm: RMS norm of the keys at position 0, which are
-    left out of all else, and of the others.
+    quartic: sum of |k|^4, for Ledoit-Wolf. half_count: keys in `half`. first_norm, norm: RMS norm
+    of the keys at position 0, which are left out of all else, and of the others.
     """
 
     gram: Float64[Tensor, "d_mlp d_mlp"]
@@ -67,15 +68,20 @@ class CholeskyFactor:
     ridge: float
 
     @classmethod
-    def of(cls, covariance: Float64[Tensor, "d_mlp d_mlp"], ridge: float, shrink: float = 0.0) -> CholeskyFactor:
-        """The factor of (1 - shrink) C + ridge I. Raises: SurgeonError if that is not positive definite."""
+    def of(
+        cls, covariance: Float64[Tensor, "d_mlp d_mlp"], ridge: float, shrink: float = 0.0
+    ) -> CholeskyFactor:
+        """The factor of (1 - shrink) C + ridge I.
+
+        Raises: SurgeonError if that is not positive definite.
+        """
         mixed = (1 - shrink) * covariance
         mixed.diagonal().add_(ridge)
         lower, info = torch.linalg.cholesky_ex(mixed)
         if int(info):
             raise SurgeonError(
-                f"the covariance of the keys is not positive definite with a ridge of {ridge:.3g}: some directions were never seen; "
-                "use more --tokens or a larger --ridge."
+                f"the covariance of the keys is not positive definite with a ridge of {ridge:.3g}:"
+                " some directions were never seen; use more --tokens or a larger --ridge."
             )
         return cls(lower, ridge)
 
@@ -91,7 +97,9 @@ class CholeskyFactor:
 
 
 def factor(moments: KeyMoments, ridge: float | str) -> CholeskyFactor:
-    """C with `ridge` times its mean diagonal added, or shrunk as Ledoit & Wolf 2004 have it ("ledoit-wolf")."""
+    """C with `ridge` times its mean diagonal added, or shrunk as Ledoit & Wolf 2004 have it
+    ("ledoit-wolf").
+    """
     mean = moments.mean_square / moments.d_mlp
     if ridge == "ledoit-wolf":
         share = moments.shrinkage()
@@ -108,14 +116,19 @@ def key_moments(
     keep: Callable[[int, dict[int, Sums]], None] | None = None,
     start: tuple[int, dict[int, Sums]] | None = None,
 ) -> dict[int, KeyMoments]:
-    """Moments of the keys of `layers` over `windows`, in one pass that ends after the last of them; position 0 is left out.
+    """Moments of the keys of `layers` over `windows`, in one pass that ends after the last of them;
+    position 0 is left out.
 
     Products of one batch are taken in float32 (float64 for a float64 model) and summed in float64.
-    keep: called now and then with the batches done and the sums so far; start: what it was called with, to go on from there.
+    keep: called now and then with the batches done and the sums so far; start: what it was called
+    with, to go on from there.
     Raises: BadInput for a layer without a dense MLP, or fewer than 2 windows.
     """
     if len(windows) < 2:
-        raise BadInput("the covariance of the keys needs at least two windows of text; give a longer --text or a smaller --window.")
+        raise BadInput(
+            "the covariance of the keys needs at least two windows of text; give a longer --text or"
+            " a smaller --window."
+        )
     sites = {layer: dense_down(anatomy, layer) for layer in sorted(set(layers))}
     device = next(anatomy.model.parameters()).device
     begin, sums = start or (0, {layer: Sums() for layer in sites})
@@ -169,4 +182,11 @@ class Sums:
     def moments(self) -> KeyMoments:
         assert self.gram is not None
         assert self.half is not None
-        return KeyMoments(self.gram, self.half, self.count, self.half_count, self.quartic, (self.first_square / self.firsts) ** 0.5)
+        return KeyMoments(
+            self.gram,
+            self.half,
+            self.count,
+            self.half_count,
+            self.quartic,
+            (self.first_square / self.firsts) ** 0.5,
+        )

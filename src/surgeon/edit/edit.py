@@ -30,7 +30,8 @@ from .value import Request, ValueConfig, Values, optimise
 METHODS = ("rome", "rome-mean", "rome-bare", "rome-legacy", "emmet", "memit", "alphaedit", "ft")
 SEVERAL_LAYERS = ("memit", "alphaedit")
 TOGETHER = ("emmet", "memit", "alphaedit")
-# facts that share a matrix pay for each other's norm, so their values stop earlier (measured in docs/editing.md)
+# facts that share a matrix pay for each other's norm, so their values stop earlier (measured in
+# docs/editing.md)
 TOGETHER_VALUE = ValueConfig(lr=0.1, stop=0.9)
 
 
@@ -40,14 +41,29 @@ class EditConfig:
 
     method: str = field(default="rome", metadata={"help": "the editor"})
     layers: tuple[int, ...] = field(
-        default=(), metadata={"help": "layers to change; not given: a sixth of the depth (memit: those up to it)"}
+        default=(),
+        metadata={
+            "help": "layers to change; not given: a sixth of the depth (memit: those up to it)"
+        },
     )
-    weight: float = field(default=400.0, metadata={"help": "memit: how many usual keys the covariance stands for"})
-    energy: float = field(default=0.1, metadata={"help": "alphaedit: share of the keys' energy in the directions that may change"})
-    value: ValueConfig | None = field(default=None, metadata={"help": "of the value; not given: as the method needs it"})
+    weight: float = field(
+        default=400.0, metadata={"help": "memit: how many usual keys the covariance stands for"}
+    )
+    energy: float = field(
+        default=0.1,
+        metadata={"help": "alphaedit: share of the keys' energy in the directions that may change"},
+    )
+    value: ValueConfig | None = field(
+        default=None, metadata={"help": "of the value; not given: as the method needs it"}
+    )
     rounds: int = field(
         default=2,
-        metadata={"help": "rome: times the value is optimised, each with the edit in place, until the bare prompt has --value-stop"},
+        metadata={
+            "help": (
+                "rome: times the value is optimised, each with the edit in place, until the bare"
+                " prompt has --value-stop"
+            )
+        },
     )
     fine_tune: FineTuneConfig = field(default_factory=FineTuneConfig)
 
@@ -57,17 +73,24 @@ class EditConfig:
         if self.rounds < 1:
             raise BadInput("an edit needs at least 1 round.")
         if self.weight <= 0 or not 0 < self.energy < 1:
-            raise BadInput("the weight of the usual keys must lie above 0, and the share of energy between 0 and 1.")
+            raise BadInput(
+                "the weight of the usual keys must lie above 0, and the share of energy between 0"
+                " and 1."
+            )
         if len(self.layers) > 1 and self.method not in SEVERAL_LAYERS:
-            raise BadInput(f"{self.method} changes one layer, and {len(self.layers)} were named; use --method memit for several.")
+            raise BadInput(
+                f"{self.method} changes one layer, and {len(self.layers)} were named; use --method"
+                " memit for several."
+            )
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
     """What an editor made of some facts.
 
-    layers: the forecast of each matrix. facts: of each fact and layer. probability: of each target at the end of the optimisation, least
-    over contexts (nothing was optimised for "ft"). projection_loss: of AlphaEdit, for each fact, largest over layers.
+    layers: the forecast of each matrix. facts: of each fact and layer. probability: of each target
+    at the end of the optimisation, least over contexts (nothing was optimised for "ft").
+    projection_loss: of AlphaEdit, for each fact, largest over layers.
     """
 
     patch: Patch
@@ -89,17 +112,20 @@ class Edit:
             "predicted_damage": most.predicted_damage,
             "relative_damage": most.relative_damage,
             "position_zero": any(r.bare.position_zero for r in self.requests),
-            "subject_tokens": list(self.requests[0].bare.subject_tokens) if len(self.requests) == 1 else [
-                list(r.bare.subject_tokens) for r in self.requests
-            ],
+            "subject_tokens": (
+                list(self.requests[0].bare.subject_tokens)
+                if len(self.requests) == 1
+                else [list(r.bare.subject_tokens) for r in self.requests]
+            ),
             "layers": [f.to_json() for f in self.layers],
             "facts": self.facts,
-        }  # fmt: skip
+        }
 
 
 def layers_by_depth(n: int, method: str) -> tuple[int, ...]:
-    """Of n layers, the one at a sixth of the depth, where published edits of GPT-J and Llama sit; for MEMIT and AlphaEdit a sixth of all
-    layers around it, two at least. Never the last: nothing reads there what the subject's token holds."""
+    """Of n layers, the one at a sixth of the depth, where published edits of GPT-J and Llama sit;
+    for MEMIT and AlphaEdit a sixth of all layers around it, two at least. Never the last: nothing
+    reads there what the subject's token holds."""
     n = max(1, n - 1)
     middle = min(n - 1, round((n + 1) / 6))
     if method not in SEVERAL_LAYERS:
@@ -113,11 +139,16 @@ def default_value(method: str) -> ValueConfig:
     return TOGETHER_VALUE if method in TOGETHER else ValueConfig()
 
 
-def edit(preparation: Preparation, facts: Sequence[Fact], config: EditConfig = EditConfig()) -> Edit:
-    """Make the patch with which the model says each fact's target. Nothing is written: apply the patch to have the edit.
+def edit(
+    preparation: Preparation, facts: Sequence[Fact], config: EditConfig = EditConfig()
+) -> Edit:
+    """Make the patch with which the model says each fact's target. Nothing is written: apply the
+    patch to have the edit.
 
-    ROME with several facts edits one after the other, each on the model with those before it; the other methods take them together.
-    Raises: BadInput for a fact without target, a layer that cannot be edited; UnusableKey; Refused if two facts contradict each other.
+    ROME with several facts edits one after the other, each on the model with those before it; the
+    other methods take them together.
+    Raises: BadInput for a fact without target, a layer that cannot be edited; UnusableKey; Refused
+    if two facts contradict each other.
     """
     began = time.perf_counter()
     anatomy = preparation.anatomy
@@ -129,10 +160,12 @@ def edit(preparation: Preparation, facts: Sequence[Fact], config: EditConfig = E
         dense_down(anatomy, layer)
     if layers[-1] == len(anatomy.layers) - 1:
         for request in requests:
-            if any(p.stop < len(p.ids) for p in request.prompts) or any(len(t) > 1 for t in request.targets):
+            if any(p.stop < len(p.ids) for p in request.prompts) or any(
+                len(t) > 1 for t in request.targets
+            ):
                 raise BadInput(
-                    f"layer {layers[-1]} is the last, and nothing reads there what the token {request.bare.subject_tokens[-1]!r} holds; "
-                    "choose a layer below."
+                    f"layer {layers[-1]} is the last, and nothing reads there what the token"
+                    f" {request.bare.subject_tokens[-1]!r} holds; choose a layer below."
                 )
     preparation.gather(layers)
     if config.method in SEVERAL_LAYERS:
@@ -161,24 +194,43 @@ Made = tuple[list[Patch], list[LayerForecast], list[dict[str, Any]]]
 def _request(preparation: Preparation, fact: Fact) -> Request:
     if fact.target is None:
         raise BadInput(f"the fact {fact.text!r} has no target; say what the model is to answer.")
-    return Request.of(preparation.tokenizer, fact.prompt, fact.subject, fact.target, preparation.prefixes, preparation.config.bos)
+    return Request.of(
+        preparation.tokenizer,
+        fact.prompt,
+        fact.subject,
+        fact.target,
+        preparation.prefixes,
+        preparation.config.bos,
+    )
 
 
 def _require_consistent(facts: Sequence[Fact]) -> None:
     seen: dict[str, str | None] = {}
     for fact in facts:
         if seen.setdefault(fact.text, fact.target) != fact.target:
-            raise Refused(f"{fact.text!r} is to become {seen[fact.text]!r} and {fact.target!r} at once; keep one of the two.")
+            raise Refused(
+                f"{fact.text!r} is to become {seen[fact.text]!r} and {fact.target!r} at once; keep"
+                " one of the two."
+            )
 
 
-def _one_by_one(preparation: Preparation, requests: Sequence[Request], layer: int, config: EditConfig, value: ValueConfig) -> Made:
+def _one_by_one(
+    preparation: Preparation,
+    requests: Sequence[Request],
+    layer: int,
+    config: EditConfig,
+    value: ValueConfig,
+) -> Made:
     """ROME, fact after fact. A single matrix is changed, so the forecast of all is that of the sum.
 
-    The value is found as if it were added at the subject's last token only, and the edit acts at other tokens too; what that costs the bare
-    prompt, a second round with the edit in place makes good. Keys of the layer do not change by it, so the rank stays one.
+    The value is found as if it were added at the subject's last token only, and the edit acts at
+    other tokens too; what that costs the bare prompt, a second round with the edit in place makes
+    good. Keys of the layer do not change by it, so the rank stays one.
     """
     anatomy = preparation.anatomy
-    which = {"rome": "both", "rome-mean": "mean", "rome-bare": "bare", "rome-legacy": "legacy"}[config.method]
+    which = {"rome": "both", "rome-mean": "mean", "rome-bare": "bare", "rome-legacy": "legacy"}[
+        config.method
+    ]
     site, factor = dense_down(anatomy, layer), preparation.factor(layer)
     start = anatomy.view(site).read().clone()
     patches, notes, factors = [], [], []
@@ -193,7 +245,9 @@ def _one_by_one(preparation: Preparation, requests: Sequence[Request], layer: in
                         trial.enter_context(Patch.low_rank(anatomy, site, *change).applied(anatomy))
                         if _probability(anatomy, request) >= value.stop:
                             break
-                    values = optimise(anatomy, [request], layer, value, progress=preparation.progress)
+                    values = optimise(
+                        anatomy, [request], layer, value, progress=preparation.progress
+                    )
                 delta = delta + values.delta[0].double()
                 if which == "legacy":
                     change = legacy_change(keys.mean(0), keys[0], delta, factor)
@@ -208,7 +262,9 @@ def _one_by_one(preparation: Preparation, requests: Sequence[Request], layer: in
     return patches, [forecast(site, start, total, preparation.moments(layer), factor)], notes
 
 
-def _exact(preparation: Preparation, requests: Sequence[Request], layer: int, value: ValueConfig) -> Made:
+def _exact(
+    preparation: Preparation, requests: Sequence[Request], layer: int, value: ValueConfig
+) -> Made:
     """EMMET: all facts at once, exactly, at the mean and at the bare key of each."""
     anatomy = preparation.anatomy
     site, factor = dense_down(anatomy, layer), preparation.factor(layer)
@@ -218,13 +274,27 @@ def _exact(preparation: Preparation, requests: Sequence[Request], layer: int, va
     held = [chosen_keys(k, "both") for k in keys]
     wanted = torch.cat([d.expand(len(k), -1) for k, d in zip(held, deltas, strict=True)])
     change = exact_change(torch.cat(held), wanted, factor)
-    notes = [_note(preparation, r, layer, keys[i], deltas[i], values, i) for i, r in enumerate(requests)]
+    notes = [
+        _note(preparation, r, layer, keys[i], deltas[i], values, i) for i, r in enumerate(requests)
+    ]
     view = anatomy.view(site)
-    return [Patch.low_rank(anatomy, site, *change)], [forecast(site, view.read(), change, preparation.moments(layer), factor)], notes
+    return (
+        [Patch.low_rank(anatomy, site, *change)],
+        [forecast(site, view.read(), change, preparation.moments(layer), factor)],
+        notes,
+    )
 
 
-def _spread(preparation: Preparation, requests: Sequence[Request], layers: Sequence[int], config: EditConfig, value: ValueConfig) -> Made:
-    """MEMIT and AlphaEdit: the value is found at the last layer, and each layer takes its share of what is still missing there."""
+def _spread(
+    preparation: Preparation,
+    requests: Sequence[Request],
+    layers: Sequence[int],
+    config: EditConfig,
+    value: ValueConfig,
+) -> Made:
+    """MEMIT and AlphaEdit: the value is found at the last layer, and each layer takes its share of
+    what is still missing there.
+    """
     anatomy = preparation.anatomy
     last = layers[-1]
     values = optimise(anatomy, requests, last, value, "state", preparation.progress)
@@ -237,33 +307,53 @@ def _spread(preparation: Preparation, requests: Sequence[Request], layers: Seque
             site, factor = dense_down(anatomy, layer), preparation.factor(layer)
             keys = _keys(anatomy, requests, [layer])[layer]
             held = [chosen_keys(k, "both") for k in keys]
-            rows = torch.repeat_interleave(torch.arange(len(requests)), torch.tensor([len(k) for k in held]))
+            rows = torch.repeat_interleave(
+                torch.arange(len(requests)), torch.tensor([len(k) for k in held])
+            )
             missing = (wanted - _states(anatomy, bare, last)) / (len(layers) - done)
             if config.method == "memit":
                 change = spread_change(torch.cat(held), missing[rows], factor, config.weight)
             else:
                 moments = preparation.moments(layer)
                 basis = null_basis(moments.covariance, config.energy)
-                lost = torch.maximum(lost, projection_loss(torch.stack([k.mean(0) for k in keys]), basis))
-                change = null_space_change(torch.cat(held), missing[rows], basis, moments.mean_square / moments.d_mlp)
-            forecasts.append(forecast(site, anatomy.view(site).read(), change, preparation.moments(layer), factor))
+                lost = torch.maximum(
+                    lost, projection_loss(torch.stack([k.mean(0) for k in keys]), basis)
+                )
+                change = null_space_change(
+                    torch.cat(held), missing[rows], basis, moments.mean_square / moments.d_mlp
+                )
+            forecasts.append(
+                forecast(
+                    site, anatomy.view(site).read(), change, preparation.moments(layer), factor
+                )
+            )
             patches.append(Patch.low_rank(anatomy, site, *change))
             applied.enter_context(patches[-1].applied(anatomy))
             if layer == last:
-                notes = [_note(preparation, r, layer, keys[i], missing[i], values, i) for i, r in enumerate(requests)]
+                notes = [
+                    _note(preparation, r, layer, keys[i], missing[i], values, i)
+                    for i, r in enumerate(requests)
+                ]
     if config.method == "alphaedit":
         for note, share in zip(notes, lost.tolist(), strict=True):
             note["projection_loss"] = share
     return patches, forecasts, notes
 
 
-def _fine_tuned(preparation: Preparation, requests: Sequence[Request], layer: int, config: EditConfig) -> Made:
+def _fine_tuned(
+    preparation: Preparation, requests: Sequence[Request], layer: int, config: EditConfig
+) -> Made:
     anatomy = preparation.anatomy
     site = dense_down(anatomy, layer)
     before = anatomy.view(site).read().clone()
     after = fine_tune(anatomy, site, requests, config.fine_tune)
-    change: Factors = (after - before).double().cpu(), torch.eye(before.shape[1], dtype=torch.float64)
-    notes: list[dict[str, Any]] = [{"prompt": r.bare.text, "subject": r.bare.subject} for r in requests]
+    change: Factors = (
+        (after - before).double().cpu(),
+        torch.eye(before.shape[1], dtype=torch.float64),
+    )
+    notes: list[dict[str, Any]] = [
+        {"prompt": r.bare.text, "subject": r.bare.subject} for r in requests
+    ]
     return (
         [Patch.from_matrix(anatomy, {site: after})],
         [forecast(site, before, change, preparation.moments(layer), preparation.factor(layer))],
@@ -271,8 +361,18 @@ def _fine_tuned(preparation: Preparation, requests: Sequence[Request], layer: in
     )
 
 
-def _note(preparation: Preparation, request: Request, layer: int, keys: Tensor, residual: Tensor, values: Values, i: int) -> dict[str, Any]:
-    known: KeyForecast = key_forecast(keys, residual, preparation.factor(layer), preparation.half_factor(layer))
+def _note(
+    preparation: Preparation,
+    request: Request,
+    layer: int,
+    keys: Tensor,
+    residual: Tensor,
+    values: Values,
+    i: int,
+) -> dict[str, Any]:
+    known: KeyForecast = key_forecast(
+        keys, residual, preparation.factor(layer), preparation.half_factor(layer)
+    )
     return {
         "prompt": request.bare.text,
         "subject": request.bare.subject,
@@ -290,29 +390,47 @@ def _note(preparation: Preparation, request: Request, layer: int, keys: Tensor, 
 def _probability(anatomy: Anatomy, request: Request) -> float:
     """Geometric mean over its tokens of the target's probability after the bare prompt."""
     ids = torch.tensor([[*request.bare.ids, *request.targets[0]]])
-    logits = anatomy.model(input_ids=ids.to(next(anatomy.model.parameters()).device), use_cache=False).logits[0].float().cpu()
+    logits = (
+        anatomy.model(input_ids=ids.to(next(anatomy.model.parameters()).device), use_cache=False)
+        .logits[0]
+        .float()
+        .cpu()
+    )
     start = len(request.bare.ids) - 1
     log_p = logits.log_softmax(-1)[start : start + len(request.targets[0])]
     return float(log_p.gather(1, torch.tensor(request.targets[0])[:, None]).mean().exp())
 
 
-def _keys(anatomy: Anatomy, requests: Sequence[Request], layers: Sequence[int]) -> dict[int, list[Tensor]]:
+def _keys(
+    anatomy: Anatomy, requests: Sequence[Request], layers: Sequence[int]
+) -> dict[int, list[Tensor]]:
     """For each layer and request, the keys (contexts, d_mlp) in float64."""
     batch = PromptBatch.of([p for r in requests for p in r.prompts])
     sizes = [len(r.prompts) for r in requests]
-    return {layer: list(torch.split(k.double(), sizes)) for layer, k in keys_at(anatomy, batch, layers).items()}
+    return {
+        layer: list(torch.split(k.double(), sizes))
+        for layer, k in keys_at(anatomy, batch, layers).items()
+    }
 
 
 @torch.no_grad()
 def _states(anatomy: Anatomy, batch: PromptBatch, layer: int) -> Tensor:
-    """The residual stream (batch, d_model) behind a layer at the subject's last token, in float64."""
+    """The residual stream (batch, d_model) behind a layer at the subject's last token, in
+    float64.
+    """
     found: list[Tensor] = []
 
     def keep(y: Tensor) -> None:
-        found.append(y[torch.arange(len(y), device=y.device), batch.last.to(y.device)].double().cpu())
+        found.append(
+            y[torch.arange(len(y), device=y.device), batch.last.to(y.device)].double().cpu()
+        )
 
     with Tap() as tap:
         tap.on_output(anatomy.layers[layer], keep)
         tap.stop_after(anatomy.layers[layer])
-        tap.run(anatomy.model, input_ids=batch.ids.to(next(anatomy.model.parameters()).device), use_cache=False)
+        tap.run(
+            anatomy.model,
+            input_ids=batch.ids.to(next(anatomy.model.parameters()).device),
+            use_cache=False,
+        )
     return found[0]

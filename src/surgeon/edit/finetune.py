@@ -21,27 +21,42 @@ class FineTuneConfig:
     """Settings of the fine-tuning."""
 
     steps: int = field(default=60, metadata={"help": "most steps"})
-    lr: float = field(default=0.05, metadata={"help": "learning rate, as a share of the RMS weight"})
-    stop: float = field(default=0.98, metadata={"help": "end when every target has this probability at the bare prompt"})
+    lr: float = field(
+        default=0.05, metadata={"help": "learning rate, as a share of the RMS weight"}
+    )
+    stop: float = field(
+        default=0.98,
+        metadata={"help": "end when every target has this probability at the bare prompt"},
+    )
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.lr <= 0 or not 0 < self.stop < 1:
-            raise BadInput("fine-tuning needs at least 1 step, a learning rate above 0, and a stop between 0 and 1.")
+            raise BadInput(
+                "fine-tuning needs at least 1 step, a learning rate above 0, and a stop between 0"
+                " and 1."
+            )
 
 
 def fine_tune(
-    anatomy: Anatomy, site: Site, requests: Sequence[Request], config: FineTuneConfig = FineTuneConfig()
+    anatomy: Anatomy,
+    site: Site,
+    requests: Sequence[Request],
+    config: FineTuneConfig = FineTuneConfig(),
 ) -> Float[Tensor, "out in"]:
-    """The matrix after Adam on the cross-entropy of the targets' tokens at the bare prompts, the prompts' own tokens masked.
+    """The matrix after Adam on the cross-entropy of the targets' tokens at the bare prompts, the
+    prompts' own tokens masked.
 
-    The model is left as it was. Source: Zhang et al. 2024, arXiv:2401.01286, FT-M; without contexts, as there.
+    The model is left as it was. Source: Zhang et al. 2024, arXiv:2401.01286, FT-M; without
+    contexts, as there.
     """
     view = anatomy.view(site)
     parameter = anatomy.model.get_parameter(anatomy.addresses[site].parameter)
     before = view.read().clone()
     rows = [[*r.bare.ids, *r.targets[0]] for r in requests]
     width = max(map(len, rows))
-    ids = torch.tensor([row + [row[-1]] * (width - len(row)) for row in rows], device=parameter.device)
+    ids = torch.tensor(
+        [row + [row[-1]] * (width - len(row)) for row in rows], device=parameter.device
+    )
     labels = torch.full_like(ids, -100)
     for i, request in enumerate(requests):
         start = len(request.bare.ids)
@@ -57,7 +72,12 @@ def fine_tune(
             for step in range(1, config.steps + 1):
                 parameter.requires_grad_(True)
                 logits = anatomy.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-                losses = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="none")
+                losses = F.cross_entropy(
+                    logits.flatten(0, 1),
+                    labels[:, 1:].flatten(),
+                    ignore_index=-100,
+                    reduction="none",
+                )
                 per_row = losses.view(len(rows), -1).sum(1) / (labels[:, 1:] >= 0).sum(1)
                 if float((-per_row.detach()).exp().min()) >= config.stop:
                     break

@@ -23,10 +23,12 @@ Factors = tuple[Float64[Tensor, "out r"], Float64[Tensor, "r in"]]
 
 @dataclass(frozen=True)
 class LayerForecast:
-    """The change of one matrix. All in the units of the layer's output, over the sample that the covariance was taken on.
+    """The change of one matrix. All in the units of the layer's output, over the sample that the
+    covariance was taken on.
 
-    predicted_damage: E|D k|^2. usual: E|W k|^2. relative_damage: the root of their ratio. update_norm_ratio: |D| / |W|, Frobenius.
-    condition: of the covariance with its ridge. tokens_per_dimension: keys in the sample for each of d_mlp.
+    predicted_damage: E|D k|^2. usual: E|W k|^2. relative_damage: the root of their ratio.
+    update_norm_ratio: |D| / |W|, Frobenius. condition: of the covariance with its ridge.
+    tokens_per_dimension: keys in the sample for each of d_mlp.
     """
 
     site: Site
@@ -42,14 +44,29 @@ class LayerForecast:
 
     @property
     def verdict(self) -> str:
-        return "ok" if self.relative_damage < WARN else "warn" if self.relative_damage < REFUSE else "refuse"
+        return (
+            "ok"
+            if self.relative_damage < WARN
+            else "warn"
+            if self.relative_damage < REFUSE
+            else "refuse"
+        )
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "site": str(self.site), "relative_damage": self.relative_damage, "verdict": self.verdict}
+        return {
+            **vars(self),
+            "site": str(self.site),
+            "relative_damage": self.relative_damage,
+            "verdict": self.verdict,
+        }
 
 
-def forecast(site: Site, weight: Tensor, factors: Factors, moments: KeyMoments, factor: CholeskyFactor) -> LayerForecast:
-    """What the change left @ right of `weight` (out, in) does to the layer's output on usual keys."""
+def forecast(
+    site: Site, weight: Tensor, factors: Factors, moments: KeyMoments, factor: CholeskyFactor
+) -> LayerForecast:
+    """What the change left @ right of `weight` (out, in) does to the layer's output on usual
+    keys.
+    """
     left, right = (f.double() for f in factors)
     matrix = weight.detach().cpu().double()
     c = moments.covariance
@@ -67,8 +84,9 @@ def forecast(site: Site, weight: Tensor, factors: Factors, moments: KeyMoments, 
 
 @dataclass(frozen=True)
 class KeyForecast:
-    """One fact in one layer: |r|, k' C^-1 k of its mean key, |r|^2 / (k' C^-1 k), the damage of an edit of this fact alone with that key,
-    the cosine of the bare and the mean key, and how far the edit's direction moves (cosine) from half of the sample to all of it."""
+    """One fact in one layer: |r|, k' C^-1 k of its mean key, |r|^2 / (k' C^-1 k), the damage of an
+    edit of this fact alone with that key, the cosine of the bare and the mean key, and how far the
+    edit's direction moves (cosine) from half of the sample to all of it."""
 
     residual_norm: float
     reach: float
@@ -81,13 +99,22 @@ class KeyForecast:
 
 
 def key_forecast(
-    keys: Float64[Tensor, "contexts in"], residual: Float64[Tensor, " out"], factor: CholeskyFactor, half: CholeskyFactor
+    keys: Float64[Tensor, "contexts in"],
+    residual: Float64[Tensor, " out"],
+    factor: CholeskyFactor,
+    half: CholeskyFactor,
 ) -> KeyForecast:
     mean, bare = keys.mean(0), keys[0]
     direction, before = factor.solve(mean[:, None])[:, 0], half.solve(mean[:, None])[:, 0]
     reach, norm = float(mean @ direction), float(residual.norm())
     cosine = torch.nn.functional.cosine_similarity
-    return KeyForecast(norm, reach, norm**2 / reach, float(cosine(mean, bare, 0)), float(cosine(direction, before, 0)))
+    return KeyForecast(
+        norm,
+        reach,
+        norm**2 / reach,
+        float(cosine(mean, bare, 0)),
+        float(cosine(direction, before, 0)),
+    )
 
 
 def worst(forecasts: Sequence[LayerForecast]) -> LayerForecast:

@@ -1,4 +1,6 @@
-"""What all edits of one model share: contexts, the covariance of its keys, and the Cholesky factor of that."""
+"""What all edits of one model share: contexts, the covariance of its keys, and the Cholesky factor
+of that.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,15 @@ from ..errors import BadInput
 from ..patch import applied_patches
 from .cache import CovarianceCache
 from .contexts import ContextConfig, prefixes, sampled
-from .covariance import TOKENS_PER_DIMENSION, CholeskyFactor, KeyMoments, Progress, Sums, factor, key_moments
+from .covariance import (
+    TOKENS_PER_DIMENSION,
+    CholeskyFactor,
+    KeyMoments,
+    Progress,
+    Sums,
+    factor,
+    key_moments,
+)
 from .keys import dense_down
 
 WINDOW = 128
@@ -28,25 +38,38 @@ WINDOW = 128
 class PrepareConfig:
     """Settings of the covariance and the contexts."""
 
-    tokens: int | None = field(default=None, metadata={"help": "keys in the covariance, at least; not given: 10 for each of d_mlp"})
-    ridge: float | str = field(default=0.01, metadata={"help": "ridge, as a share of the covariance's mean diagonal; or ledoit-wolf"})
+    tokens: int | None = field(
+        default=None,
+        metadata={"help": "keys in the covariance, at least; not given: 10 for each of d_mlp"},
+    )
+    ridge: float | str = field(
+        default=0.01,
+        metadata={"help": "ridge, as a share of the covariance's mean diagonal; or ledoit-wolf"},
+    )
     contexts: ContextConfig = field(default_factory=ContextConfig)
     seed: int = field(default=0, metadata={"help": "seed of what the model writes"})
     bos: str = field(default="auto", metadata={"help": "whether prompts begin with BOS"})
 
     def __post_init__(self) -> None:
         if self.tokens is not None and self.tokens < 2:
-            raise BadInput(f"--tokens {self.tokens} is too few for a covariance; the default is {TOKENS_PER_DIMENSION} for each of d_mlp.")
+            raise BadInput(
+                f"--tokens {self.tokens} is too few for a covariance; the default is"
+                f" {TOKENS_PER_DIMENSION} for each of d_mlp."
+            )
         known = self.ridge == "ledoit-wolf" if isinstance(self.ridge, str) else self.ridge > 0
         if not known:
-            raise BadInput(f"--ridge {self.ridge} is not known; give a share of the mean diagonal above 0, like 0.01, or ledoit-wolf.")
+            raise BadInput(
+                f"--ridge {self.ridge} is not known; give a share of the mean diagonal above 0,"
+                " like 0.01, or ledoit-wolf."
+            )
 
 
 class Preparation:
-    """Contexts and covariances of one model as it stands, made when they are first asked for, and kept.
+    """Contexts and covariances of one model as it stands, made when they are first asked for, and
+    kept.
 
-    corpus: text for the covariance; None: text that the model writes itself. cache: where covariances are kept, under `weights`, the
-    fingerprint of the checkpoint.
+    corpus: text for the covariance; None: text that the model writes itself. cache: where
+    covariances are kept, under `weights`, the fingerprint of the checkpoint.
     """
 
     def __init__(
@@ -69,11 +92,19 @@ class Preparation:
     def prefixes(self) -> list[str]:
         """The texts that stand before a prompt; the first is none."""
         if self._prefixes is None:
-            self._prefixes = prefixes(self.anatomy, self.tokenizer, self.config.contexts, self.config.seed, self.config.bos)
+            self._prefixes = prefixes(
+                self.anatomy,
+                self.tokenizer,
+                self.config.contexts,
+                self.config.seed,
+                self.config.bos,
+            )
         return self._prefixes
 
     def gather(self, layers: Sequence[int]) -> None:
-        """Take the covariances of these layers in one pass over the text, or read them from the cache."""
+        """Take the covariances of these layers in one pass over the text, or read them from the
+        cache.
+        """
         missing = []
         for layer in sorted(set(layers) - set(self._moments)):
             found = None if self.cache is None else self.cache.read(self._key([layer]))
@@ -90,8 +121,16 @@ class Preparation:
         def keep(done: int, sums: dict[int, Sums]) -> None:
             assert self.cache is not None
             held = {layer: vars(one) for layer, one in sums.items()}
-            tensors = {f"{layer}.{n}": v for layer, one in held.items() for n, v in one.items() if isinstance(v, torch.Tensor)}
-            numbers = {layer: {n: v for n, v in one.items() if isinstance(v, int | float)} for layer, one in held.items()}
+            tensors = {
+                f"{layer}.{n}": v
+                for layer, one in held.items()
+                for n, v in one.items()
+                if isinstance(v, torch.Tensor)
+            }
+            numbers = {
+                layer: {n: v for n, v in one.items() if isinstance(v, int | float)}
+                for layer, one in held.items()
+            }
             self.cache.write(unfinished, tensors, {"done": done, "layers": numbers})
 
         start = None
@@ -103,12 +142,23 @@ class Preparation:
                 at, _, part = name.partition(".")
                 setattr(sums[int(at)], part, tensor)
             start = numbers["done"], sums
-        self._moments |= key_moments(self.anatomy, windows, missing, self.progress, None if self.cache is None else keep, start)
+        self._moments |= key_moments(
+            self.anatomy,
+            windows,
+            missing,
+            self.progress,
+            None if self.cache is None else keep,
+            start,
+        )
         if self.cache is not None:
             for layer in missing:
                 whole = vars(self._moments[layer])
                 tensors = {n: v for n, v in whole.items() if isinstance(v, torch.Tensor)}
-                self.cache.write(self._key([layer]), tensors, {n: v for n, v in whole.items() if n not in tensors})
+                self.cache.write(
+                    self._key([layer]),
+                    tensors,
+                    {n: v for n, v in whole.items() if n not in tensors},
+                )
             self.cache.drop(unfinished)
 
     def moments(self, layer: int) -> KeyMoments:
@@ -121,15 +171,27 @@ class Preparation:
         return self._factors[layer]
 
     def half_factor(self, layer: int) -> CholeskyFactor:
-        """The factor from the first half of the sample, to see whether the sample is large enough."""
+        """The factor from the first half of the sample, to see whether the sample is large
+        enough.
+        """
         moments = self.moments(layer)
-        return factor(replace(moments, gram=moments.half, count=moments.half_count, quartic=moments.quartic / 2), self.config.ridge)
+        return factor(
+            replace(
+                moments, gram=moments.half, count=moments.half_count, quartic=moments.quartic / 2
+            ),
+            self.config.ridge,
+        )
 
     def _wanted(self, layer: int) -> int:
-        return self.config.tokens or TOKENS_PER_DIMENSION * self.anatomy.view(dense_down(self.anatomy, layer)).shape[1]
+        return (
+            self.config.tokens
+            or TOKENS_PER_DIMENSION * self.anatomy.view(dense_down(self.anatomy, layer)).shape[1]
+        )
 
     def _key(self, layers: Sequence[int]) -> dict[str, Any]:
-        """Everything that decides the covariances: weights, tokenizer, text, layers, how many keys, dtype."""
+        """Everything that decides the covariances: weights, tokenizer, text, layers, how many keys,
+        dtype.
+        """
         tokens = max(self._wanted(layer) for layer in layers)
         if self.corpus is None:
             text: Any = {
@@ -150,11 +212,20 @@ class Preparation:
         }
 
     def _windows(self, tokens: int) -> Int64[Tensor, "n window"]:
-        """Whole windows with at least `tokens` positions that are not first, if the text has them."""
+        """Whole windows with at least `tokens` positions that are not first, if the text has
+        them.
+        """
         if self.corpus is not None:
             width = self.corpus.windows.shape[1] - 1
             return self.corpus.windows[: max(2, -(-tokens // width))]
         longest = getattr(self.anatomy.config, "max_position_embeddings", None) or WINDOW
         width = min(WINDOW, longest)
         new = width - max(1, len(bos_ids(self.tokenizer, self.config.bos)))
-        return sampled(self.anatomy, self.tokenizer, max(2, -(-tokens // (width - 1))), new, self.config.seed, self.config.bos)
+        return sampled(
+            self.anatomy,
+            self.tokenizer,
+            max(2, -(-tokens // (width - 1))),
+            new,
+            self.config.seed,
+            self.config.bos,
+        )

@@ -1,4 +1,6 @@
-"""Which other places an edit touches: its output change at thousands of keys in one product, and the loudest seen in the model itself."""
+"""Which other places an edit touches: its output change at thousands of keys in one product, and
+the loudest seen in the model itself.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ CONTEXT = 12  # tokens shown before a place
 
 @dataclass(frozen=True)
 class Touched:
-    """A token of some text that an edit touches. change: |D k| over the usual size of what the matrix writes, largest over its matrices;
-    kl: KL(before || after) of the next token there, in nats, by forward passes."""
+    """A token of some text that an edit touches. change: |D k| over the usual size of what the
+    matrix writes, largest over its matrices; kl: KL(before || after) of the next token there, in
+    nats, by forward passes."""
 
     window: int
     position: int
@@ -41,8 +44,8 @@ class Touched:
 
 @dataclass(frozen=True)
 class Radar:
-    """`touched`: the places that change most, in that order. median, largest: of the change over all `keys`; median_kl: of all positions
-    in the windows of the touched places."""
+    """`touched`: the places that change most, in that order. median, largest: of the change over
+    all `keys`; median_kl: of all positions in the windows of the touched places."""
 
     keys: int
     median: float
@@ -55,7 +58,11 @@ class Radar:
 
 
 def output_change(keys: Float64[Tensor, "n in"], factors: Factors) -> Float64[Tensor, " n"]:
-    """|D k| for each key. For one fact with one key it is |r| |k' C^-1 n| / (k' C^-1 k). Source: follows from Meng et al. 2022, eq. 2."""
+    """|D k| for each key.
+
+    For one fact with one key it is |r| |k' C^-1 n| / (k' C^-1 k). Source: follows from Meng et al.
+    2022, eq. 2.
+    """
     left, right = factors
     written = keys @ right.T
     change: Tensor = ((written @ (left.T @ left)) * written).sum(1).clamp_min(0).sqrt()
@@ -68,19 +75,35 @@ def ranked(change: Float64[Tensor, " n"], top: int) -> list[int]:
 
 
 @torch.no_grad()
-def radar(anatomy: Anatomy, tokenizer: PreTrainedTokenizerBase, patch: Patch, windows: Int64[Tensor, "n window"], top: int = 10) -> Radar:
-    """Rank every token of `windows` by what the patch changes there, and run the model at the `top` of them, without the patch and with it.
+def radar(
+    anatomy: Anatomy,
+    tokenizer: PreTrainedTokenizerBase,
+    patch: Patch,
+    windows: Int64[Tensor, "n window"],
+    top: int = 10,
+) -> Radar:
+    """Rank every token of `windows` by what the patch changes there, and run the model at the `top`
+    of them, without the patch and with it.
 
     The model is left as it was.
     """
-    changes = torch.stack([_relative(anatomy, site, patch, windows) for site in patch.sites]).amax(0)
+    changes = torch.stack([_relative(anatomy, site, patch, windows) for site in patch.sites]).amax(
+        0
+    )
     places = ranked(changes, top)
     width = windows.shape[1]
     chosen = sorted({p // width for p in places})
     ids = windows[chosen]
-    before = torch.cat([F.log_softmax(logits_of(anatomy.model, part).float(), -1).cpu() for part in batches(ids)])
+    before = torch.cat(
+        [F.log_softmax(logits_of(anatomy.model, part).float(), -1).cpu() for part in batches(ids)]
+    )
     with patch.applied(anatomy):
-        after = torch.cat([F.log_softmax(logits_of(anatomy.model, part).float(), -1).cpu() for part in batches(ids)])
+        after = torch.cat(
+            [
+                F.log_softmax(logits_of(anatomy.model, part).float(), -1).cpu()
+                for part in batches(ids)
+            ]
+        )
     kl = (before.exp() * (before - after)).sum(-1)
     touched = []
     for place in places:
@@ -96,10 +119,14 @@ def radar(anatomy: Anatomy, tokenizer: PreTrainedTokenizerBase, patch: Patch, wi
                 float(kl[chosen.index(window), position]),
             )
         )
-    return Radar(len(changes), float(changes.median()), float(changes.max()), float(kl.median()), touched)
+    return Radar(
+        len(changes), float(changes.median()), float(changes.max()), float(kl.median()), touched
+    )
 
 
-def _relative(anatomy: Anatomy, site: Site, patch: Patch, windows: Tensor) -> Float64[Tensor, " tokens"]:
+def _relative(
+    anatomy: Anatomy, site: Site, patch: Patch, windows: Tensor
+) -> Float64[Tensor, " tokens"]:
     """|D k| / sqrt(E|W k|^2) at every token, window by window."""
     weight = anatomy.view(site).read().double().cpu()
     factors = _factors(weight, patch, site)
@@ -123,7 +150,9 @@ def _relative(anatomy: Anatomy, site: Site, patch: Patch, windows: Tensor) -> Fl
 def _factors(weight: Float64[Tensor, "out in"], patch: Patch, site: Site) -> Factors:
     deltas: Sequence[Any] = patch.on(site)
     if all(isinstance(d, LowRankDelta) for d in deltas):
-        return torch.cat([d.left.double() for d in deltas], 1), torch.cat([d.right.double() for d in deltas])
+        return torch.cat([d.left.double() for d in deltas], 1), torch.cat(
+            [d.right.double() for d in deltas]
+        )
     after = weight.clone()
     for delta in deltas:
         delta.apply_(after)

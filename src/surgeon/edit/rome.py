@@ -14,16 +14,21 @@ KEYS = ("both", "mean", "bare", "legacy")
 
 
 class UnusableKey(SurgeonError):
-    """A key that cannot be told from the keys that are to be kept, or from another key of the edit."""
+    """A key that cannot be told from the keys that are to be kept, or from another key of the
+    edit.
+    """
 
 
 def least_change(
     keys: Float64[Tensor, "m in"], delta: Float64[Tensor, " out"], factor: CholeskyFactor
 ) -> tuple[Float64[Tensor, "out 1"], Float64[Tensor, "1 in"]]:
-    """The least change D, in the norm of the keys' covariance C, with D k = delta for every one of the keys; it has rank one: factors.
+    """The least change D, in the norm of the keys' covariance C, with D k = delta for every one of
+    the keys; it has rank one: factors.
 
-    With one key, delta k' C^-1 / (k' C^-1 k). Raises: UnusableKey if k' C^-1 k is not above 0, or the keys cannot be told apart.
-    Source: Meng et al. 2022, arXiv:2202.05262, eq. 2, with one key everywhere as Gupta et al. 2024, arXiv:2403.07175, have it.
+    With one key, delta k' C^-1 / (k' C^-1 k). Raises: UnusableKey if k' C^-1 k is not above 0, or
+    the keys cannot be told apart.
+    Source: Meng et al. 2022, arXiv:2202.05262, eq. 2, with one key everywhere as Gupta et al. 2024,
+    arXiv:2403.07175, have it.
     """
     solved = factor.solve(keys.T)
     inner = keys @ solved
@@ -33,9 +38,13 @@ def least_change(
 
 
 def legacy_change(
-    mean: Float64[Tensor, " in"], bare: Float64[Tensor, " in"], delta: Float64[Tensor, " out"], factor: CholeskyFactor
+    mean: Float64[Tensor, " in"],
+    bare: Float64[Tensor, " in"],
+    delta: Float64[Tensor, " out"],
+    factor: CholeskyFactor,
 ) -> tuple[Float64[Tensor, "out 1"], Float64[Tensor, "1 in"]]:
-    """As the published code has it: the direction of the mean key, scaled to be exact at the bare prompt. For comparison only.
+    """As the published code has it: the direction of the mean key, scaled to be exact at the bare
+    prompt. For comparison only.
 
     It explodes where the two keys disagree. Source: github.com/kmeng01/rome, rome/rome_main.py.
     """
@@ -46,7 +55,9 @@ def legacy_change(
 
 
 def chosen_keys(keys: Float64[Tensor, "contexts in"], which: str) -> Float64[Tensor, "m in"]:
-    """The keys that an edit is to hold at: the mean over contexts, the bare prompt's (the first), or both."""
+    """The keys that an edit is to hold at: the mean over contexts, the bare prompt's (the first),
+    or both.
+    """
     mean, bare = keys.mean(0, keepdim=True), keys[:1]
     if which == "mean":
         return mean
@@ -55,9 +66,14 @@ def chosen_keys(keys: Float64[Tensor, "contexts in"], which: str) -> Float64[Ten
 
 def require_distinct(inner: Float64[Tensor, "m m"]) -> None:
     """Raises: UnusableKey unless K C^-1 K' is well above singular."""
-    values = torch.linalg.eigvalsh(inner) if bool(torch.isfinite(inner).all()) else torch.full((1,), torch.nan)
+    values = (
+        torch.linalg.eigvalsh(inner)
+        if bool(torch.isfinite(inner).all())
+        else torch.full((1,), torch.nan)
+    )
     if not bool(values[0] > SEPARATE * values[-1]):
         raise UnusableKey(
-            f"the keys of this edit ({len(inner)}) are zero or cannot be told apart (eigenvalues of K C^-1 K' from {float(values[0]):.3g} "
-            f"to {float(values[-1]):.3g}); leave out a fact that is given twice, or choose another layer."
+            f"the keys of this edit ({len(inner)}) are zero or cannot be told apart (eigenvalues of"
+            f" K C^-1 K' from {float(values[0]):.3g} to {float(values[-1]):.3g}); leave out a fact"
+            " that is given twice, or choose another layer."
         )

@@ -1,4 +1,6 @@
-"""The value of an edit: what has to be added to a residual write at the subject's last token so that the model says the target."""
+"""The value of an edit: what has to be added to a residual write at the subject's last token so
+that the model says the target.
+"""
 
 from __future__ import annotations
 
@@ -25,27 +27,58 @@ ESSENCE = "{} is a"
 
 @dataclass(frozen=True)
 class ValueConfig:
-    """Settings of the value's optimisation. Source: Meng et al. 2022, arXiv:2202.05262, eq. 4; the scales are relative to the model's."""
+    """Settings of the value's optimisation.
+
+    Source: Meng et al. 2022, arXiv:2202.05262, eq. 4; the scales are relative to the model's.
+    """
 
     steps: int = field(default=100, metadata={"help": "most steps"})
-    lr: float = field(default=0.2, metadata={"help": "learning rate, as a share of the RMS entry of the residual stream there"})
-    kl: float = field(default=0.0625, metadata={"help": "weight of the KL that keeps what the subject is"})
-    weight_decay: float = field(default=0.01, metadata={"help": "weight of the squared norm, relative to the residual stream's"})
-    clamp: float = field(default=4.0, metadata={"help": "largest norm, relative to the residual stream's"})
+    lr: float = field(
+        default=0.2,
+        metadata={
+            "help": "learning rate, as a share of the RMS entry of the residual stream there"
+        },
+    )
+    kl: float = field(
+        default=0.0625, metadata={"help": "weight of the KL that keeps what the subject is"}
+    )
+    weight_decay: float = field(
+        default=0.01,
+        metadata={"help": "weight of the squared norm, relative to the residual stream's"},
+    )
+    clamp: float = field(
+        default=4.0, metadata={"help": "largest norm, relative to the residual stream's"}
+    )
     stop: float = field(
-        default=0.98, metadata={"help": "end when the target has this probability after every context; 0: when it is the argmax"}
+        default=0.98,
+        metadata={
+            "help": (
+                "end when the target has this probability after every context; 0: when it is the"
+                " argmax"
+            )
+        },
     )
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.lr <= 0 or self.clamp <= 0 or not 0 <= self.stop < 1 or min(self.kl, self.weight_decay) < 0:
+        if (
+            self.steps < 1
+            or self.lr <= 0
+            or self.clamp <= 0
+            or not 0 <= self.stop < 1
+            or min(self.kl, self.weight_decay) < 0
+        ):
             raise BadInput(
-                "the value needs at least 1 step, a learning rate and a clamp above 0, weights of at least 0, and a stop in 0..1."
+                "the value needs at least 1 step, a learning rate and a clamp above 0, weights of"
+                " at least 0, and a stop in 0..1."
             )
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A prompt after each context, and the ids of the target after each. The first context is none: the bare prompt."""
+    """A prompt after each context, and the ids of the target after each.
+
+    The first context is none: the bare prompt.
+    """
 
     prompts: Sequence[SubjectPrompt]
     targets: Sequence[Sequence[int]]
@@ -53,7 +86,13 @@ class Request:
 
     @classmethod
     def of(
-        cls, tokenizer: PreTrainedTokenizerBase, template: str, subject: str, target: str, prefixes: Sequence[str], bos: str = "auto"
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        subject: str,
+        target: str,
+        prefixes: Sequence[str],
+        bos: str = "auto",
     ) -> Request:
         """Raises: BadInput as `locate` and `target_ids`."""
         prompts = [locate(tokenizer, template, subject, bos, prefix) for prefix in prefixes]
@@ -67,8 +106,9 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Values:
-    """Shapes: delta (n, d_model), to be added to the write; norm (n,) of the residual stream behind the layer; probability (n,) of the
-    target's tokens, geometric mean, least over the contexts; steps (n,) taken."""
+    """Shapes: delta (n, d_model), to be added to the write; norm (n,) of the residual stream behind
+    the layer; probability (n,) of the target's tokens, geometric mean, least over the contexts;
+    steps (n,) taken."""
 
     delta: Float[Tensor, "n d_model"]
     norm: Float[Tensor, " n"]
@@ -84,10 +124,12 @@ def optimise(
     where: str = "mlp",
     progress: Progress | None = None,
 ) -> Values:
-    """The least addition to the write of `layer` with which the model says each target; all requests together, each by itself.
+    """The least addition to the write of `layer` with which the model says each target; all
+    requests together, each by itself.
 
-    where: "mlp", the output of `mlp.down`, or "state", the output of the whole layer. The layers below are run once.
-    Float32 additions to a frozen model of any dtype. Raises: BadInput as `dense_down`.
+    where: "mlp", the output of `mlp.down`, or "state", the output of the whole layer. The layers
+    below are run once. Float32 additions to a frozen model of any dtype. Raises: BadInput as
+    `dense_down`.
     """
     module = anatomy.module(dense_down(anatomy, layer)) if where == "mlp" else anatomy.layers[layer]
     found: list[_Group] = []
@@ -97,13 +139,27 @@ def optimise(
             one = _Group(anatomy, group, layer, module, config)
             one.run(progress, f"value {done + 1}/{len(groups)}" if len(groups) > 1 else "value")
             found.append(one)
-    return Values(*(torch.cat([getattr(g, name) for g in found]) for name in ("best", "norm", "probability", "steps")))
+    return Values(
+        *(
+            torch.cat([getattr(g, name) for g in found])
+            for name in ("best", "norm", "probability", "steps")
+        )
+    )
 
 
 class _Group:
-    """Requests that are optimised in one batch: a row for each context of each, and one that tells what the subject is."""
+    """Requests that are optimised in one batch: a row for each context of each, and one that tells
+    what the subject is.
+    """
 
-    def __init__(self, anatomy: Anatomy, requests: Sequence[Request], layer: int, module: nn.Module, config: ValueConfig) -> None:
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        requests: Sequence[Request],
+        layer: int,
+        module: nn.Module,
+        config: ValueConfig,
+    ) -> None:
         self.anatomy, self.module, self.config, self.n = anatomy, module, config, len(requests)
         self.layer = anatomy.layers[layer]
         prompts, tails, self.targets = [], [], []
@@ -124,12 +180,17 @@ class _Group:
         self.batch = PromptBatch.of(prompts, tails)
         self.owner, self.is_essence = torch.tensor(owner), torch.tensor(self.essence)
         widest = max(map(len, self.targets))
-        # where the target's tokens are predicted, padded by the last of them; `real` tells which are not padding
+        # where the target's tokens are predicted, padded by the last of them; `real` tells which
+        # are not padding
         self.labels = torch.stack([F.pad(t, (0, widest - len(t))) for t in self.targets])
         self.real = torch.stack([torch.arange(widest) < len(t) for t in self.targets])
         first = self.batch.length - torch.tensor([len(t) for t in self.targets])
         self.at = (first[:, None] + torch.arange(widest)).clamp(max=self.batch.ids.shape[1] - 1)
-        self.entry = capture(anatomy.model, anatomy.layers, layer, input_ids=self.batch.ids.to(self.device)) if layer > 0 else None
+        self.entry = (
+            capture(anatomy.model, anatomy.layers, layer, input_ids=self.batch.ids.to(self.device))
+            if layer > 0
+            else None
+        )
         self.best = torch.zeros(self.n, anatomy.d_model)
         self.norm = torch.zeros(self.n)
         self.probability = torch.zeros(self.n)
@@ -171,14 +232,18 @@ class _Group:
                 delta *= long.clamp(max=1)[:, None]
 
     def _forward(self, rows: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (rows, target, d_vocab) where targets are predicted; the residual stream (rows, d_model) behind the layer."""
+        """Log-probabilities (rows, target, d_vocab) where targets are predicted; the residual
+        stream (rows, d_model) behind the layer.
+        """
         batch, at, owner = self.batch.rows(rows), self.at[rows], self.owner[rows]
         index = torch.arange(len(rows))
         states: list[Tensor] = []
 
         def add(y: Tensor) -> Tensor:
             states = by_position(y, len(index))
-            return states.index_put((index.to(y.device), batch.last.to(y.device)), delta[owner].to(y), accumulate=True).view_as(y)
+            return states.index_put(
+                (index.to(y.device), batch.last.to(y.device)), delta[owner].to(y), accumulate=True
+            ).view_as(y)
 
         def see(y: Tensor) -> None:
             states.append(y[index.to(y.device), batch.last.to(y.device)].detach().float().cpu())
@@ -195,14 +260,25 @@ class _Group:
             if self.entry is None:
                 logits = tap.run(self.anatomy.model, input_ids=ids, use_cache=False).logits
             else:
-                entry = LayerInput(self.entry.start, self.entry.states[rows.to(self.device)], self.entry.as_tuple)
+                entry = LayerInput(
+                    self.entry.start, self.entry.states[rows.to(self.device)], self.entry.as_tuple
+                )
                 with resume(self.anatomy.layers, entry):
                     logits = tap.run(self.anatomy.model, input_ids=ids, use_cache=False).logits
         return F.log_softmax(logits.float().cpu(), -1), states[0]
 
-    def _loss(self, rows: Tensor, log_p: Tensor, base: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The sum of the losses; the least probability over the contexts (n,); whether the target is the argmax after all of them (n,)."""
-        labels, real, owner, essence = self.labels[rows], self.real[rows], self.owner[rows], self.is_essence[rows]
+    def _loss(
+        self, rows: Tensor, log_p: Tensor, base: Tensor, delta: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The sum of the losses; the least probability over the contexts (n,); whether the target
+        is the argmax after all of them (n,).
+        """
+        labels, real, owner, essence = (
+            self.labels[rows],
+            self.real[rows],
+            self.owner[rows],
+            self.is_essence[rows],
+        )
         nll = -(log_p.gather(-1, labels[..., None])[..., 0] * real).sum(1) / real.sum(1)
         kl = (base.exp() * (base - log_p[:, 0])).sum(-1)
         contexts = torch.bincount(owner[~essence], minlength=self.n).clamp_min(1)
@@ -210,9 +286,16 @@ class _Group:
         penalty = self.config.weight_decay * (delta.norm(dim=1) / self.norm.clamp_min(1e-12)).pow(2)
         loss = per_row.sum() + penalty[torch.bincount(owner, minlength=self.n) > 0].sum()
         with torch.no_grad():
-            likely = torch.ones(self.n).scatter_reduce(0, owner[~essence], (-nll[~essence]).exp(), "amin")
+            likely = torch.ones(self.n).scatter_reduce(
+                0, owner[~essence], (-nll[~essence]).exp(), "amin"
+            )
             right = ((log_p.argmax(-1) == labels) | ~real).all(1)
-            said = torch.ones(self.n).scatter_reduce(0, owner[~essence], right[~essence].float(), "amin") > 0
+            said = (
+                torch.ones(self.n).scatter_reduce(
+                    0, owner[~essence], right[~essence].float(), "amin"
+                )
+                > 0
+            )
         return loss, likely, said
 
 
@@ -221,7 +304,9 @@ def _grouped(requests: Sequence[Request]) -> list[list[Request]]:
     groups: list[list[Request]] = [[]]
     used = 0
     for request in requests:
-        tokens = sum(len(p.ids) + len(t) for p, t in zip(request.prompts, request.targets, strict=True)) + len(request.essence.ids)
+        tokens = sum(
+            len(p.ids) + len(t) for p, t in zip(request.prompts, request.targets, strict=True)
+        ) + len(request.essence.ids)
         if groups[-1] and used + tokens > TOKENS:
             groups.append([])
             used = 0

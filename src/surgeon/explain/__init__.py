@@ -1,9 +1,28 @@
-"""How a patch works: where it points, what it writes, which tokens it changes, tested against the documents they stand in."""
+"""How a patch works: where it points, what it writes, which tokens it changes, tested against the
+documents they stand in.
+"""
 
 from .behaviour import PROMPTS, Continuation, SideBySide, distinct, side_by_side
-from .channel import Channel, ChannelConfig, ChannelState, ChannelTrace, Sink, attention_sink, channel_trace
+from .channel import (
+    Channel,
+    ChannelConfig,
+    ChannelState,
+    ChannelTrace,
+    Sink,
+    attention_sink,
+    channel_trace,
+)
 from .explain import ExplainConfig, Explanation, explain
-from .geometry import Curve, CurvePoint, Geometry, GeometryConfig, Line, geometry, participation, topk_curve
+from .geometry import (
+    Curve,
+    CurvePoint,
+    Geometry,
+    GeometryConfig,
+    Line,
+    geometry,
+    participation,
+    topk_curve,
+)
 from .influence import Influence, influence, token_kl
 from .permutation import document_null, holm, p_value, stratified_test
 from .story import InfluenceConfig, Stratum, WordGroup

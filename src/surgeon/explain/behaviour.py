@@ -30,7 +30,10 @@ DISTINCT_N = (1, 2, 3)
 
 @dataclass(frozen=True)
 class Continuation:
-    """What one state wrote after one prompt. loop: share of repeated 3-grams of tokens. distinct: different n-grams of words over all."""
+    """What one state wrote after one prompt.
+
+    loop: share of repeated 3-grams of tokens. distinct: different n-grams of words over all.
+    """
 
     text: str
     loop: float
@@ -53,11 +56,17 @@ class SideBySide:
     def to_json(self) -> dict[str, Any]:
         return {
             "summary": {
-                state: {"loop_rate": self.loop_rate(state), **{f"distinct_{n}": self.distinct(state, n) for n in DISTINCT_N}}
+                state: {
+                    "loop_rate": self.loop_rate(state),
+                    **{f"distinct_{n}": self.distinct(state, n) for n in DISTINCT_N},
+                }
                 for state in self.states
             },
             "generations": [
-                {"prompt": prompt, **{state: written[i].text for state, written in self.states.items()}}
+                {
+                    "prompt": prompt,
+                    **{state: written[i].text for state, written in self.states.items()},
+                }
                 for i, prompt in enumerate(self.prompts)
             ],
         }
@@ -71,7 +80,10 @@ def side_by_side(
     new_tokens: int = 40,
     bos: str = "auto",
 ) -> SideBySide:
-    """Continue ten reference prompts and `prompts` greedily in every state. Raises: BadInput; as `Patch.apply_`."""
+    """Continue ten reference prompts and `prompts` greedily in every state.
+
+    Raises: BadInput; as `Patch.apply_`.
+    """
     require_causal(anatomy.model)
     require_stack(anatomy, patches)
     asked = [*PROMPTS, *prompts]
@@ -79,12 +91,18 @@ def side_by_side(
     for state, some in states(patches).items():
         with stacked(anatomy, some):
             made = generate(anatomy.model, tokenizer, asked, new_tokens, bos)
-        written[state] = [Continuation(b.text, b.loop, {n: distinct(b.text.split(), n) for n in DISTINCT_N}) for b in made]
+        written[state] = [
+            Continuation(b.text, b.loop, {n: distinct(b.text.split(), n) for n in DISTINCT_N})
+            for b in made
+        ]
     return SideBySide(asked, written)
 
 
 def distinct(words: Sequence[str], n: int) -> float:
-    """Different n-grams over all n-grams; 0 for a text too short to have one. Source: Li et al. 2016, arXiv:1510.03055."""
+    """Different n-grams over all n-grams; 0 for a text too short to have one.
+
+    Source: Li et al. 2016, arXiv:1510.03055.
+    """
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
 

@@ -1,4 +1,6 @@
-"""What a patch does to the residual stream: the patched channel over layers and positions, and where attention goes."""
+"""What a patch does to the residual stream: the patched channel over layers and positions, and
+where attention goes.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,15 @@ WRITES_RESIDUAL = ("mlp.down", "attn.out", "embed")
 class ChannelConfig:
     """Settings of the trace."""
 
-    channels: int = field(default=4, metadata={"help": "patched channels traced, largest change first"})
-    positions: int = field(default=32, metadata={"help": "first positions of the windows that are listed"})
-    attention_windows: int = field(default=8, metadata={"help": "windows on which attention is looked at"})
+    channels: int = field(
+        default=4, metadata={"help": "patched channels traced, largest change first"}
+    )
+    positions: int = field(
+        default=32, metadata={"help": "first positions of the windows that are listed"}
+    )
+    attention_windows: int = field(
+        default=8, metadata={"help": "windows on which attention is looked at"}
+    )
 
     def __post_init__(self) -> None:
         if min(self.channels, self.positions, self.attention_windows) < 1:
@@ -38,12 +46,14 @@ class ChannelConfig:
 
 @dataclass(frozen=True)
 class ChannelState:
-    """|residual channel| in one state. Lists over layers: index 0 is what enters the first layer, index l what leaves layer l - 1.
+    """|residual channel| in one state. Lists over layers: index 0 is what enters the first layer,
+    index l what leaves layer l - 1.
 
-    rest: mean over windows and positions after the first. first: mean at the first position. largest: over everything.
-    positions: mean over windows at the first positions, where the patched site has just written (`Channel.written_at`).
-    peak: the largest over positions of each window there, mean over windows. ratio: peak over the base's peak.
-    Later layers may write the channel too, so a peak over all layers would hide what the patch takes away.
+    rest: mean over windows and positions after the first. first: mean at the first position.
+    largest: over everything. positions: mean over windows at the first positions, where the patched
+    site has just written (`Channel.written_at`). peak: the largest over positions of each window
+    there, mean over windows. ratio: peak over the base's peak. Later layers may write the channel
+    too, so a peak over all layers would hide what the patch takes away.
     """
 
     rest: list[float]
@@ -64,12 +74,17 @@ class Channel:
     states: dict[str, ChannelState]
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "written_by": str(self.written_by), "states": {name: vars(state) for name, state in self.states.items()}}
+        return {
+            **vars(self),
+            "written_by": str(self.written_by),
+            "states": {name: vars(state) for name, state in self.states.items()},
+        }
 
 
 @dataclass(frozen=True)
 class Sink:
-    """Share of attention that goes to position 0, per layer: mean over heads, windows and the queries after position 0.
+    """Share of attention that goes to position 0, per layer: mean over heads, windows and the
+    queries after position 0.
 
     uniform: what it would be if each query looked everywhere alike.
     """
@@ -84,7 +99,9 @@ class Sink:
 
 @dataclass(frozen=True)
 class ChannelTrace:
-    """Channels by size of their change; each part is None where it cannot be had, and the reason says why."""
+    """Channels by size of their change; each part is None where it cannot be had, and the reason
+    says why.
+    """
 
     channels: list[Channel] | None
     no_channels: str | None
@@ -107,17 +124,35 @@ def channel_trace(
     lines: Sequence[Line],
     config: ChannelConfig = ChannelConfig(),
 ) -> ChannelTrace:
-    """Trace the residual channels that the rows among `lines` write (see `geometry`), and the attention sink, in every state.
+    """Trace the residual channels that the rows among `lines` write (see `geometry`), and the
+    attention sink, in every state.
 
     The model is left as it was. Raises: as `Patch.apply_` if the patches do not stack.
     """
     require_stack(anatomy, patches)
     named = states(patches)
-    rows = [(line.region.row, line.region.site) for line in lines if line.region.site.role in WRITES_RESIDUAL]
-    writers = {row: site for row, site in reversed(rows) if row is not None}  # the largest change names the writer
+    rows = [
+        (line.region.row, line.region.site)
+        for line in lines
+        if line.region.site.role in WRITES_RESIDUAL
+    ]
+    writers = {
+        row: site for row, site in reversed(rows) if row is not None
+    }  # the largest change names the writer
     chosen = list(dict.fromkeys(row for row, _ in rows if row is not None))[: config.channels]
-    channels = _channels(anatomy, named, corpus.windows, chosen, writers, config.positions) if chosen else None
-    why = None if chosen else f"the patches change no whole row of {', '.join(WRITES_RESIDUAL)}, which write the residual stream"
+    channels = (
+        _channels(anatomy, named, corpus.windows, chosen, writers, config.positions)
+        if chosen
+        else None
+    )
+    why = (
+        None
+        if chosen
+        else (
+            f"the patches change no whole row of {', '.join(WRITES_RESIDUAL)}, which write the"
+            " residual stream"
+        )
+    )
     sink = attention_sink(anatomy, named, corpus.windows[: config.attention_windows])
     return ChannelTrace(channels, why, *((sink, None) if isinstance(sink, Sink) else (None, sink)))
 
@@ -134,7 +169,9 @@ def _channels(
     seen = {}
     for state, patches in named.items():
         with stacked(anatomy, patches):
-            seen[state] = torch.cat([_residual(anatomy, ids, chosen) for ids in batches(windows)], 1).double()
+            seen[state] = torch.cat(
+                [_residual(anatomy, ids, chosen) for ids in batches(windows)], 1
+            ).double()
     found = []
     for i, channel in enumerate(chosen):
         layer = writers[channel].layer
@@ -161,7 +198,9 @@ def _channels(
     return found
 
 
-def _residual(anatomy: Anatomy, ids: Int64[Tensor, "batch pos"], channels: Sequence[int]) -> Float[Tensor, "layers batch pos channel"]:
+def _residual(
+    anatomy: Anatomy, ids: Int64[Tensor, "batch pos"], channels: Sequence[int]
+) -> Float[Tensor, "layers batch pos channel"]:
     """|residual| of some channels before the first layer and after each."""
     seen: list[Tensor] = []
 
@@ -172,30 +211,47 @@ def _residual(anatomy: Anatomy, ids: Int64[Tensor, "batch pos"], channels: Seque
         tap.on_input(anatomy.layers[0], keep)
         for layer in anatomy.layers:
             tap.on_output(layer, keep)
-        tap.run(anatomy.model, input_ids=ids.to(next(anatomy.model.parameters()).device), use_cache=False)
+        tap.run(
+            anatomy.model,
+            input_ids=ids.to(next(anatomy.model.parameters()).device),
+            use_cache=False,
+        )
     return torch.stack(seen)
 
 
 @torch.no_grad()
-def attention_sink(anatomy: Anatomy, named: Mapping[str, Sequence[Patch]], windows: Int64[Tensor, "n window"]) -> Sink | str:
-    """The attention sink in each state, or why this model does not show its attention. The attention code is put back."""
+def attention_sink(
+    anatomy: Anatomy, named: Mapping[str, Sequence[Patch]], windows: Int64[Tensor, "n window"]
+) -> Sink | str:
+    """The attention sink in each state, or why this model does not show its attention.
+
+    The attention code is put back.
+    """
     device = next(anatomy.model.parameters()).device
     found: dict[str, list[float]] = {}
     try:
         with _eager(anatomy.model):
             for state, patches in named.items():
                 with stacked(anatomy, patches):
-                    output = anatomy.model(input_ids=windows.to(device), use_cache=False, output_attentions=True)
+                    output = anatomy.model(
+                        input_ids=windows.to(device), use_cache=False, output_attentions=True
+                    )
                 attentions = getattr(output, "attentions", None)
-                if not attentions or not all(isinstance(a, Tensor) and a.dim() == 4 for a in attentions):
+                if not attentions or not all(
+                    isinstance(a, Tensor) and a.dim() == 4 for a in attentions
+                ):
                     return "this model returns no attention weights, also when it is asked for them"
                 # falcon under sdpa returns weights that it computed anew and without the mask
                 if any(bool(a.triu(1).any()) for a in attentions):
-                    return "the attention weights that this model returns look ahead, so they are not those it works with"
+                    return (
+                        "the attention weights that this model returns look ahead, so they are not"
+                        " those it works with"
+                    )
                 found[state] = [float(_to_first(a)) for a in attentions]
     except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
         return (
-            f"this model cannot be run so that it shows its attention: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            "this model cannot be run so that it shows its attention:"
+            f" {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         )
     queries = torch.arange(2, windows.shape[1] + 1, dtype=torch.float64)
     return Sink(found, float((1 / queries).mean()), len(windows))

@@ -1,4 +1,6 @@
-"""Everything there is to say about a stack of patches: geometry, top-k curve, channel, influence, behaviour."""
+"""Everything there is to say about a stack of patches: geometry, top-k curve, channel, influence,
+behaviour.
+"""
 
 from __future__ import annotations
 
@@ -65,14 +67,18 @@ def explain(
     config: ExplainConfig = ExplainConfig(),
     progress: Progress | None = None,
 ) -> Explanation:
-    """Explain `patches`, the injury first, the repair after it, on `corpus`, which was cut from `text`. The model is left as it was.
+    """Explain `patches`, the injury first, the repair after it, on `corpus`, which was cut from
+    `text`. The model is left as it was.
 
-    groups: words to be tested, by name. trained: patches made with k entries, for the top-k curve. bos: the policy for prompts.
+    groups: words to be tested, by name. trained: patches made with k entries, for the top-k curve.
+    bos: the policy for prompts.
     Raises: BadInput; as `Patch.apply_` if the patches do not stack.
     """
     shape = geometry(anatomy, patches, config.geometry)
     # what may be refused for its input comes before what takes long
-    ranking = influence(anatomy, tokenizer, text, corpus, patches, groups, config.influence, progress)
+    ranking = influence(
+        anatomy, tokenizer, text, corpus, patches, groups, config.influence, progress
+    )
     curve, why = None, None
     try:
         curve = topk_curve(anatomy, patches, corpus, trained, config.geometry, progress)

@@ -1,4 +1,6 @@
-"""Where a repair points: its rows beside the rows they came from, how many entries it really uses, and how few would do."""
+"""Where a repair points: its rows beside the rows they came from, how many entries it really uses,
+and how few would do.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,13 @@ Matrices = dict[Site, Tensor]
 class GeometryConfig:
     """Settings of the geometry and of the top-k curve."""
 
-    lines: int = field(default=8, metadata={"help": "rows (or columns) described, largest change first"})
+    lines: int = field(
+        default=8, metadata={"help": "rows (or columns) described, largest change first"}
+    )
     top: int = field(default=10, metadata={"help": "entries listed of each row"})
-    draws: int = field(default=3, metadata={"help": "random choices beside each point of the top-k curve"})
+    draws: int = field(
+        default=3, metadata={"help": "random choices beside each point of the top-k curve"}
+    )
     seed: int = field(default=0, metadata={"help": "seed of the random choices"})
 
     def __post_init__(self) -> None:
@@ -39,10 +45,12 @@ class GeometryConfig:
 class Line:
     """One row (or column) in its states; norms are Euclidean, in units of the weights.
 
-    delta is what the last patches add: merged minus broken, or for a lone injury broken minus base. cosines: of the pairs named.
-    top: the delta's largest entries. ablated: the injured entries, largest injury first, each with its rank (1 = largest) among the
+    delta is what the last patches add: merged minus broken, or for a lone injury broken minus base.
+    cosines: of the pairs named. top: the delta's largest entries. ablated: the injured entries,
+    largest injury first, each with its rank (1 = largest) among the
     |delta| of this line, None where the repair left it alone; `injured` counts all of them.
-    participation: (sum d^2)^2 / sum d^4. entropy: exp of the entropy of d^2 / sum d^2. Both count entries: 1 for a single one.
+    participation: (sum d^2)^2 / sum d^4. entropy: exp of the entropy of d^2 / sum d^2. Both count
+    entries: 1 for a single one.
     """
 
     region: Region
@@ -61,7 +69,9 @@ class Line:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Share of the damage recovered by k entries: the largest, random ones (mean and range of several draws), or trained as such."""
+    """Share of the damage recovered by k entries: the largest, random ones (mean and range of
+    several draws), or trained as such.
+    """
 
     k: int
     largest: float | None = None
@@ -75,14 +85,20 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Curve:
-    """NLL in nats per token, and the points by k; recovered = 1 - (NLL_k - NLL_base) / (NLL_broken - NLL_base)."""
+    """NLL in nats per token, and the points by k; recovered = 1 - (NLL_k - NLL_base) / (NLL_broken
+    - NLL_base).
+    """
 
     nll: dict[str, float]
     tokens: int
     points: list[CurvePoint]
 
     def to_json(self) -> dict[str, Any]:
-        return {"nll": self.nll, "tokens": self.tokens, "points": [p.to_json() for p in self.points]}
+        return {
+            "nll": self.nll,
+            "tokens": self.tokens,
+            "points": [p.to_json() for p in self.points],
+        }
 
 
 @dataclass(frozen=True)
@@ -96,10 +112,14 @@ class Geometry:
         return {"lines": [line.to_json() for line in self.lines], "of": self.of}
 
 
-def geometry(anatomy: Anatomy, patches: Sequence[Patch], config: GeometryConfig = GeometryConfig()) -> Geometry:
-    """Describe the rows that the patches change, in matrices where they change fewer columns than rows, the columns.
+def geometry(
+    anatomy: Anatomy, patches: Sequence[Patch], config: GeometryConfig = GeometryConfig()
+) -> Geometry:
+    """Describe the rows that the patches change, in matrices where they change fewer columns than
+    rows, the columns.
 
-    Raises: BadInput without patches, or if they change no entry; as `Patch.apply_` if they do not stack.
+    Raises: BadInput without patches, or if they change no entry; as `Patch.apply_` if they do not
+    stack.
     """
     matrices = _matrices(anatomy, patches)
     found = []
@@ -113,9 +133,17 @@ def geometry(anatomy: Anatomy, patches: Sequence[Patch], config: GeometryConfig 
             delta = rows[2] - rows[1] if len(patches) > 1 else rows[1] - rows[0]
             found.append((float(delta.norm()), region, rows, delta))
     if not found:
-        raise BadInput("the patches change no entry of any row or column, so they have no geometry.")
+        raise BadInput(
+            "the patches change no entry of any row or column, so they have no geometry."
+        )
     found.sort(key=lambda each: -each[0])
-    return Geometry([_line(region, rows, delta, config.top) for _, region, rows, delta in found[: config.lines]], len(found))
+    return Geometry(
+        [
+            _line(region, rows, delta, config.top)
+            for _, region, rows, delta in found[: config.lines]
+        ],
+        len(found),
+    )
 
 
 def topk_curve(
@@ -126,28 +154,43 @@ def topk_curve(
     config: GeometryConfig = GeometryConfig(),
     progress: Progress | None = None,
 ) -> Curve:
-    """The last patch cut to its k largest |delta| entries, k = 1, 2, 4, ... all; beside it k random ones of its entries, and `trained`:
-    patches made with k entries, each put in the place of the last patch. The model is left as it was.
+    """The last patch cut to its k largest |delta| entries, k = 1, 2, 4, ... all; beside it k random
+    ones of its entries, and `trained`: patches made with k entries, each put in the place of the
+    last patch. The model is left as it was.
 
-    Raises: BadInput for fewer than two patches, if the last changes nothing, or if the injury does no damage here; as `Patch.apply_`.
+    Raises: BadInput for fewer than two patches, if the last changes nothing, or if the injury does
+    no damage here; as `Patch.apply_`.
     """
     if len(patches) < 2:
-        raise BadInput("a top-k curve needs an injury and a repair; give two patches, the injury first.")
+        raise BadInput(
+            "a top-k curve needs an injury and a repair; give two patches, the injury first."
+        )
     require_causal(anatomy.model)
     matrices = _matrices(anatomy, patches)
     below, merged = matrices["below"], matrices["merged"]
     layers = [site.layer for patch in [*patches, *(p for _, p in trained)] for site in patch.sites]
-    nll = ResumedNLL(anatomy.model, anatomy.layers, min((0 if n is None else n) for n in layers), corpus.windows)
-    at = [(site, r, c) for site in below for r, c in differ(below[site], merged[site]).nonzero().tolist()]
+    nll = ResumedNLL(
+        anatomy.model, anatomy.layers, min((0 if n is None else n) for n in layers), corpus.windows
+    )
+    at = [
+        (site, r, c)
+        for site in below
+        for r, c in differ(below[site], merged[site]).nonzero().tolist()
+    ]
     if not at:
         raise BadInput("the last patch changes no entry, so there is no top-k curve.")
-    delta = torch.stack([(merged[s][r, c].double() - below[s][r, c].double()).abs() for s, r, c in at])
+    delta = torch.stack(
+        [(merged[s][r, c].double() - below[s][r, c].double()).abs() for s, r, c in at]
+    )
     order = delta.argsort(descending=True, stable=True).tolist()
     base = float(nll().mean())
     with stacked(anatomy, patches[:1]):
         broken = float(nll().mean())
     if broken - base <= 0:
-        raise BadInput(f"the injury does no damage on {corpus.name} ({broken - base:+.4f} nats), so no share of it can be recovered.")
+        raise BadInput(
+            f"the injury does no damage on {corpus.name} ({broken - base:+.4f} nats), so no share"
+            " of it can be recovered."
+        )
 
     def recovered(value: float) -> float:
         return 1 - (value - base) / (broken - base)
@@ -166,8 +209,13 @@ def topk_curve(
         for done, k in enumerate(ks):
             points[k] = CurvePoint(k, largest=kept(order[:k]))
             if k < len(at):
-                draws = [kept(torch.randperm(len(at), generator=generator)[:k].tolist()) for _ in range(config.draws)]
-                points[k] = CurvePoint(k, points[k].largest, sum(draws) / len(draws), (min(draws), max(draws)))
+                draws = [
+                    kept(torch.randperm(len(at), generator=generator)[:k].tolist())
+                    for _ in range(config.draws)
+                ]
+                points[k] = CurvePoint(
+                    k, points[k].largest, sum(draws) / len(draws), (min(draws), max(draws))
+                )
             if progress:
                 progress("top-k curve", done + 1, len(ks))
         for k, patch in trained:
@@ -177,11 +225,17 @@ def topk_curve(
             points[k] = CurvePoint(k, p.largest, p.random, p.random_range, share)
     with stacked(anatomy, patches):
         patched = float(nll().mean())
-    return Curve({"base": base, "broken": broken, "patched": patched}, corpus.predicted, [points[k] for k in sorted(points)])
+    return Curve(
+        {"base": base, "broken": broken, "patched": patched},
+        corpus.predicted,
+        [points[k] for k in sorted(points)],
+    )
 
 
 def participation(delta: Float64[Tensor, " n"]) -> tuple[float, float]:
-    """Effective number of entries: participation ratio (sum d^2)^2 / sum d^4, and exp of the entropy of d^2 / sum d^2. 0 for none."""
+    """Effective number of entries: participation ratio (sum d^2)^2 / sum d^4, and exp of the
+    entropy of d^2 / sum d^2. 0 for none.
+    """
     share = delta.square()
     if not bool(share.any()):
         return 0.0, 0.0
@@ -190,7 +244,9 @@ def participation(delta: Float64[Tensor, " n"]) -> tuple[float, float]:
 
 
 def _matrices(anatomy: Anatomy, patches: Sequence[Patch]) -> dict[str, Matrices]:
-    """The changed matrices (out, in), on the CPU, in each state; "below" is what the last patch was put on."""
+    """The changed matrices (out, in), on the CPU, in each state; "below" is what the last patch was
+    put on.
+    """
     require_stack(anatomy, patches)
     sites = list(dict.fromkeys(site for patch in patches for site in patch.sites))
 
@@ -200,10 +256,17 @@ def _matrices(anatomy: Anatomy, patches: Sequence[Patch]) -> dict[str, Matrices]
 
     named = states(patches)
     merged = named.get("patched", named["broken"])
-    return {"base": read(()), "broken": read(named["broken"]), "below": read(merged[:-1]), "merged": read(merged)}
+    return {
+        "base": read(()),
+        "broken": read(named["broken"]),
+        "below": read(merged[:-1]),
+        "merged": read(merged),
+    }
 
 
-def _line(region: Region, rows: Sequence[Float64[Tensor, " n"]], delta: Float64[Tensor, " n"], top: int) -> Line:
+def _line(
+    region: Region, rows: Sequence[Float64[Tensor, " n"]], delta: Float64[Tensor, " n"], top: int
+) -> Line:
     base, broken, merged = rows
     named = {"base": base, "broken": broken, "delta": delta, "merged": merged}
     pairs = (("delta", "base"), ("delta", "broken"), ("merged", "base"), ("broken", "base"))
@@ -213,7 +276,8 @@ def _line(region: Region, rows: Sequence[Float64[Tensor, " n"]], delta: Float64[
     injured = injury.argsort(descending=True, stable=True)[: int((injury > 0).sum())]
 
     def entry(i: int) -> dict[str, Any]:
-        at = Entry(region.site, i, region.col) if region.row is None else Entry(region.site, region.row, i)  # type: ignore[arg-type]
+        row = i if region.row is None else region.row
+        at = Entry(region.site, row, i if region.col is None else region.col)
         values = {name: float(row[i]) for name, row in named.items()}
         return {"entry": str(at), **values, "rank": int(rank[i]) if values["delta"] else None}
 

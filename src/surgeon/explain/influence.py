@@ -1,7 +1,8 @@
-"""Which tokens an injury changes, position by position, and a test of any story told from such a ranking.
+"""Which tokens an injury changes, position by position, and a test of any story told from such a
+ranking.
 
-Every ranking on a few lines is about what these lines are about, so a story about words has to survive the comparison with words of the
-same documents and the same frequency (story.py).
+Every ranking on a few lines is about what these lines are about, so a story about words has to
+survive the comparison with words of the same documents and the same frequency (story.py).
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from .tokens import Tokens, label_tokens
 
 @dataclass(frozen=True, eq=False)
 class Influence:
-    """KL(base || changed) of every predicted token, in nats, with what is known of the token, and the tests.
+    """KL(base || changed) of every predicted token, in nats, with what is known of the token, and
+    the tests.
 
-    Shapes: kl[state], nll[state] (n,) in the order of `tokens`; states are "broken" and maybe "patched", for nll also "base".
+    Shapes: kl[state], nll[state] (n,) in the order of `tokens`; states are "broken" and maybe
+    "patched", for nll also "base".
     """
 
     corpus: Corpus
@@ -77,7 +80,9 @@ class Influence:
             "documents_rule": self.tokens.source.rule,
             "documents_seen": len(set(self.tokens.documents)),
             "top": self.rows(self.top),
-            "top_by_document": dict(Counter(titles[self.tokens.documents[i]] for i in self.top).most_common()),
+            "top_by_document": dict(
+                Counter(titles[self.tokens.documents[i]] for i in self.top).most_common()
+            ),
             "permutations": self.config.permutations,
             "groups": [g.to_json() for g in self.words],
             "documents": [d.to_json() for d in self.documents],
@@ -95,26 +100,44 @@ def influence(
     config: InfluenceConfig = DEFAULTS,
     progress: Progress | None = None,
 ) -> Influence:
-    """Per-token KL of the patched states on `corpus`, which was cut from `text`, and tests by document, by frequency and of `groups`.
+    """Per-token KL of the patched states on `corpus`, which was cut from `text`, and tests by
+    document, by frequency and of `groups`.
 
     groups: name and words, each word as it stands in the text, in any case.
-    Raises: BadInput without patches, for a group none of whose words is there, or a corpus of another text; as `Patch.apply_`.
+    Raises: BadInput without patches, for a group none of whose words is there, or a corpus of
+    another text; as `Patch.apply_`.
     """
     named = states(patches)
     require_causal(anatomy.model)
     require_stack(anatomy, patches)
     tokens = label_tokens(tokenizer, text, corpus)
-    members = {name: _members(name, words, tokens, corpus) for name, words in (groups or {}).items()}
+    members = {
+        name: _members(name, words, tokens, corpus) for name, words in (groups or {}).items()
+    }
     kl, nll = token_kl(anatomy, corpus.windows, named, progress)
     tests = Tests(tokens, kl["broken"], config)
-    return Influence(corpus, tokens, kl, nll, tests.words(members), tests.documents(), tests.frequencies(), config)
+    return Influence(
+        corpus,
+        tokens,
+        kl,
+        nll,
+        tests.words(members),
+        tests.documents(),
+        tests.frequencies(),
+        config,
+    )
 
 
 @torch.no_grad()
 def token_kl(
-    anatomy: Anatomy, windows: Int64[Tensor, "n window"], named: Mapping[str, Sequence[Patch]], progress: Progress | None = None
+    anatomy: Anatomy,
+    windows: Int64[Tensor, "n window"],
+    named: Mapping[str, Sequence[Patch]],
+    progress: Progress | None = None,
 ) -> tuple[dict[str, Float64[Tensor, " predicted"]], dict[str, Float64[Tensor, " predicted"]]]:
-    """KL(base || state) and NLL of each predicted token, in nats, window by window; the states are patches by name, "base" first."""
+    """KL(base || state) and NLL of each predicted token, in nats, window by window; the states are
+    patches by name, "base" first.
+    """
     kl: dict[str, list[Tensor]] = {state: [] for state in named if state != "base"}
     nll: dict[str, list[Tensor]] = {state: [] for state in named}
     parts = batches(windows)
@@ -123,7 +146,9 @@ def token_kl(
         for state, patches in named.items():
             with stacked(anatomy, patches):
                 log_p = F.log_softmax(logits_of(anatomy.model, ids)[:, :-1].float(), -1)
-            nll[state].append(-log_p.gather(-1, ids[:, 1:, None].to(log_p.device)).flatten().double().cpu())
+            nll[state].append(
+                -log_p.gather(-1, ids[:, 1:, None].to(log_p.device)).flatten().double().cpu()
+            )
             if state == "base":
                 base = log_p
             else:
@@ -139,7 +164,8 @@ def _members(name: str, words: Sequence[str], tokens: Tokens, corpus: Corpus) ->
     if not members.any() or members.all():
         some = "all tokens belong" if members.any() else "no token belongs"
         raise BadInput(
-            f"{some} to the group {name!r} ({len(wanted)} words) in the {corpus.windows.shape[0]} windows of {corpus.name}, "
-            "so there is nothing to compare; use other words or more --windows."
+            f"{some} to the group {name!r} ({len(wanted)} words) in the {corpus.windows.shape[0]}"
+            f" windows of {corpus.name}, so there is nothing to compare; use other words or more"
+            " --windows."
         )
     return members

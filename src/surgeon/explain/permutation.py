@@ -18,35 +18,52 @@ def stratified_test(
     permutations: int,
     generator: torch.Generator,
 ) -> tuple[Float64[Tensor, " group"], Float64[Tensor, "permutation group"]]:
-    """The mean per token by which each group exceeds its strata, and the same with labels dealt anew among the units of each stratum.
+    """The mean per token by which each group exceeds its strata, and the same with labels dealt
+    anew among the units of each stratum.
 
-    A unit is a bundle of tokens that stays together, with the `sums` of their values and their number in `sizes`. Exact whatever the
-    values are, as long as the units of one stratum could change places. Values are taken from the mean of their stratum, since a label
-    that moves to a larger unit would else give its stratum more weight, and differences between strata would come in again.
+    A unit is a bundle of tokens that stays together, with the `sums` of their values and their
+    number in `sizes`. Exact whatever the values are, as long as the units of one stratum could
+    change places. Values are taken from the mean of their stratum, since a label that moves to a
+    larger unit would else give its stratum more weight, and differences between strata would come
+    in again.
     """
     level = torch.bincount(strata, sums) / torch.bincount(strata, sizes).clamp_min(1)
     excess = sums - sizes * level[strata]
 
     def means(order: Tensor, dealt: Tensor) -> Tensor:
-        return torch.bincount(dealt, excess[order], groups) / torch.bincount(dealt, sizes[order], groups)
+        return torch.bincount(dealt, excess[order], groups) / torch.bincount(
+            dealt, sizes[order], groups
+        )
 
     by_stratum = strata.argsort()
     dealt = labels[by_stratum]
     null = torch.empty(permutations, groups, dtype=torch.float64)
     for i in range(permutations):
         # a random order within each stratum, the strata in order
-        null[i] = means((strata + torch.rand(len(strata), generator=generator, dtype=torch.float64)).argsort(), dealt)
+        null[i] = means(
+            (strata + torch.rand(len(strata), generator=generator, dtype=torch.float64)).argsort(),
+            dealt,
+        )
     return means(by_stratum, dealt), null
 
 
 def naive_null(
-    values: Float64[Tensor, " token"], labels: Int64[Tensor, " token"], groups: int, permutations: int, generator: torch.Generator
+    values: Float64[Tensor, " token"],
+    labels: Int64[Tensor, " token"],
+    groups: int,
+    permutations: int,
+    generator: torch.Generator,
 ) -> Float64[Tensor, "permutation group"]:
-    """The mean of each group when its tokens are drawn from anywhere: what a bare ranking takes for granted."""
+    """The mean of each group when its tokens are drawn from anywhere: what a bare ranking takes for
+    granted.
+    """
     sizes = torch.bincount(labels, minlength=groups).clamp_min(1)
     null = torch.empty(permutations, groups, dtype=torch.float64)
     for i in range(permutations):
-        null[i] = torch.bincount(labels[torch.randperm(len(labels), generator=generator)], values, groups) / sizes
+        null[i] = (
+            torch.bincount(labels[torch.randperm(len(labels), generator=generator)], values, groups)
+            / sizes
+        )
     return null
 
 
@@ -56,14 +73,26 @@ def document_null(
     permutations: int,
     generator: torch.Generator,
 ) -> Float64[Tensor, " permutation"]:
-    """The weighted mean of `means` when whole documents change places: each keeps its profile of weights and gets another's values."""
-    each = weights @ means.T / weights.sum()  # [d, e]: what document d contributes with the values of document e
+    """The weighted mean of `means` when whole documents change places: each keeps its profile of
+    weights and gets another's values.
+    """
+    each = (
+        weights @ means.T / weights.sum()
+    )  # [d, e]: what document d contributes with the values of document e
     n = len(weights)
-    return torch.stack([each[torch.arange(n), torch.randperm(n, generator=generator)].sum() for _ in range(permutations)])
+    return torch.stack(
+        [
+            each[torch.arange(n), torch.randperm(n, generator=generator)].sum()
+            for _ in range(permutations)
+        ]
+    )
 
 
 def p_value(observed: float, null: Float64[Tensor, " permutation"]) -> float:
-    """One-sided: how often chance gives at least what was observed, the observation counted in. Source: Phipson & Smyth 2010."""
+    """One-sided: how often chance gives at least what was observed, the observation counted in.
+
+    Source: Phipson & Smyth 2010.
+    """
     as_large = int((null >= observed - 1e-9 * abs(observed)).sum())
     return (1 + as_large) / (1 + len(null))
 

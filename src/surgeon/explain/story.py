@@ -1,4 +1,6 @@
-"""A test of any story told from a ranking of tokens: words beside words of the same documents and frequency, documents beside others."""
+"""A test of any story told from a ranking of tokens: words beside words of the same documents and
+frequency, documents beside others.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,17 @@ class InfluenceConfig:
 
     top: int = field(default=20, metadata={"help": "tokens in the ranking"})
     permutations: int = field(default=1999, metadata={"help": "permutations of each test"})
-    min_tokens: int = field(default=50, metadata={"help": "tokens that a document needs to be listed"})
+    min_tokens: int = field(
+        default=50, metadata={"help": "tokens that a document needs to be listed"}
+    )
     seed: int = field(default=0, metadata={"help": "seed of the permutations"})
 
     def __post_init__(self) -> None:
         if self.permutations < 99 or self.top < 1 or self.min_tokens < 1:
-            raise BadInput("the test of influence needs at least 99 permutations, a top of at least 1, and documents of at least 1 token.")
+            raise BadInput(
+                "the test of influence needs at least 99 permutations, a top of at least 1, and"
+                " documents of at least 1 token."
+            )
 
 
 DEFAULTS = InfluenceConfig()
@@ -37,12 +44,15 @@ DEFAULTS = InfluenceConfig()
 
 @dataclass(frozen=True)
 class Stratum:
-    """A document or a class of frequency: the mean KL of its tokens beside what equal words have elsewhere.
+    """A document or a class of frequency: the mean KL of its tokens beside what equal words have
+    elsewhere.
 
-    A document is compared with words of the same frequency in other documents; a class with words of other classes in the same documents.
-    p: one-sided, by permutation of words; p_corrected: after Holm over all of its kind. excess_kl: what is tested, the mean KL per token
-    above that of its strata. null: the 5%, 50% and 95% quantiles (q05, q50, q95) of excess_kl when words change places; null_naive: those
-    of mean_kl when tokens are drawn from anywhere. All are None if there is only one of its kind.
+    A document is compared with words of the same frequency in other documents; a class with words
+    of other classes in the same documents. p: one-sided, by permutation of words; p_corrected:
+    after Holm over all of its kind. excess_kl: what is tested, the mean KL per token above that of
+    its strata. null: the 5%, 50% and 95% quantiles (q05, q50, q95) of excess_kl when words change
+    places; null_naive: those of mean_kl when tokens are drawn from anywhere. All are None if there
+    is only one of its kind.
     """
 
     name: str
@@ -63,13 +73,16 @@ class Stratum:
 class WordGroup:
     """A story: "words like these are hit hardest". All KL are means per token, in nats.
 
-    others_kl: of all other tokens. same_documents_kl: that of the other words of the same documents and frequency.
-    documents_nats: by how much the documents in which the group stands lie above all documents, at equal frequency.
-    p_naive: tokens drawn from anywhere, what a bare ranking takes for granted. p_within: words of the same document and frequency change
-    places. p_document: whole documents change places; None if there are fewer than two. p_corrected: p_within after Holm over the groups.
-    excess_kl: what p_within tests, the mean KL per token above that of words of the same document and frequency. null, null_naive,
-    null_document: the 5%, 50% and 95% quantiles (q05, q50, q95) of excess_kl, mean_kl and documents_nats in the three tests.
-    in_top, in_text: the share of the group in the ranking and in the text. in_one_document: share of its tokens in the document named.
+    others_kl: of all other tokens. same_documents_kl: that of the other words of the same documents
+    and frequency. documents_nats: by how much the documents in which the group stands lie above all
+    documents, at equal frequency. p_naive: tokens drawn from anywhere, what a bare ranking takes
+    for granted. p_within: words of the same document and frequency change places. p_document: whole
+    documents change places; None if there are fewer than two. p_corrected: p_within after Holm over
+    the groups. excess_kl: what p_within tests, the mean KL per token above that of words of the
+    same document and frequency. null, null_naive, null_document: the 5%, 50% and 95% quantiles
+    (q05, q50, q95) of excess_kl, mean_kl and documents_nats in the three tests. in_top, in_text:
+    the share of the group in the ranking and in the text. in_one_document: share of its tokens in
+    the document named.
     """
 
     name: str
@@ -94,7 +107,9 @@ class WordGroup:
 
     @property
     def holds(self) -> bool:
-        """Whether it is the words: they are hit harder than other words of their documents and frequency, after correction."""
+        """Whether it is the words: they are hit harder than other words of their documents and
+        frequency, after correction.
+        """
         return self.p_corrected <= LEVEL
 
     def to_json(self) -> dict[str, Any]:
@@ -102,21 +117,32 @@ class WordGroup:
 
 
 class Tests:
-    """The tests of one vector of values. The unit that changes places is a word of a document with all its tokens.
+    """The tests of one vector of values. The unit that changes places is a word of a document with
+    all its tokens.
 
     Single tokens would be too sure of themselves: the pieces and repetitions of one word are alike.
     """
 
-    def __init__(self, tokens: Tokens, values: Float64[Tensor, " n"], config: InfluenceConfig) -> None:
+    def __init__(
+        self, tokens: Tokens, values: Float64[Tensor, " n"], config: InfluenceConfig
+    ) -> None:
         self.tokens, self.values, self.config = tokens, values, config
         self.document = _dense(tokens.documents)
         self.frequency = _dense([frequency_class(count) for count in tokens.counts])
-        keys = {key: i for i, key in enumerate(dict.fromkeys(zip(tokens.documents, tokens.words, strict=True)))}
-        self.unit = torch.tensor([keys[key] for key in zip(tokens.documents, tokens.words, strict=True)])
+        keys = {
+            key: i
+            for i, key in enumerate(dict.fromkeys(zip(tokens.documents, tokens.words, strict=True)))
+        }
+        self.unit = torch.tensor(
+            [keys[key] for key in zip(tokens.documents, tokens.words, strict=True)]
+        )
         self.sizes = torch.bincount(self.unit).double()
         self.sums = torch.bincount(self.unit, values)
-        # a word that is punctuation may be counted differently from token to token; the unit takes the first
-        self.first = torch.full((len(keys),), len(self.unit)).scatter_reduce(0, self.unit, torch.arange(len(self.unit)), "amin")
+        # a word that is punctuation may be counted differently from token to token; the unit takes
+        # the first
+        self.first = torch.full((len(keys),), len(self.unit)).scatter_reduce(
+            0, self.unit, torch.arange(len(self.unit)), "amin"
+        )
 
     def documents(self) -> list[Stratum]:
         names = [self.tokens.source.names[d] for d in sorted(set(self.tokens.documents))]
@@ -124,7 +150,9 @@ class Tests:
         return sorted(found, key=lambda d: -d.mean_kl)
 
     def frequencies(self) -> list[Stratum]:
-        names = [class_name(c) for c in sorted({frequency_class(count) for count in self.tokens.counts})]
+        names = [
+            class_name(c) for c in sorted({frequency_class(count) for count in self.tokens.counts})
+        ]
         return self._strata(names, self.frequency, self.document, 1)
 
     def _strata(self, names: list[str], label: Tensor, strata: Tensor, least: int) -> list[Stratum]:
@@ -132,25 +160,43 @@ class Tests:
         tokens = torch.bincount(label, self.sizes)
         sums = torch.bincount(label, self.sums)
         listed = [i for i in range(len(names)) if tokens[i] >= least]
-        tests: list[dict[str, Any]] = [dict.fromkeys(("excess_kl", "null", "null_naive", "p", "p_corrected")) for _ in listed]
+        tests: list[dict[str, Any]] = [
+            dict.fromkeys(("excess_kl", "null", "null_naive", "p", "p_corrected")) for _ in listed
+        ]
         if len(names) > 1:
             observed, null = self._test(label, strata, len(names))
             generator = torch.Generator().manual_seed(self.config.seed)
-            naive = naive_null(self.values, label[self.unit], len(names), self.config.permutations, generator)
+            naive = naive_null(
+                self.values, label[self.unit], len(names), self.config.permutations, generator
+            )
             p = [p_value(float(observed[i]), null[:, i]) for i in listed]
             tests = [
-                {"excess_kl": float(observed[i]), "null": band(null[:, i]), "null_naive": band(naive[:, i]), "p": one, "p_corrected": all_}
+                {
+                    "excess_kl": float(observed[i]),
+                    "null": band(null[:, i]),
+                    "null_naive": band(naive[:, i]),
+                    "p": one,
+                    "p_corrected": all_,
+                }
                 for i, one, all_ in zip(listed, p, holm(p), strict=True)
             ]
         return [
-            Stratum(names[i], int(tokens[i]), float(sums[i] / tokens[i]), self._beside(label == i, strata), **test)
+            Stratum(
+                names[i],
+                int(tokens[i]),
+                float(sums[i] / tokens[i]),
+                self._beside(label == i, strata),
+                **test,
+            )
             for i, test in zip(listed, tests, strict=True)
         ]
 
     def words(self, members: Mapping[str, Tensor]) -> list[WordGroup]:
         found = [self._group(name, mask) for name, mask in members.items()]
         corrected = holm([float(group["p_within"]) for group in found])
-        return [WordGroup(**group, p_corrected=p) for group, p in zip(found, corrected, strict=True)]
+        return [
+            WordGroup(**group, p_corrected=p) for group, p in zip(found, corrected, strict=True)
+        ]
 
     def _group(self, name: str, member: Tensor) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(self.config.seed)
@@ -162,10 +208,15 @@ class Tests:
         observed, within = self._test(label[near], strata[near], 2, near)
         n = len(self.values)
         naive = torch.stack(
-            [self.values[torch.randperm(n, generator=generator)[: int(member.sum())]].mean() for _ in range(self.config.permutations)]
+            [
+                self.values[torch.randperm(n, generator=generator)[: int(member.sum())]].mean()
+                for _ in range(self.config.permutations)
+            ]
         )
         nats, documents = self._documents_of(member, generator)
-        most = Counter(d for d, m in zip(self.tokens.documents, member.tolist(), strict=True) if m).most_common(1)[0]
+        most = Counter(
+            d for d, m in zip(self.tokens.documents, member.tolist(), strict=True) if m
+        ).most_common(1)[0]
         top = self.values.argsort(descending=True, stable=True)[: self.config.top]
         return {
             "name": name,
@@ -188,14 +239,25 @@ class Tests:
             "document": self.tokens.source.names[most[0]],
         }
 
-    def _documents_of(self, member: Tensor, generator: torch.Generator) -> tuple[float, Tensor | None]:
-        """How far the group's documents lie above all documents at equal frequency, judged by the tokens that are not of the group; and
-        the same when documents change places, if there are at least two."""
+    def _documents_of(
+        self, member: Tensor, generator: torch.Generator
+    ) -> tuple[float, Tensor | None]:
+        """How far the group's documents lie above all documents at equal frequency, judged by the
+        tokens that are not of the group; and the same when documents change places, if there are at
+        least two."""
         documents, classes = int(self.document.max()) + 1, int(self.frequency.max()) + 1
         cell = self.document * classes + self.frequency
-        weights = torch.bincount(cell[member], minlength=documents * classes).double().view(documents, classes)
-        means = torch.bincount(cell[~member], self.values[~member], documents * classes).view(documents, classes)
-        sizes = torch.bincount(cell[~member], minlength=documents * classes).view(documents, classes)
+        weights = (
+            torch.bincount(cell[member], minlength=documents * classes)
+            .double()
+            .view(documents, classes)
+        )
+        means = torch.bincount(cell[~member], self.values[~member], documents * classes).view(
+            documents, classes
+        )
+        sizes = torch.bincount(cell[~member], minlength=documents * classes).view(
+            documents, classes
+        )
         overall = means.sum(0) / sizes.sum(0).clamp_min(1)
         # a document without such words tells nothing of them, so it is taken to be like all others
         excess = torch.where(sizes > 0, means / sizes.clamp_min(1) - overall, 0.0)
@@ -205,7 +267,8 @@ class Tests:
         return nats, document_null(weights, excess, self.config.permutations, generator)
 
     def _beside(self, member: Bool[Tensor, " unit"], strata: Int64[Tensor, " unit"]) -> float:
-        """The mean of the other units of the same strata, weighted as the tokens of the members are.
+        """The mean of the other units of the same strata, weighted as the tokens of the members
+        are.
 
         A stratum without others counts as the members have it.
         """
@@ -215,9 +278,19 @@ class Tests:
         means = torch.where(others > 0, theirs / others.clamp_min(1), own / mine.clamp_min(1))
         return float((mine * means).sum() / mine.sum())
 
-    def _test(self, label: Tensor, strata: Tensor, groups: int, units: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def _test(
+        self, label: Tensor, strata: Tensor, groups: int, units: Tensor | slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(self.config.seed)
-        return stratified_test(self.sums[units], self.sizes[units], label, strata, groups, self.config.permutations, generator)
+        return stratified_test(
+            self.sums[units],
+            self.sizes[units],
+            label,
+            strata,
+            groups,
+            self.config.permutations,
+            generator,
+        )
 
 
 def _dense(labels: Sequence[int]) -> Int64[Tensor, " n"]:

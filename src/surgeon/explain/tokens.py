@@ -1,4 +1,6 @@
-"""What each predicted token of a corpus is: its text, the word it is part of, how frequent that is, the document it stands in."""
+"""What each predicted token of a corpus is: its text, the word it is part of, how frequent that is,
+the document it stands in.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ _NAME_CHARS = 40
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of a text begin (characters, ascending), what they are called, and the rule that found them."""
+    """Where the documents of a text begin (characters, ascending), what they are called, and the
+    rule that found them.
+    """
 
     starts: list[int]
     names: list[str]
@@ -41,10 +45,10 @@ class Documents:
 class Tokens:
     """One element for each predicted token, window by window, first to last.
 
-    windows, positions: where it stands (position in the window, at least 1). texts: its own text. words: the word it is part of, in lower
-    case; punctuation stands for itself, white space is "". counts: how often that word occurs in the whole text.
-    token_counts: the same of the token's id. contexts: the text of up to 8 tokens before it.
-    documents: an index into `source.names`.
+    windows, positions: where it stands (position in the window, at least 1). texts: its own text.
+    words: the word it is part of, in lower case; punctuation stands for itself, white space is "".
+    counts: how often that word occurs in the whole text. token_counts: the same of the token's id.
+    contexts: the text of up to 8 tokens before it. documents: an index into `source.names`.
     """
 
     ids: list[int]
@@ -60,13 +64,16 @@ class Tokens:
 
 
 def split_documents(text: str) -> Documents:
-    """Documents by their titles as WikiText writes them if there are at least two, else by blank lines.
+    """Documents by their titles as WikiText writes them if there are at least two, else by blank
+    lines.
 
     What stands before the first title belongs to the first document.
     """
     titles = list(_TITLE.finditer(text))
     if len(titles) > 1:
-        return Documents([t.start() for t in titles], [t.group().strip(" =") for t in titles], TITLES)
+        return Documents(
+            [t.start() for t in titles], [t.group().strip(" =") for t in titles], TITLES
+        )
     starts = [0, *(gap.end() for gap in _GAP.finditer(text) if gap.end() < len(text))]
     names = [" ".join(text[a:b].split())[:_NAME_CHARS] for a, b in pairwise([*starts, len(text)])]
     return Documents(starts, names, GAPS)
@@ -84,17 +91,24 @@ def class_name(index: int) -> str:
 def label_tokens(tokenizer: PreTrainedTokenizerBase, text: str, corpus: Corpus) -> Tokens:
     """Label the predicted tokens of `corpus`, which was cut from `text`.
 
-    Texts and words come from decoding, since some tokenizers' offsets are off by a few characters; offsets only choose the document.
+    Texts and words come from decoding, since some tokenizers' offsets are off by a few characters;
+    offsets only choose the document.
     Raises: BadInput for a tokenizer without offsets, or if the corpus was not cut from this text.
     """
     if not tokenizer.is_fast:
-        raise BadInput("this tokenizer has no offsets (it is not a fast one), so tokens cannot be told apart by document.")
+        raise BadInput(
+            "this tokenizer has no offsets (it is not a fast one), so tokens cannot be told apart"
+            " by document."
+        )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     n, width = corpus.windows.shape
     step = width - corpus.bos
     ids: list[int] = encoded.input_ids
     if ids[: n * step] != corpus.windows[:, int(corpus.bos) :].flatten().tolist():
-        raise BadInput(f"the windows of {corpus.name} were not cut from the text that came with them; give the text they were made of.")
+        raise BadInput(
+            f"the windows of {corpus.name} were not cut from the text that came with them; give the"
+            " text they were made of."
+        )
     pieces = _pieces(tokenizer, ids[: n * step])
     words = _words(pieces)
     source = split_documents(text)
@@ -108,8 +122,11 @@ def label_tokens(tokenizer: PreTrainedTokenizerBase, text: str, corpus: Corpus) 
         positions=[i % step + corpus.bos for i in at],
         texts=[pieces[i] for i in at],
         words=[words[i] for i in at],
-        # punctuation is counted as a token; a word that decodes to something else than it is in the text counts as rare
-        counts=[counts.get(words[i], 1) if _WORD.search(words[i]) else token_counts[ids[i]] for i in at],
+        # punctuation is counted as a token; a word that decodes to something else than it is in the
+        # text counts as rare
+        counts=[
+            counts.get(words[i], 1) if _WORD.search(words[i]) else token_counts[ids[i]] for i in at
+        ],
         token_counts=[token_counts[ids[i]] for i in at],
         contexts=["".join(pieces[max(i - i % step, i - CONTEXT_TOKENS) : i]) for i in at],
         documents=[source.at(encoded.offset_mapping[i][1] - 1) for i in at],
@@ -118,7 +135,10 @@ def label_tokens(tokenizer: PreTrainedTokenizerBase, text: str, corpus: Corpus) 
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """The text that each token adds. A lone token may lose its space, so each is decoded behind the one before it."""
+    """The text that each token adds.
+
+    A lone token may lose its space, so each is decoded behind the one before it.
+    """
 
     def decode(some: list[int]) -> str:
         return str(tokenizer.decode(some, clean_up_tokenization_spaces=False))
@@ -127,13 +147,21 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
 
 
 def _words(pieces: list[str]) -> list[str]:
-    """The word in which each token's first letter or digit stands; what has none stands for itself."""
+    """The word in which each token's first letter or digit stands; what has none stands for
+    itself.
+    """
     spans = list(_WORD.finditer("".join(pieces)))
     ends = [span.end() for span in spans]
     words = []
     begin = 0
     for piece in pieces:
         inside = _WORD.search(piece)
-        words.append((spans[bisect_right(ends, begin + inside.start())].group() if inside else piece.strip()).casefold())
+        words.append(
+            (
+                spans[bisect_right(ends, begin + inside.start())].group()
+                if inside
+                else piece.strip()
+            ).casefold()
+        )
         begin += len(piece)
     return words

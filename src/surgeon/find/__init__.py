@@ -1,4 +1,6 @@
-"""Critical sets: detect them in one pass, verify them against controls, look up the published ones."""
+"""Critical sets: detect them in one pass, verify them against controls, look up the published
+ones.
+"""
 
 from .controls import matched_controls
 from .detect import Candidate, DetectConfig, Detection, Rejection, detect

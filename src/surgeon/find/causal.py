@@ -1,4 +1,6 @@
-"""The causal test: ablate the set, but put the super activation back, and see how much of the damage goes."""
+"""The causal test: ablate the set, but put the super activation back, and see how much of the
+damage goes.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +19,34 @@ MAX_CHANNELS = 8
 
 
 def written_channels(parts: Sequence[Region]) -> list[tuple[Site, int]]:
-    """The output channels that the parts write, where a hook can hold them: rows of one plain mlp.down each; else none."""
-    channels = {(p.site, p.row) for p in parts if p.row is not None and p.site.role == "mlp.down" and p.site.expert is None}
-    whole = all(p.row is not None and p.site.role == "mlp.down" and p.site.expert is None for p in parts)
-    return sorted((s, r) for s, r in channels if r is not None) if whole and len(channels) <= MAX_CHANNELS else []
+    """The output channels that the parts write, where a hook can hold them: rows of one plain
+    mlp.down each; else none.
+    """
+    channels = {
+        (p.site, p.row)
+        for p in parts
+        if p.row is not None and p.site.role == "mlp.down" and p.site.expert is None
+    }
+    whole = all(
+        p.row is not None and p.site.role == "mlp.down" and p.site.expert is None for p in parts
+    )
+    return (
+        sorted((s, r) for s, r in channels if r is not None)
+        if whole and len(channels) <= MAX_CHANNELS
+        else []
+    )
 
 
 @torch.no_grad()
-def restored_nll(anatomy: Anatomy, parts: Sequence[Region], windows: Tensor) -> Float64[Tensor, " n"]:
-    """NLL of each window with `parts` zeroed and the super activation restored: each of the `written_channels` holds its intact
-    value at the position of each window where it peaked, and at no other.
+def restored_nll(
+    anatomy: Anatomy, parts: Sequence[Region], windows: Tensor
+) -> Float64[Tensor, " n"]:
+    """NLL of each window with `parts` zeroed and the super activation restored: each of the
+    `written_channels` holds its intact value at the position of each window where it peaked, and at
+    no other.
 
-    Damage that stays was done at the other positions: the set is then more than a spike. Restoring every position of a
-    channel would undo the ablation by construction and show nothing.
+    Damage that stays was done at the other positions: the set is then more than a spike. Restoring
+    every position of a channel would undo the ablation by construction and show nothing.
     Source: Yu et al. 2024, arXiv:2411.07191, section 3.2.
     """
     channels = written_channels(parts)
@@ -42,7 +59,11 @@ def restored_nll(anatomy: Anatomy, parts: Sequence[Region], windows: Tensor) -> 
         with injury.applied(anatomy), ExitStack() as held:
             for (site, row), clean in zip(channels, intact, strict=True):
                 broken = record_channel(anatomy, site, row, on_device)
-                peak = torch.zeros_like(clean, dtype=torch.bool).scatter_(1, clean.abs().argmax(1, keepdim=True), True)
-                held.enter_context(restored_channel(anatomy, site, row, torch.where(peak, clean, broken)))
+                peak = torch.zeros_like(clean, dtype=torch.bool).scatter_(
+                    1, clean.abs().argmax(1, keepdim=True), True
+                )
+                held.enter_context(
+                    restored_channel(anatomy, site, row, torch.where(peak, clean, broken))
+                )
             found.append(window_nll(anatomy.model, ids))
     return torch.cat(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,27 +20,33 @@ Tell = Callable[[int, int], None]  # steps done, of how many
 
 @dataclass(frozen=True)
 class Variant:
-    """The model with `zeroed` at zero together; `restored`: with the super activation put back, see causal.py."""
+    """The model with `zeroed` at zero together; `restored`: with the super activation put back, see
+    causal.py.
+    """
 
     zeroed: Sequence[Region]
     restored: bool = False
 
 
-class Damage:
-    """Damage of variants of the model on fixed windows, in nats per token; what lies below the lowest layer is computed once."""
+class Damage(ABC):
+    """Damage of variants of the model on fixed windows, in nats per token; what lies below the
+    lowest layer is computed once.
+    """
 
     def __init__(self, anatomy: Anatomy, windows: Tensor, lowest_layer: int) -> None:
         require_causal(anatomy.model)
         self.anatomy, self.windows, self.lowest_layer = anatomy, windows, lowest_layer
 
     @property
+    @abstractmethod
     def base(self) -> Float64[Tensor, " n"]:
         """NLL of the intact model, of each window."""
-        raise NotImplementedError
 
-    def of(self, variants: Sequence[Variant], tell: Tell | None = None) -> list[Float64[Tensor, " n"]]:
+    @abstractmethod
+    def of(
+        self, variants: Sequence[Variant], tell: Tell | None = None
+    ) -> list[Float64[Tensor, " n"]]:
         """Damage of each variant, of each window."""
-        raise NotImplementedError
 
     def __call__(self, regions: Sequence[Region]) -> Float64[Tensor, " n"]:
         """Damage of each window with all of `regions` zeroed together."""
@@ -58,7 +65,9 @@ class DamageInMemory(Damage):
     def base(self) -> Float64[Tensor, " n"]:
         return self._base
 
-    def of(self, variants: Sequence[Variant], tell: Tell | None = None) -> list[Float64[Tensor, " n"]]:
+    def of(
+        self, variants: Sequence[Variant], tell: Tell | None = None
+    ) -> list[Float64[Tensor, " n"]]:
         found = []
         for number, variant in enumerate(variants, 1):
             found.append(self._one(variant) - self._base)
@@ -74,7 +83,9 @@ class DamageInMemory(Damage):
 
 
 def zeroed(anatomy: Anatomy, regions: Sequence[Region]) -> AbstractContextManager[None]:
-    """Within the block all of `regions` are zero, also in a streamed model; nothing changes where there are none."""
+    """Within the block all of `regions` are zero, also in a streamed model; nothing changes where
+    there are none.
+    """
     if isinstance(anatomy, StreamedAnatomy):
         return anatomy.zeroed(regions)
     return ablate(anatomy, regions).applied(anatomy) if regions else nullcontext()

@@ -1,4 +1,6 @@
-"""Find critical sets: detect, zero, look again; then the smallest set that covers the effect, verified on unseen windows."""
+"""Find critical sets: detect, zero, look again; then the smallest set that covers the effect,
+verified on unseen windows.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +23,31 @@ class FindConfig:
 
     detect: DetectConfig = field(default_factory=DetectConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
-    probe_windows: int = field(default=8, metadata={"help": "windows for detection and for choosing the set; the others verify it"})
-    rounds: int = field(default=4, metadata={"help": "how often to zero what was accepted and look again"})
+    probe_windows: int = field(
+        default=8,
+        metadata={"help": "windows for detection and for choosing the set; the others verify it"},
+    )
+    rounds: int = field(
+        default=4, metadata={"help": "how often to zero what was accepted and look again"}
+    )
     channels: int = field(default=6, metadata={"help": "most channels examined"})
-    cover: float = field(default=0.8, metadata={"help": "share of the effect that the smallest set must keep"})
-    listed: int = field(default=16, metadata={"help": "entries, strongest first, whose single and leave-one-out damage is measured"})
+    cover: float = field(
+        default=0.8, metadata={"help": "share of the effect that the smallest set must keep"}
+    )
+    listed: int = field(
+        default=16,
+        metadata={
+            "help": "entries, strongest first, whose single and leave-one-out damage is measured"
+        },
+    )
 
 
 @dataclass(frozen=True)
 class CriticalSet:
-    """Entries that are vital together. `full_nats` is the damage of every entry that writes the channels, on the probe windows."""
+    """Entries that are vital together.
+
+    `full_nats` is the damage of every entry that writes the channels, on the probe windows.
+    """
 
     entries: list[Contribution]
     weights: list[float]
@@ -108,16 +125,24 @@ class FindResult:
         }
 
 
-def find(anatomy: Anatomy, corpus: Corpus, config: FindConfig = FindConfig(), progress: Progress | None = None) -> FindResult:
-    """Critical sets of the model on this corpus. "None" is a result: `rejected` says what was seen and why it is not vital.
+def find(
+    anatomy: Anatomy,
+    corpus: Corpus,
+    config: FindConfig = FindConfig(),
+    progress: Progress | None = None,
+) -> FindResult:
+    """Critical sets of the model on this corpus. "None" is a result: `rejected` says what was seen
+    and why it is not vital.
 
-    The first `probe_windows` windows detect channels and choose entries; damage and controls are measured on the rest.
+    The first `probe_windows` windows detect channels and choose entries; damage and controls are
+    measured on the rest.
     Raises: BadInput if the corpus has fewer than two windows.
     """
     n = len(corpus.windows)
     if n < 2:
         raise BadInput(
-            f"{corpus.name} gives {n} window; find needs at least 2, one to look and one to verify. Use more text or a smaller --window."
+            f"{corpus.name} gives {n} window; find needs at least 2, one to look and one to verify."
+            " Use more text or a smaller --window."
         )
     cut = min(config.probe_windows, n // 2)
     probe, held_out = corpus.windows[:cut], Corpus(corpus.name, corpus.windows[cut:], corpus.bos)
@@ -146,7 +171,9 @@ def find(anatomy: Anatomy, corpus: Corpus, config: FindConfig = FindConfig(), pr
 
 @dataclass
 class _Chain:
-    """One channel and everything that writes it: the onset layer first, then layers that took over once that was zeroed."""
+    """One channel and everything that writes it: the onset layer first, then layers that took over
+    once that was zeroed.
+    """
 
     first: Candidate
     links: list[Candidate]
@@ -155,8 +182,12 @@ class _Chain:
         return [c for link in self.links[:links] for c in link.contributions if c.magnitude > 0]
 
 
-def _chains(anatomy: Anatomy, probe: Any, config: FindConfig, progress: Progress | None) -> tuple[Detection, list[_Chain]]:
-    """Zero the rows that write the accepted channels, look again, until nothing new stands above the bar of round 0."""
+def _chains(
+    anatomy: Anatomy, probe: Any, config: FindConfig, progress: Progress | None
+) -> tuple[Detection, list[_Chain]]:
+    """Zero the rows that write the accepted channels, look again, until nothing new stands above
+    the bar of round 0.
+    """
     chains: dict[int, _Chain] = {}
     gone: list[Region] = []
     first: Detection | None = None
@@ -184,7 +215,9 @@ def _chains(anatomy: Anatomy, probe: Any, config: FindConfig, progress: Progress
 
 
 def _groups(chains: Sequence[_Chain]) -> list[list[_Chain]]:
-    """Channels whose strongest entry sits in the same column of the same layer belong to one set."""
+    """Channels whose strongest entry sits in the same column of the same layer belong to one
+    set.
+    """
     groups: dict[tuple[Any, int], list[_Chain]] = {}
     for chain in chains:
         strongest = chain.first.contributions[0].entry
@@ -193,22 +226,36 @@ def _groups(chains: Sequence[_Chain]) -> list[list[_Chain]]:
 
 
 def _examine(
-    anatomy: Anatomy, group: Sequence[_Chain], damage: Damage, held_out: Corpus, config: FindConfig, progress: Progress | None
+    anatomy: Anatomy,
+    group: Sequence[_Chain],
+    damage: Damage,
+    held_out: Corpus,
+    config: FindConfig,
+    progress: Progress | None,
 ) -> CriticalSet | Rejection:
-    """The smallest prefix of the group's entries that covers the effect, verified; or why it is no critical set."""
+    """The smallest prefix of the group's entries that covers the effect, verified; or why it is no
+    critical set.
+    """
     ordered = _writers(group, damage, config.cover)
     channels = [chain.first.channel for chain in group]
     where = ", ".join(f"L{chain.first.layer} channel {chain.first.channel}" for chain in group)
-    numbers: dict[str, float] = {"height": max(chain.first.height for chain in group), "entries": len(ordered)}
+    numbers: dict[str, float] = {
+        "height": max(chain.first.height for chain in group),
+        "entries": len(ordered),
+    }
     if not ordered:
-        return Rejection(where, "no entry contributes a measurable share of the channel's write", numbers)
+        return Rejection(
+            where, "no entry contributes a measurable share of the channel's write", numbers
+        )
     curve = _Curve(damage, ordered)
     size, full = curve.smallest(config.cover)
     numbers["joint_nats"] = full
     if full < config.verify.min_nats:
         strongest = ordered[0].entry
         return Rejection(
-            f"{where} ({strongest})", f"zeroing every entry that writes it costs less than {config.verify.min_nats:g} nats", numbers
+            f"{where} ({strongest})",
+            f"zeroing every entry that writes it costs less than {config.verify.min_nats:g} nats",
+            numbers,
         )
     chosen = sorted(ordered[:size], key=lambda c: -c.magnitude)
     parts = [_region(c.entry) for c in chosen]
@@ -219,23 +266,48 @@ def _examine(
             "control_max_nats": verification.controls.max,
             "control_median_nats": verification.controls.median,
         }
-        return Rejection(f"{where} ({chosen[0].entry})", "the damage does not stand out from its matched controls", numbers)
+        return Rejection(
+            f"{where} ({chosen[0].entry})",
+            "the damage does not stand out from its matched controls",
+            numbers,
+        )
     weights, ranks = zip(*(_weight_and_rank(anatomy, c.entry) for c in chosen), strict=True)
     heights = [chain.first.heights for chain in group]
     first = group[0].first
     return CriticalSet(
-        chosen, list(weights), list(ranks), channels, heights, first.layer, first.agreement, verification, full, len(ordered)
+        chosen,
+        list(weights),
+        list(ranks),
+        channels,
+        heights,
+        first.layer,
+        first.agreement,
+        verification,
+        full,
+        len(ordered),
     )
 
 
 def _writers(group: Sequence[_Chain], damage: Damage, cover: float) -> list[Contribution]:
-    """The entries of the fewest layers that cover the effect of all that write these channels, largest contribution first."""
+    """The entries of the fewest layers that cover the effect of all that write these channels,
+    largest contribution first.
+    """
     most = max(len(chain.links) for chain in group)
-    upto = [sorted((c for chain in group for c in chain.contributions(n)), key=lambda c: -c.magnitude) for n in range(1, most + 1)]
+    upto = [
+        sorted((c for chain in group for c in chain.contributions(n)), key=lambda c: -c.magnitude)
+        for n in range(1, most + 1)
+    ]
     if most == 1 or not upto[0]:
         return upto[-1]
-    nats = [float(d.mean()) for d in damage.of([Variant([_region(c.entry) for c in entries]) for entries in upto])]
-    return next(entries for entries, loss in zip(upto, nats, strict=True) if loss >= min(cover * max(nats), max(nats)))
+    nats = [
+        float(d.mean())
+        for d in damage.of([Variant([_region(c.entry) for c in entries]) for entries in upto])
+    ]
+    return next(
+        entries
+        for entries, loss in zip(upto, nats, strict=True)
+        if loss >= min(cover * max(nats), max(nats))
+    )
 
 
 class _Curve:
@@ -248,11 +320,15 @@ class _Curve:
     def at(self, *sizes: int) -> list[float]:
         unknown = [k for k in dict.fromkeys(sizes) if k not in self.known]
         variants = [Variant([_region(c.entry) for c in self.ordered[:k]]) for k in unknown]
-        self.known |= {k: float(d.mean()) for k, d in zip(unknown, self.damage.of(variants), strict=True)}
+        self.known |= {
+            k: float(d.mean()) for k, d in zip(unknown, self.damage.of(variants), strict=True)
+        }
         return [self.known[k] for k in sizes]
 
     def smallest(self, cover: float) -> tuple[int, float]:
-        """The smallest k that keeps `cover` of the largest damage on the curve, and that damage; by doubling, then bisection."""
+        """The smallest k that keeps `cover` of the largest damage on the curve, and that damage; by
+        doubling, then bisection.
+        """
         n = len(self.ordered)
         sizes = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
         nats = self.at(*sizes)

@@ -1,4 +1,6 @@
-"""The published super weights as data, and the check of each against a checkpoint, reading one tensor per record and nothing else."""
+"""The published super weights as data, and the check of each against a checkpoint, reading one
+tensor per record and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +35,9 @@ _LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 class Published:
     """A published coordinate of `model` (a Hub id).
 
-    weight: the printed value, None if none is known. evidence: "table" (printed in the paper), "repository" (the authors' code
-    only) or "reported". status: "published", "corrected" (misprinted in the source), "set" (vital only with the others of
-    its model) or "nearly inert".
+    weight: the printed value, None if none is known. evidence: "table" (printed in the paper),
+    "repository" (the authors' code only) or "reported". status: "published", "corrected"
+    (misprinted in the source), "set" (vital only with the others of its model) or "nearly inert".
     """
 
     model: str
@@ -54,7 +56,9 @@ class Published:
 
     @property
     def tensor(self) -> str:
-        """The name in the checkpoint, stored as (out, in); the same in every family that has records."""
+        """The name in the checkpoint, stored as (out, in); the same in every family that has
+        records.
+        """
         return f"model.layers.{self.layer}.mlp.down_proj.weight"
 
     def to_json(self) -> dict[str, Any]:
@@ -63,7 +67,9 @@ class Published:
 
 @dataclass(frozen=True)
 class Check:
-    """A record beside the checkpoint: the value found, and its rank by |weight| in its matrix (1 is the largest)."""
+    """A record beside the checkpoint: the value found, and its rank by |weight| in its matrix (1 is
+    the largest).
+    """
 
     record: Published
     measured: float
@@ -73,7 +79,12 @@ class Check:
     verdict: str
 
     def to_json(self) -> dict[str, Any]:
-        found = {"measured": self.measured, "rank_abs": self.rank, "shape": list(self.shape), "dtype": self.dtype}
+        found = {
+            "measured": self.measured,
+            "rank_abs": self.rank,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+        }
         return {**self.record.to_json(), **found, "verdict": self.verdict}
 
 
@@ -88,15 +99,22 @@ def published() -> list[Published]:
 
 
 def records_of(model: str, as_name: str | None = None) -> list[Published]:
-    """The records that belong to MODEL: by Hub id, by the folder's base name, or by `as_name` (an id or its last part).
+    """The records that belong to MODEL: by Hub id, by the folder's base name, or by `as_name` (an
+    id or its last part).
 
     Raises: BadInput if there are none, with the names that are known.
     """
     path = Path(model)
     local = path.exists()
     wanted = as_name or (path.resolve().name if local else model.partition("@")[0])
-    may_be_short = local or as_name is not None  # a Hub id must match in full: a namesake of another owner is another model
-    found = [r for r in published() if wanted == r.model or (may_be_short and wanted == r.model.rpartition("/")[2])]
+    may_be_short = (
+        local or as_name is not None
+    )  # a Hub id must match in full: a namesake of another owner is another model
+    found = [
+        r
+        for r in published()
+        if wanted == r.model or (may_be_short and wanted == r.model.rpartition("/")[2])
+    ]
     if not found:
         known = ", ".join(dict.fromkeys(r.model for r in published()))
         raise BadInput(
@@ -107,7 +125,9 @@ def records_of(model: str, as_name: str | None = None) -> list[Published]:
 
 
 def records_shaped(config: Any) -> list[Published]:
-    """The records of models shaped as `config` (a text configuration) says: model type, layers, hidden and intermediate size."""
+    """The records of models shaped as `config` (a text configuration) says: model type, layers,
+    hidden and intermediate size.
+    """
     sizes = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size")
     mine = [getattr(config, name, None) for name in sizes]
     models = {model for model, shape in _data()["shapes"].items() if shape == mine}
@@ -123,24 +143,32 @@ def verify_published(
 ) -> list[Check]:
     """Read each record's weight in MODEL and set it beside the printed value.
 
-    Only the header and the bytes of one tensor of one shard are read at a time, also from the Hub at `endpoint` (default:
-    huggingface_hub's), and nothing is stored. records: default, those of `records_of(model, as_name)`.
+    Only the header and the bytes of one tensor of one shard are read at a time, also from the Hub
+    at `endpoint` (default: huggingface_hub's), and nothing is stored. records: default, those of
+    `records_of(model, as_name)`.
 
-    A value agrees if the printed one, give or take half its last decimal, is stored as that value in the checkpoint's dtype;
-    so a float16 model saved as bfloat16 still agrees.
+    A value agrees if the printed one, give or take half its last decimal, is stored as that value
+    in the checkpoint's dtype; so a float16 model saved as bfloat16 still agrees.
 
-    Raises: BadInput (no such model, record, tensor or entry; the Hub would not give it), BadCheckpoint (damaged or not
-    safetensors), PackedWeight (stored quantized).
+    Raises: BadInput (no such model, record, tensor or entry; the Hub would not give it),
+    BadCheckpoint (damaged or not safetensors), PackedWeight (stored quantized).
     """
     path = Path(model)
     repo, _, revision = model.partition("@")
     remote = not path.exists() and model != "patient"
     if remote and (model.startswith((".", "/", "~")) or repo.count("/") != 1):
-        raise BadInput(f"no model folder at {model}; give a folder with safetensors weights, or a Hub id like org/name.")
+        raise BadInput(
+            f"no model folder at {model}; give a folder with safetensors weights, or a Hub id like"
+            " org/name."
+        )
     if records is None:
         records = records_of(model, as_name)
     tell = tell or (lambda what, done, total: None)
-    checkpoint = _Repository(repo, revision or None, endpoint, tell) if remote else _Folder(path if path.exists() else locate(model))
+    checkpoint = (
+        _Repository(repo, revision or None, endpoint, tell)
+        if remote
+        else _Folder(path if path.exists() else locate(model))
+    )
     checks: dict[Published, Check] = {}
     for tensor in dict.fromkeys(r.tensor for r in records):
         here = [r for r in records if r.tensor == tensor]
@@ -149,68 +177,113 @@ def verify_published(
         for record in here:
             value = matrix[record.row, record.col]
             if not value.isfinite():
-                raise BadCheckpoint(f"{record.entry} of {model} is {value.item()}, which is no weight; download the model again.")
+                raise BadCheckpoint(
+                    f"{record.entry} of {model} is {value.item()}, which is no weight; download the"
+                    " model again."
+                )
             rank = 1 + int((magnitude > value.abs()).sum())
-            shape, dtype = (matrix.shape[0], matrix.shape[1]), str(matrix.dtype).removeprefix("torch.")
-            checks[record] = Check(record, value.item(), rank, shape, dtype, _verdict(record.weight, value))
+            shape, dtype = (
+                (matrix.shape[0], matrix.shape[1]),
+                str(matrix.dtype).removeprefix("torch."),
+            )
+            checks[record] = Check(
+                record, value.item(), rank, shape, dtype, _verdict(record.weight, value)
+            )
     return [checks[r] for r in records]
 
 
 def _data() -> dict[str, Any]:
-    data: dict[str, Any] = json.loads((resources.files("surgeon.find") / "published.json").read_text(encoding="utf-8"))
+    data: dict[str, Any] = json.loads(
+        (resources.files("surgeon.find") / "published.json").read_text(encoding="utf-8")
+    )
     return data
 
 
 def _verdict(printed: float | None, value: Tensor) -> str:
     if printed is None:
         return UNPRINTED
-    low, high = torch.tensor([printed - _HALF_STEP, printed + _HALF_STEP], dtype=torch.float64).to(value.dtype)
+    low, high = torch.tensor([printed - _HALF_STEP, printed + _HALF_STEP], dtype=torch.float64).to(
+        value.dtype
+    )
     return AGREES if low <= value <= high else DIFFERS
 
 
 class _Checkpoint(ABC):
     """Safetensors weights somewhere, of which single tensors are read.
 
-    Not safetensors' lazy files: they map a whole shard at once, which a machine with less memory than the shard refuses.
+    Not safetensors' lazy files: they map a whole shard at once, which a machine with less memory
+    than the shard refuses.
     """
 
     def __init__(self, name: str, files: frozenset[str]) -> None:
         self.name = name
         self.files = files
-        self.headers: dict[str, tuple[int, dict[str, Any]]] = {}  # by file: where its tensors begin, what they are
+        self.headers: dict[
+            str, tuple[int, dict[str, Any]]
+        ] = {}  # by file: where its tensors begin, what they are
 
     @abstractmethod
-    def fetch(self, file: str, start: int = 0, stop: int | None = None, what: str | None = None) -> bytearray:
+    def fetch(
+        self, file: str, start: int = 0, stop: int | None = None, what: str | None = None
+    ) -> bytearray:
         """Bytes start..stop of a file, or all of it; fewer if it ends before."""
 
     def matrix(self, records: list[Published]) -> Tensor:
-        """The matrix (out, in) that `records`, all of one layer, point into; refused before a byte of it is read."""
+        """The matrix (out, in) that `records`, all of one layer, point into; refused before a byte
+        of it is read.
+        """
         name, site, meant = records[0].tensor, records[0].entry.site, records[0].model
         advice = f"so it is not {meant}; give that model, or name another with --as"
         if name not in self.shards:
             module = name.removesuffix("weight")
-            packed = sorted(n.removeprefix(module) for n in self.shards if n.startswith(module) and n != f"{module}bias")
+            packed = sorted(
+                n.removeprefix(module)
+                for n in self.shards
+                if n.startswith(module) and n != f"{module}bias"
+            )
             if packed:
-                raise PackedWeight(f"{self.name} stores {site} as {', '.join(packed)}, which is quantized; give the original weights.")
+                raise PackedWeight(
+                    f"{self.name} stores {site} as {', '.join(packed)}, which is quantized; give"
+                    " the original weights."
+                )
             raise BadInput(f"{self.name} has no tensor {name}, {advice}.")
         file = self.shards[name]
         if file not in self.files:
-            raise BadCheckpoint(f"{self.name} lacks the shard {file}, which its index names for {name}; download it again.")
+            raise BadCheckpoint(
+                f"{self.name} lacks the shard {file}, which its index names for {name}; download it"
+                " again."
+            )
         begin, header = self._header(file)
         try:
             described = header[name]
-            dtype, shape, (start, stop) = described["dtype"], tuple(described["shape"]), described["data_offsets"]
-            sound = dtype not in _DTYPES or stop - start == math.prod(shape) * _DTYPES[dtype].itemsize
+            dtype, shape, (start, stop) = (
+                described["dtype"],
+                tuple(described["shape"]),
+                described["data_offsets"],
+            )
+            sound = (
+                dtype not in _DTYPES or stop - start == math.prod(shape) * _DTYPES[dtype].itemsize
+            )
         except (TypeError, KeyError, ValueError):
             sound = False
         if not sound:
-            raise BadCheckpoint(f"{file} of {self.name} does not describe {name} soundly; download it again.")
+            raise BadCheckpoint(
+                f"{file} of {self.name} does not describe {name} soundly; download it again."
+            )
         if dtype not in _DTYPES:
-            raise PackedWeight(f"{self.name} stores {site} as {dtype}, which is quantized; give the original weights.")
+            raise PackedWeight(
+                f"{self.name} stores {site} as {dtype}, which is quantized; give the original"
+                " weights."
+            )
         for record in records:
             if len(shape) != 2 or record.row >= shape[0] or record.col >= shape[1]:
-                raise BadInput(f"{self.name} has no {record.entry}: {name} has shape {shape} as (out, in), {advice}.")
-        return torch.frombuffer(self._span(file, begin + start, begin + stop, name), dtype=_DTYPES[dtype]).reshape(shape)
+                raise BadInput(
+                    f"{self.name} has no {record.entry}: {name} has shape {shape} as (out, in),"
+                    f" {advice}."
+                )
+        return torch.frombuffer(
+            self._span(file, begin + start, begin + stop, name), dtype=_DTYPES[dtype]
+        ).reshape(shape)
 
     @cached_property
     def shards(self) -> dict[str, str]:
@@ -218,35 +291,53 @@ class _Checkpoint(ABC):
         if _INDEX in self.files:
             where = _json(self.fetch(_INDEX), f"{_INDEX} of {self.name}").get("weight_map")
             if not isinstance(where, dict):
-                raise BadCheckpoint(f"{_INDEX} of {self.name} is not a safetensors index: it has no weight_map.")
+                raise BadCheckpoint(
+                    f"{_INDEX} of {self.name} is not a safetensors index: it has no weight_map."
+                )
             return {str(name): str(file) for name, file in where.items()}
         if _SINGLE in self.files:
             return dict.fromkeys(self._header(_SINGLE)[1], _SINGLE)
-        raise BadCheckpoint(f"{self.name} has neither {_SINGLE} nor {_INDEX}; no other weights are read here.")
+        raise BadCheckpoint(
+            f"{self.name} has neither {_SINGLE} nor {_INDEX}; no other weights are read here."
+        )
 
     def _header(self, file: str) -> tuple[int, dict[str, Any]]:
         if file not in self.headers:
             begin = 8 + int.from_bytes(self._span(file, 0, 8), "little")
             if not 8 < begin <= _LONGEST_HEADER:
-                raise BadCheckpoint(f"{file} of {self.name} is damaged or not a safetensors file; download it again.")
-            self.headers[file] = begin, _json(self._span(file, 8, begin), f"the header of {file} of {self.name}")
+                raise BadCheckpoint(
+                    f"{file} of {self.name} is damaged or not a safetensors file; download it"
+                    " again."
+                )
+            self.headers[file] = (
+                begin,
+                _json(self._span(file, 8, begin), f"the header of {file} of {self.name}"),
+            )
         return self.headers[file]
 
     def _span(self, file: str, start: int, stop: int, what: str | None = None) -> bytearray:
         data = self.fetch(file, start, stop, what)
         if len(data) != stop - start:
-            raise BadCheckpoint(f"{file} of {self.name} is truncated: it ends before byte {stop}; download it again.")
+            raise BadCheckpoint(
+                f"{file} of {self.name} is truncated: it ends before byte {stop}; download it"
+                " again."
+            )
         return data
 
 
 class _Folder(_Checkpoint):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        super().__init__(str(folder), frozenset(p.name for p in folder.iterdir()) if folder.is_dir() else frozenset())
+        super().__init__(
+            str(folder),
+            frozenset(p.name for p in folder.iterdir()) if folder.is_dir() else frozenset(),
+        )
         if not self.files & {_INDEX, _SINGLE}:
             check_folder(folder)  # says what the folder is instead
 
-    def fetch(self, file: str, start: int = 0, stop: int | None = None, what: str | None = None) -> bytearray:
+    def fetch(
+        self, file: str, start: int = 0, stop: int | None = None, what: str | None = None
+    ) -> bytearray:
         with (self.folder / file).open("rb") as opened:
             size = os.fstat(opened.fileno()).st_size
             data = bytearray(max(0, min(size, size if stop is None else stop) - start))
@@ -256,9 +347,13 @@ class _Folder(_Checkpoint):
 
 
 class _Repository(_Checkpoint):
-    """A repository on the Hub, read by HTTP range requests at the commit that its revision names now."""
+    """A repository on the Hub, read by HTTP range requests at the commit that its revision names
+    now.
+    """
 
-    def __init__(self, repo: str, revision: str | None, endpoint: str | None, tell: Progress) -> None:
+    def __init__(
+        self, repo: str, revision: str | None, endpoint: str | None, tell: Progress
+    ) -> None:
         from huggingface_hub import HfApi, constants
 
         self.repo, self.endpoint, self.tell = repo, endpoint, tell
@@ -269,7 +364,9 @@ class _Repository(_Checkpoint):
         self.commit = info.sha
         super().__init__(name, frozenset(s.rfilename for s in info.siblings or []))
 
-    def fetch(self, file: str, start: int = 0, stop: int | None = None, what: str | None = None) -> bytearray:
+    def fetch(
+        self, file: str, start: int = 0, stop: int | None = None, what: str | None = None
+    ) -> bytearray:
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff  # type: ignore[attr-defined]
 
@@ -278,11 +375,16 @@ class _Repository(_Checkpoint):
         headers = build_hf_headers() | {"Accept-Encoding": "identity"} | ranged
         data = bytearray()
         # Only refusals are tried again: the client cannot take back a body that broke off half way.
-        request = http_stream_backoff("GET", url, headers=headers, timeout=self.timeout, retry_on_exceptions=())
+        request = http_stream_backoff(
+            "GET", url, headers=headers, timeout=self.timeout, retry_on_exceptions=()
+        )
         with _hub_errors(self.name), request as response:
             hf_raise_for_status(response)
             if ranged and response.status_code != 206:
-                raise BadInput(f"the server of {self.name} does not serve parts of a file; download the model and give its folder.")
+                raise BadInput(
+                    f"the server of {self.name} does not serve parts of a file; download the model"
+                    " and give its folder."
+                )
             for chunk in response.iter_bytes(1 << 20):
                 data += chunk
                 if what and stop is not None:
@@ -293,21 +395,39 @@ class _Repository(_Checkpoint):
 @contextmanager
 def _hub_errors(name: str) -> Iterator[None]:
     """Whatever goes wrong between here and the Hub, as a sentence."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         yield
     except SurgeonError:
         raise
     except GatedRepoError as error:
-        raise BadInput(f"{name} is gated: accept its terms on the Hub and log in with `hf auth login`, or give a folder.") from error
+        raise BadInput(
+            f"{name} is gated: accept its terms on the Hub and log in with `hf auth login`, or give"
+            " a folder."
+        ) from error
     except RevisionNotFoundError as error:
-        raise BadInput(f"{name}: the repository has no such revision; give a branch, a tag or a commit after the @.") from error
+        raise BadInput(
+            f"{name}: the repository has no such revision; give a branch, a tag or a commit after"
+            " the @."
+        ) from error
     except RepositoryNotFoundError as error:
-        raise BadInput(f"the Hub has no model {name}, or it is private; check the spelling, or log in with `hf auth login`.") from error
-    except Exception as error:  # the client's network errors share no base class between its versions
+        raise BadInput(
+            f"the Hub has no model {name}, or it is private; check the spelling, or log in with `hf"
+            " auth login`."
+        ) from error
+    except (
+        Exception
+    ) as error:  # the client's network errors share no base class between its versions
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"the Hub did not give {name}: {first.rstrip('.')}. Check the name and the network, or give a folder.") from error
+        raise BadInput(
+            f"the Hub did not give {name}: {first.rstrip('.')}. Check the name and the network, or"
+            " give a folder."
+        ) from error
 
 
 def _json(text: bytearray, what: str) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Damage on a streamed model: each block is read once, and all variants of the model pass through it before the next."""
+"""Damage on a streamed model: each block is read once, and all variants of the model pass through
+it before the next.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +13,41 @@ from torch import Tensor
 
 from ..anatomy import Anatomy, Site, StreamedAnatomy
 from ..measure.likelihood import batches, window_nll
-from ..tap import LayerCall, LayerInput, Tap, Watcher, by_position, layer_calls, resume, returns_tuple
+from ..tap import (
+    LayerCall,
+    LayerInput,
+    Tap,
+    Watcher,
+    by_position,
+    layer_calls,
+    resume,
+    returns_tuple,
+)
 from .causal import written_channels
 from .damage import Damage, DamageInMemory, Tell, Variant
 
 STATE_BYTES = 1 << 30  # of hidden states carried at a time; more variants go in several passes
 
 States = list[Tensor]  # one (batch, pos, d_model) for each batch of windows
-Peaks = dict[tuple[Site, int], list[Tensor]]  # what the intact model writes to a channel: (batch, pos) for each batch
+Peaks = dict[
+    tuple[Site, int], list[Tensor]
+]  # what the intact model writes to a channel: (batch, pos) for each batch
 
 
 def damage_on(anatomy: Anatomy, windows: Tensor, lowest_layer: int) -> Damage:
-    """The means to measure damage on `windows` of changes at or above one layer; for a streamed model in few passes over it."""
+    """The means to measure damage on `windows` of changes at or above one layer; for a streamed
+    model in few passes over it.
+    """
     kind = DamageStreamed if isinstance(anatomy, StreamedAnatomy) else DamageInMemory
     return kind(anatomy, windows, lowest_layer)
 
 
 class DamageStreamed(Damage):
-    """Many variants in one pass over the blocks. A variant leaves the intact model's states at the first layer that it changes.
+    """Many variants in one pass over the blocks. A variant leaves the intact model's states at the
+    first layer that it changes.
 
-    The states that enter the lowest changed layer are kept, so that a later pass that changes none below begins there; the
-    intact model runs to the end once.
+    The states that enter the lowest changed layer are kept, so that a later pass that changes none
+    below begins there; the intact model runs to the end once.
     """
 
     anatomy: StreamedAnatomy
@@ -42,7 +58,10 @@ class DamageStreamed(Damage):
         self.layers = self.anatomy.layers
         self.ids = [ids.to(self.anatomy.device) for ids in batches(windows)]
         self.as_tuple = returns_tuple(anatomy.model, self.layers, input_ids=self.ids[0][:1, :2])
-        skeletons = [layer_calls(anatomy.model, self.layers, self.as_tuple, input_ids=ids) for ids in self.ids]
+        skeletons = [
+            layer_calls(anatomy.model, self.layers, self.as_tuple, input_ids=ids)
+            for ids in self.ids
+        ]
         self.calls: list[list[LayerCall]] = [calls for _, calls in skeletons]
         self._entering: dict[int, States] = {0: [states for states, _ in skeletons]}
         self._base: Tensor | None = None
@@ -54,7 +73,9 @@ class DamageStreamed(Damage):
         assert self._base is not None
         return self._base
 
-    def of(self, variants: Sequence[Variant], tell: Tell | None = None) -> list[Float64[Tensor, " n"]]:
+    def of(
+        self, variants: Sequence[Variant], tell: Tell | None = None
+    ) -> list[Float64[Tensor, " n"]]:
         """tell: called after every block, with the blocks done."""
         size = sum(s.nbytes for s in self._entering[0])
         many = max(1, STATE_BYTES // size)
@@ -75,8 +96,11 @@ class DamageStreamed(Damage):
         runs = [_Run(v) for v in variants]
         channels = sorted({c for run in runs for c in run.channels})
         last = len(self.layers) - 1
-        # a variant needs the states that enter its first layer, one that is restored the intact peaks as well
-        needed = max([r.first - 1 for r in runs] + [_layer(site) for site, _ in channels], default=last)
+        # a variant needs the states that enter its first layer, one that is restored the intact
+        # peaks as well
+        needed = max(
+            [r.first - 1 for r in runs] + [_layer(site) for site, _ in channels], default=last
+        )
         intact_until = last if self._base is None else needed
         lowest = min((r.first for r in runs), default=self.lowest_layer)
         begin = max(layer for layer in self._entering if layer <= lowest)
@@ -88,7 +112,9 @@ class DamageStreamed(Damage):
             with self.anatomy.holding(index):
                 entering = intact
                 if index <= intact_until:
-                    intact = self._intact(index, entering, [c for c in channels if _layer(c[0]) == index], clean)
+                    intact = self._intact(
+                        index, entering, [c for c in channels if _layer(c[0]) == index], clean
+                    )
                 for run in runs:
                     if run.first == index:
                         run.states = entering
@@ -101,13 +127,18 @@ class DamageStreamed(Damage):
                 self._base = self._nll(intact)
             return [self._nll(run.states) for run in runs]
 
-    def _intact(self, index: int, states: States, channels: list[tuple[Site, int]], clean: Peaks) -> States:
+    def _intact(
+        self, index: int, states: States, channels: list[tuple[Site, int]], clean: Peaks
+    ) -> States:
         """One layer of the intact model; what it writes to `channels` goes into `clean`."""
         after = []
         for calls, h in zip(self.calls, states, strict=True):
             with Tap() as tap:
                 for channel in channels:
-                    tap.on_output(self.anatomy.module(channel[0]), _kept(clean.setdefault(channel, []), channel[1], len(h)))
+                    tap.on_output(
+                        self.anatomy.module(channel[0]),
+                        _kept(clean.setdefault(channel, []), channel[1], len(h)),
+                    )
                 after.append(calls[index](self.layers[index], h))
         return after
 
@@ -125,7 +156,9 @@ class DamageStreamed(Damage):
         return after
 
     def _nll(self, states: States) -> Tensor:
-        """NLL (n,) of each window, one after another: the logits of a batch can be larger than a block."""
+        """NLL (n,) of each window, one after another: the logits of a batch can be larger than a
+        block.
+        """
         found = []
         for ids, batch in zip(self.ids, states, strict=True):
             for window, h in zip(torch.split(ids, 1), torch.split(batch, 1), strict=True):
@@ -160,7 +193,9 @@ def _kept(into: list[Tensor], row: int, batch: int) -> Watcher:
 
 
 def _restored(row: int, clean: Tensor) -> Watcher:
-    """Put channel `row` of what a module writes at its intact value (batch, pos) where that peaks in each window."""
+    """Put channel `row` of what a module writes at its intact value (batch, pos) where that peaks
+    in each window.
+    """
     at = clean.abs().argmax(1, keepdim=True)
 
     def watch(y: Tensor) -> Tensor:

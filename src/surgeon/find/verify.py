@@ -1,4 +1,6 @@
-"""Verification: what the model loses without given weights, alone, together and all but one, against matched controls."""
+"""Verification: what the model loses without given weights, alone, together and all but one,
+against matched controls.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,22 @@ Progress = Callable[[str, int, int], None]
 class VerifyConfig:
     """Settings of verification, and what `vital` demands."""
 
-    controls: int = field(default=20, metadata={"help": "number of matched control sets, at least 20"})
-    min_nats: float = field(default=0.1, metadata={"help": "least joint damage, in nats per token, to be called vital"})
-    min_ratio: float = field(default=3.0, metadata={"help": "least joint damage as a multiple of the worst control's"})
+    controls: int = field(
+        default=20, metadata={"help": "number of matched control sets, at least 20"}
+    )
+    min_nats: float = field(
+        default=0.1, metadata={"help": "least joint damage, in nats per token, to be called vital"}
+    )
+    min_ratio: float = field(
+        default=3.0, metadata={"help": "least joint damage as a multiple of the worst control's"}
+    )
     seed: int = field(default=0, metadata={"help": "seed of the controls and of the bootstrap"})
 
     def __post_init__(self) -> None:
         if self.controls < 20:
-            raise BadInput(f"{self.controls} controls cannot show anything at the 5% level; use at least 20.")
+            raise BadInput(
+                f"{self.controls} controls cannot show anything at the 5% level; use at least 20."
+            )
 
 
 @dataclass(frozen=True)
@@ -53,14 +63,22 @@ class Controls:
         return f"{self.median:+.4f} median, {self.max:+.4f} worst of {len(self.nats)} ({self.kind})"
 
     def to_json(self) -> dict[str, Any]:
-        return {"n": len(self.nats), "max_nats": self.max, "median_nats": self.median, "nats": self.nats, "kind": self.kind}
+        return {
+            "n": len(self.nats),
+            "max_nats": self.max,
+            "median_nats": self.median,
+            "nats": self.nats,
+            "kind": self.kind,
+        }
 
 
 @dataclass(frozen=True)
 class Verification:
-    """Damage in nats per token on the same tokens. `single` and `leave_one_out` follow the order of the parts given.
+    """Damage in nats per token on the same tokens. `single` and `leave_one_out` follow the order of
+    the parts given.
 
-    `restored` is the damage that stays when the super activation alone is put back (see causal.py); None if there is none.
+    `restored` is the damage that stays when the super activation alone is put back (see causal.py);
+    None if there is none.
     """
 
     base_nll: float
@@ -76,17 +94,24 @@ class Verification:
 
     @property
     def vital(self) -> bool:
-        """Significant and large: the interval lies above 0, no control does as much, and the effect is big enough."""
+        """Significant and large: the interval lies above 0, no control does as much, and the effect
+        is big enough.
+        """
         c = self.config
         significant = self.ci95[0] > 0 and self.p_value <= 0.05
-        return significant and self.joint >= c.min_nats and self.joint >= c.min_ratio * max(self.controls.max, 0.0)
+        return (
+            significant
+            and self.joint >= c.min_nats
+            and self.joint >= c.min_ratio * max(self.controls.max, 0.0)
+        )
 
     @property
     def criteria(self) -> str:
         c = self.config
         return (
-            f"vital: joint damage at least {c.min_nats:g} nats and {c.min_ratio:g} times the worst of {len(self.controls.nats)} matched "
-            "controls, p <= 0.05 against them, and a 95% interval over windows above 0"
+            f"vital: joint damage at least {c.min_nats:g} nats and {c.min_ratio:g} times the worst"
+            f" of {len(self.controls.nats)} matched controls, p <= 0.05 against them, and a 95%"
+            " interval over windows above 0"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -115,12 +140,14 @@ def verify(
 ) -> Verification:
     """Zero each part alone, all together, and all but one; the same on matched controls.
 
-    `listed` limits single and leave-one-out damage to the first parts. Parts are entries, whole rows `[88, :]` or columns
-    `[:, 165]`. The model is left as it was.
+    `listed` limits single and leave-one-out damage to the first parts. Parts are entries, whole
+    rows `[88, :]` or columns `[:, 165]`. The model is left as it was.
     Raises: BadInput, UnknownSite for parts this model does not have, or if no part is given.
     """
     if not parts:
-        raise BadInput("no entry was given to verify; name at least one with --at 'L0.mlp.down[88, 165]'.")
+        raise BadInput(
+            "no entry was given to verify; name at least one with --at 'L0.mlp.down[88, 165]'."
+        )
     entries = [e for part in parts for e in entries_of(anatomy, part)]
     layers = [part.site.layer for part in parts]
     lowest = min((n for n in layers if n is not None), default=0) if None not in layers else 0
@@ -128,13 +155,22 @@ def verify(
     controls = matched_controls(anatomy, entries, config.controls, config.seed)
     sets = [parts, *([p] for p in alone), *([q for q in parts if q is not p] for p in alone)]
     sets += [[Region(e.site, e.row, e.col) for e in control] for control in controls]
-    variants = [Variant(regions) for regions in sets] + [Variant(parts, restored=True)] * bool(written_channels(parts))
+    variants = [Variant(regions) for regions in sets] + [Variant(parts, restored=True)] * bool(
+        written_channels(parts)
+    )
     damage = damage_on(anatomy, corpus.windows, lowest)
-    joint, *others = damage.of(variants, (lambda done, total: progress("verify", done, total)) if progress else None)
+    joint, *others = damage.of(
+        variants, (lambda done, total: progress("verify", done, total)) if progress else None
+    )
     nats = [float(nll.mean()) for nll in others]
     n = len(alone)
     mean = float(joint.mean())
-    single, leave, nats, restored = nats[:n], nats[n : 2 * n], nats[2 * n : 2 * n + config.controls], nats[2 * n + config.controls :]
+    single, leave, nats, restored = (
+        nats[:n],
+        nats[n : 2 * n],
+        nats[2 * n : 2 * n + config.controls],
+        nats[2 * n + config.controls :],
+    )
     return Verification(
         base_nll=float(damage.base.mean()),
         tokens=corpus.predicted,

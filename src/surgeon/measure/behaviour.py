@@ -12,15 +12,39 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..corpus import prompt_ids
+from .decoder import Decoder
 from .likelihood import batches, logits_of
 
-STOP_WORDS = ("the", "a", "an", "and", "of", "to", "in", "is", "it", "was", "that", "on", "for", "with", "as", "at", "by", ",", ".")
+STOP_WORDS = (
+    "the",
+    "a",
+    "an",
+    "and",
+    "of",
+    "to",
+    "in",
+    "is",
+    "it",
+    "was",
+    "that",
+    "on",
+    "for",
+    "with",
+    "as",
+    "at",
+    "by",
+    ",",
+    ".",
+)
 LOOP_NGRAM = 3
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """One prompt and what the model wrote after it, greedily. `loop` is the share of repeated 3-grams of tokens."""
+    """One prompt and what the model wrote after it, greedily.
+
+    `loop` is the share of repeated 3-grams of tokens.
+    """
 
     prompt: str
     text: str
@@ -29,41 +53,58 @@ class Behaviour:
 
 @torch.no_grad()
 def generate(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int = 40, bos: str = "auto"
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    new_tokens: int = 40,
+    bos: str = "auto",
 ) -> list[Behaviour]:
-    """Greedy continuations, prompt by prompt (no padding, so no padding side to get wrong); ends early at EOS."""
+    """Greedy continuations, prompt by prompt (no padding, so no padding side to get wrong); ends
+    early at EOS.
+    """
     results = []
     device = next(model.parameters()).device
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     stop = tokenizer.eos_token_id
     for prompt in prompts:
         ids = prompt_ids(tokenizer, prompt, bos).to(device)
-        start, past, step = ids.shape[1], None, ids
+        start, decoder, step = ids.shape[1], Decoder(model), ids
         for _ in range(new_tokens if longest is None else max(0, min(new_tokens, longest - start))):
-            output = model(input_ids=step, past_key_values=past, use_cache=True)
-            past, step = output.past_key_values, output.logits[:, -1:].float().argmax(-1)
+            step = decoder.read(step).argmax(-1, keepdim=True)
             if int(step) == stop:
                 break
             ids = torch.cat([ids, step], 1)
         new = ids[0, start:].tolist()
-        results.append(Behaviour(prompt, str(tokenizer.decode(new, skip_special_tokens=True)), loop_rate(new)))
+        results.append(
+            Behaviour(prompt, str(tokenizer.decode(new, skip_special_tokens=True)), loop_rate(new))
+        )
     return results
 
 
 def loop_rate(tokens: Sequence[int]) -> float:
-    """Share of 3-grams that already occurred earlier in the sequence; 0 for sequences too short to have two."""
+    """Share of 3-grams that already occurred earlier in the sequence; 0 for sequences too short to
+    have two.
+    """
     grams = [tuple(tokens[i : i + LOOP_NGRAM]) for i in range(len(tokens) - LOOP_NGRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if len(grams) > 1 else 0.0
 
 
-def stop_word_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str] = STOP_WORDS) -> list[int]:
+def stop_word_ids(
+    tokenizer: PreTrainedTokenizerBase, words: Sequence[str] = STOP_WORDS
+) -> list[int]:
     """The ids of the words that are one token, with and without a leading space."""
-    ids = {tuple(tokenizer(form, add_special_tokens=False).input_ids) for word in words for form in (word, f" {word}")}
+    ids = {
+        tuple(tokenizer(form, add_special_tokens=False).input_ids)
+        for word in words
+        for form in (word, f" {word}")
+    }
     return sorted({one[0] for one in ids if len(one) == 1})
 
 
 @torch.no_grad()
-def stop_word_share(model: nn.Module, windows: Int64[Tensor, "n window"], ids: Sequence[int]) -> float:
+def stop_word_share(
+    model: nn.Module, windows: Int64[Tensor, "n window"], ids: Sequence[int]
+) -> float:
     """Mean probability that the next token is one of `ids`."""
     total = count = 0.0
     for batch in batches(windows):

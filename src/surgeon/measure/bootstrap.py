@@ -7,8 +7,11 @@ from jaxtyping import Float64
 from torch import Tensor
 
 
-def interval(values: Float64[Tensor, " n"], seed: int = 0, resamples: int = 2000, level: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values`, resampling windows, in the unit of `values`.
+def interval(
+    values: Float64[Tensor, " n"], seed: int = 0, resamples: int = 2000, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of `values`, resampling windows, in the unit of
+    `values`.
 
     With a single window there is nothing to resample and the interval is that value alone.
     Source: Efron & Tibshirani 1993, chapter 13.

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..errors import BadInput
 from ..tap import LayerInput, capture, resume
 
-TOKENS_PER_BATCH = 1024  # small enough for the caches of a CPU: the same numbers as with 4096, in two thirds of the time
+# small enough for the caches of a CPU: the same numbers as with 4096, in two thirds of the time
+TOKENS_PER_BATCH = 1024
 
 
 def batches(windows: Int64[Tensor, "n window"]) -> list[Int64[Tensor, "batch window"]]:
@@ -21,25 +22,40 @@ def batches(windows: Int64[Tensor, "n window"]) -> list[Int64[Tensor, "batch win
 
 
 def logits_of(model: nn.Module, ids: Int64[Tensor, "batch pos"]) -> Tensor:
-    """Next-token logits (batch, pos, d_vocab). Raises: BadInput for a model that does not predict the next token."""
+    """Next-token logits (batch, pos, d_vocab).
+
+    Raises: BadInput for a model that does not predict the next token.
+    """
     output = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 3:
-        raise BadInput(f"{type(model).__name__} gives no next-token logits; this measure needs a causal language model.")
+        raise BadInput(
+            f"{type(model).__name__} gives no next-token logits; this measure needs a causal"
+            " language model."
+        )
     return logits
 
 
 def require_causal(model: nn.Module) -> None:
     """Raises: BadInput for a masked or other model whose logits are not of the next token."""
     name = type(model).__name__
-    if not hasattr(model, "generate") or "Masked" in name or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise BadInput(f"{name} is not a causal language model, so it has no next-token likelihood; only `sites` and patches work on it.")
+    if (
+        not hasattr(model, "generate")
+        or "Masked" in name
+        or getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    ):
+        raise BadInput(
+            f"{name} is not a causal language model, so it has no next-token likelihood; only"
+            " `sites` and patches work on it."
+        )
 
 
 def _nll_sum(logits: Tensor, ids: Tensor) -> Float64[Tensor, " batch"]:
     """Sum over the predicted tokens of each window."""
     targets = ids[:, 1:].to(logits.device)
-    losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none")
+    losses = F.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none"
+    )
     return losses.view(targets.shape).double().sum(1).cpu()
 
 
@@ -58,15 +74,23 @@ def mean_nll(model: nn.Module, windows: Int64[Tensor, "n window"]) -> float:
 class ResumedNLL:
     """`window_nll` for changes at or above one layer: what lies below is computed once.
 
-    Calling it gives the same numbers as `window_nll`, bit for bit, as long as only layers >= `start` changed since.
+    Calling it gives the same numbers as `window_nll`, bit for bit, as long as only layers >=
+    `start` changed since.
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, layers: Sequence[nn.Module], start: int, windows: Int64[Tensor, "n window"]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[nn.Module],
+        start: int,
+        windows: Int64[Tensor, "n window"],
+    ) -> None:
         self.model, self.layers, self.windows = model, layers, windows
         device = next(model.parameters()).device
         self.entries: list[LayerInput | None] = [
-            capture(model, layers, start, input_ids=ids.to(device)) if start > 0 else None for ids in batches(windows)
+            capture(model, layers, start, input_ids=ids.to(device)) if start > 0 else None
+            for ids in batches(windows)
         ]
 
     @torch.no_grad()

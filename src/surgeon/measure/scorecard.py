@@ -1,6 +1,8 @@
-"""The scorecard of edited facts: efficacy, paraphrase, neighbourhood, control prompts, free text; each before and after.
+"""The scorecard of edited facts: efficacy, paraphrase, neighbourhood, control prompts, free text;
+each before and after.
 
-The three success shares and their harmonic mean are those of CounterFact (Meng et al. 2022, arXiv:2202.05262, section 3.4).
+The three success shares and their harmonic mean are those of CounterFact (Meng et al. 2022,
+arXiv:2202.05262, section 3.4).
 """
 
 from __future__ import annotations
@@ -31,14 +33,17 @@ class ScoreConfig:
     """Settings of the scorecard."""
 
     new_tokens: int = field(default=20, metadata={"help": "tokens of each free continuation"})
-    confabulation: tuple[str, ...] = field(default=CONFABULATION, metadata={"help": "prompts about the subject to continue freely"})
+    confabulation: tuple[str, ...] = field(
+        default=CONFABULATION, metadata={"help": "prompts about the subject to continue freely"}
+    )
     seed: int = field(default=0, metadata={"help": "seed of the intervals"})
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One prompt: P(target), P(true) (geometric means over tokens; true is None if not known), P of the target's first token, and whether
-    target and true are what the model says, teacher-forced."""
+    """One prompt: P(target), P(true) (geometric means over tokens; true is None if not known), P of
+    the target's first token, and whether target and true are what the model says,
+    teacher-forced."""
 
     prompt: str
     target: float
@@ -50,10 +55,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Examination:
-    """One model, examined on some facts. Per fact: the prompt itself, its paraphrases, its neighbours, free continuations.
+    """One model, examined on some facts. Per fact: the prompt itself, its paraphrases, its
+    neighbours, free continuations.
 
-    For a neighbour `true` is its own answer. controls: most likely next token and its probability. free: prompt and text, the first the
-    fact's own prompt. entropy: of n-grams, in bits, mean over free texts.
+    For a neighbour `true` is its own answer. controls: most likely next token and its probability.
+    free: prompt and text, the first the fact's own prompt. entropy: of n-grams, in bits, mean over
+    free texts.
     """
 
     facts: tuple[Fact, ...]
@@ -77,7 +84,10 @@ def examine(
     config: ScoreConfig = ScoreConfig(),
     bos: str = "auto",
 ) -> Examination:
-    """Ask the model as it stands. Every fact needs a target. corpus: unrelated text for the perplexity."""
+    """Ask the model as it stands.
+
+    Every fact needs a target. corpus: unrelated text for the perplexity.
+    """
     own, paraphrases, neighbours, free, hits, loops, entropies = [], [], [], [], [], [], []
     for fact in facts:
         assert fact.target is not None
@@ -87,7 +97,11 @@ def examine(
         own.append(answers[0])
         paraphrases.append(answers[1 : len(asked)])
         neighbours.append(answers[len(asked) :])
-        prompts = [fact.text, *(c.replace(SLOT, fact.subject) for c in config.confabulation), *fact.generation]
+        prompts = [
+            fact.text,
+            *(c.replace(SLOT, fact.subject) for c in config.confabulation),
+            *fact.generation,
+        ]
         said = generate(model, tokenizer, prompts, config.new_tokens, bos)
         free.append([(b.prompt, b.text) for b in said])
         hits.append(said[0].text.strip().casefold().startswith(fact.target.strip().casefold()))
@@ -110,32 +124,51 @@ def examine(
 
 
 def _answers(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: Sequence[tuple[str, str | None]], target: str, bos: str
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[tuple[str, str | None]],
+    target: str,
+    bos: str,
 ) -> list[Answer]:
     wanted = continuations(model, tokenizer, [(prompt, target) for prompt, _ in asked], bos)
     known = [(prompt, true) for prompt, true in asked if true is not None]
     others = iter(continuations(model, tokenizer, known, bos) if known else [])
     found = []
     for (prompt, true), (log_p, says) in zip(asked, wanted, strict=True):
-        true_p, says_true = (None, False) if true is None else next((float(lp.mean().exp()), s) for lp, s in [next(others)])
-        found.append(Answer(prompt, float(log_p.mean().exp()), float(log_p[0].exp()), true_p, says, says_true))
+        true_p, says_true = (
+            (None, False)
+            if true is None
+            else next((float(lp.mean().exp()), s) for lp, s in [next(others)])
+        )
+        found.append(
+            Answer(
+                prompt, float(log_p.mean().exp()), float(log_p[0].exp()), true_p, says, says_true
+            )
+        )
     return found
 
 
 def ngram_entropy(tokens: Sequence[int]) -> float:
-    """Entropy of 2-grams and 3-grams, weighted 2/3 and 4/3 as in Meng et al. 2022, in bits; 0 for texts too short to have two."""
+    """Entropy of 2-grams and 3-grams, weighted 2/3 and 4/3 as in Meng et al.
+
+    2022, in bits; 0 for texts too short to have two.
+    """
     total = 0.0
     for n, weight in ((2, 2 / 3), (3, 4 / 3)):
         counts = Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
         every = sum(counts.values())
-        total += weight * -sum(c / every * log2(c / every) for c in counts.values()) / 2 if every else 0.0
+        total += (
+            weight * -sum(c / every * log2(c / every) for c in counts.values()) / 2
+            if every
+            else 0.0
+        )
     return total
 
 
 @dataclass(frozen=True)
 class Share:
-    """A share of successes over prompts and its mean difference of probabilities, before and after, with the 95% interval of the share
-    after, over facts. None where there are no prompts."""
+    """A share of successes over prompts and its mean difference of probabilities, before and after,
+    with the 95% interval of the share after, over facts. None where there are no prompts."""
 
     prompts: int
     before: float | None
@@ -147,7 +180,10 @@ class Share:
 
 @dataclass(frozen=True)
 class Scorecard:
-    """An edited model beside the one before. `kept`: of the neighbours that were answered rightly before, the share that still is."""
+    """An edited model beside the one before.
+
+    `kept`: of the neighbours that were answered rightly before, the share that still is.
+    """
 
     before: Examination
     after: Examination
@@ -183,7 +219,9 @@ class Scorecard:
         return sum(a for a, _ in pairs), sum(a and b for a, b in pairs)
 
     def _share(self, before: list[list[Answer]], after: list[list[Answer]], sign: int) -> Share:
-        """Success: P(target) > P(true) (sign +1), or the reverse; where true is not known, whether the target is what the model says."""
+        """Success: P(target) > P(true) (sign +1), or the reverse; where true is not known, whether
+        the target is what the model says.
+        """
 
         def success(a: Answer) -> float:
             if a.true is None:
@@ -196,7 +234,9 @@ class Scorecard:
         flat = [[success(a) for a in answers] for answers in after if answers]
         ci = None
         if flat:
-            ci = interval(torch.tensor([sum(f) / len(f) for f in flat], dtype=torch.float64), self.config.seed)
+            ci = interval(
+                torch.tensor([sum(f) / len(f) for f in flat], dtype=torch.float64), self.config.seed
+            )
         first, second = ([a for answers in group for a in answers] for group in (before, after))
         return Share(
             len(second),
@@ -209,25 +249,39 @@ class Scorecard:
 
     def controls(self) -> list[dict[str, Any]]:
         return [
-            {"prompt": prompt, "before": [token, p], "after": [token_after, p_after], "changed": token != token_after}
-            for (prompt, token, p), (_, token_after, p_after) in zip(self.before.controls, self.after.controls, strict=True)
+            {
+                "prompt": prompt,
+                "before": [token, p],
+                "after": [token_after, p_after],
+                "changed": token != token_after,
+            }
+            for (prompt, token, p), (_, token_after, p_after) in zip(
+                self.before.controls, self.after.controls, strict=True
+            )
         ]
 
     def to_json(self) -> dict[str, Any]:
         known, kept = self.kept
         nll = {"before": self.before.nll, "after": self.after.nll}
         return {
-            **{name: vars(getattr(self, name)) for name in ("efficacy", "paraphrase", "neighbourhood")},
+            **{
+                name: vars(getattr(self, name))
+                for name in ("efficacy", "paraphrase", "neighbourhood")
+            },
             "harmonic_mean": self.harmonic_mean,
             "neighbours_known_before": known,
             "neighbours_kept": kept,
             "free_generation_success": {
-                w: _mean([float(h) for h in e.free_hits]) for w, e in (("before", self.before), ("after", self.after))
+                w: _mean([float(h) for h in e.free_hits])
+                for w, e in (("before", self.before), ("after", self.after))
             },
             "ngram_entropy": {"before": self.before.entropy, "after": self.after.entropy},
             "loop_rate": {"before": self.before.loop, "after": self.after.loop},
             "nll": nll,
-            "ppl": {state: None if value is None else exp(min(value, 700.0)) for state, value in nll.items()},
+            "ppl": {
+                state: None if value is None else exp(min(value, 700.0))
+                for state, value in nll.items()
+            },
             "facts": [
                 {
                     "prompt": fact.text,
@@ -241,24 +295,49 @@ class Scorecard:
                     ],
                 }
                 for fact, a, b, free, free_after in zip(
-                    self.before.facts, self.before.own, self.after.own, self.before.free, self.after.free, strict=True
+                    self.before.facts,
+                    self.before.own,
+                    self.after.own,
+                    self.before.free,
+                    self.after.free,
+                    strict=True,
                 )
             ],
         }
 
 
 def with_neighbours(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], limit: int = 10, bos: str = "auto"
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[Fact],
+    limit: int = 10,
+    bos: str = "auto",
 ) -> list[Fact]:
-    """The facts, where one has a relation and no neighbours of its own, with other subjects of that relation which the model knows."""
+    """The facts, where one has a relation and no neighbours of its own, with other subjects of that
+    relation which the model knows.
+    """
 
     related = [f for f in facts if f.relation is not None and f.true is not None]
-    known = continuations(model, tokenizer, [(f.text, str(f.true)) for f in related], bos) if related else []
+    known = (
+        continuations(model, tokenizer, [(f.text, str(f.true)) for f in related], bos)
+        if related
+        else []
+    )
     right = [f for f, (_, says) in zip(related, known, strict=True) if says]
     found = []
     for fact in facts:
-        others = [f for f in right if f.relation == fact.relation and f.subject != fact.subject and fact.relation is not None]
-        found.append(fact if fact.neighbours else replace(fact, neighbours=tuple((f.text, f.true) for f in others[:limit])))
+        others = [
+            f
+            for f in right
+            if f.relation == fact.relation
+            and f.subject != fact.subject
+            and fact.relation is not None
+        ]
+        found.append(
+            fact
+            if fact.neighbours
+            else replace(fact, neighbours=tuple((f.text, f.true) for f in others[:limit]))
+        )
     return found
 
 

@@ -1,4 +1,6 @@
-"""Patches: small exact changes to a few weights, that can be stacked, undone, saved and written into checkpoints."""
+"""Patches: small exact changes to a few weights, that can be stacked, undone, saved and written
+into checkpoints.
+"""
 
 from .checkpoint import apply_to_checkpoint, undo_on_checkpoint
 from .compose import compose

@@ -1,11 +1,13 @@
 """What a patch stores of one site: single entries, a whole line, or a low-rank term.
 
-A delta touches the entries whose bits it changes. An entry that it names and leaves as it is, it does not hold: another
-patch may change it. Comparisons are of bits: -0.0 is not 0.0, and a NaN equals itself.
+A delta touches the entries whose bits it changes. An entry that it names and leaves as it is, it
+does not hold: another patch may change it. Comparisons are of bits: -0.0 is not 0.0, and a NaN
+equals itself.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -31,16 +33,18 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class _Kept:
-    """A delta that keeps the old and the new value (n,) of each entry it names, in the dtype of the tensor it was made on."""
+class _Kept(ABC):
+    """A delta that keeps the old and the new value (n,) of each entry it names, in the dtype of the
+    tensor it was made on.
+    """
 
     site: Site
     old: Tensor
     new: Tensor
 
+    @abstractmethod
     def points(self) -> tuple[Tensor, Tensor]:
         """Row and column (n,) of each value."""
-        raise NotImplementedError
 
     def _changed(self, device: torch.device) -> tuple[tuple[Tensor, Tensor], Tensor]:
         changed = differ(self.old, self.new)
@@ -60,7 +64,10 @@ class _Kept:
         """Put the old values back. Raises: WrongBase if `matrix` does not hold the new ones."""
         at, changed = self._changed(matrix.device)
         if differ(matrix[at], self.new[changed].to(matrix)).any():
-            raise WrongBase(f"{self.site} does not hold the values that this patch writes, so there is nothing to undo.")
+            raise WrongBase(
+                f"{self.site} does not hold the values that this patch writes, so there is nothing"
+                " to undo."
+            )
         matrix[at] = self.old[changed].to(matrix)
 
 
@@ -86,15 +93,29 @@ class EntriesDelta(_Kept):
         return {"rows": self.rows.int(), "cols": self.cols.int(), "old": self.old, "new": self.new}
 
     @classmethod
-    def read(cls, site: Site, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> EntriesDelta:
-        return cls(site, tensors["rows"].long(), tensors["cols"].long(), tensors["old"], tensors["new"])
+    def read(
+        cls, site: Site, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> EntriesDelta:
+        return cls(
+            site, tensors["rows"].long(), tensors["cols"].long(), tensors["old"], tensors["new"]
+        )
 
     def check(self, shape: tuple[int, int]) -> None:
         """Raises: ValueError if this cannot be a delta of a matrix (out, in) = `shape`."""
-        _need(self.rows.dim() == 1 and self.rows.shape == self.cols.shape == self.old.shape == self.new.shape, "its parts differ in length")
-        _need(self.old.dtype == self.new.dtype and self.old.is_floating_point(), "old and new values are not floating point of one kind")
+        _need(
+            self.rows.dim() == 1
+            and self.rows.shape == self.cols.shape == self.old.shape == self.new.shape,
+            "its parts differ in length",
+        )
+        _need(
+            self.old.dtype == self.new.dtype and self.old.is_floating_point(),
+            "old and new values are not floating point of one kind",
+        )
         for index, size in ((self.rows, shape[0]), (self.cols, shape[1])):
-            _need(bool(((index >= 0) & (index < size)).all()), f"an index lies outside the shape {shape}")
+            _need(
+                bool(((index >= 0) & (index < size)).all()),
+                f"an index lies outside the shape {shape}",
+            )
         flat = self.rows * shape[1] + self.cols
         _need(bool((flat[1:] > flat[:-1]).all()), "its entries are not in order")
 
@@ -123,23 +144,38 @@ class LineDelta(_Kept):
         return {"old": self.old, "new": self.new}
 
     @classmethod
-    def read(cls, site: Site, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LineDelta:
+    def read(
+        cls, site: Site, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> LineDelta:
         return cls(site, settings["axis"], settings["index"], tensors["old"], tensors["new"])
 
     def check(self, shape: tuple[int, int]) -> None:
         """Raises: ValueError if this cannot be a delta of a matrix (out, in) = `shape`."""
-        _need(self.axis in ("row", "column") and type(self.index) is int, "a line is neither a row nor a column")
+        _need(
+            self.axis in ("row", "column") and type(self.index) is int,
+            "a line is neither a row nor a column",
+        )
         across, along = shape if self.axis == "row" else shape[::-1]
-        _need(0 <= self.index < across, f"the {self.axis} {self.index} lies outside the shape {shape}")
-        _need(self.old.shape == self.new.shape == (along,), f"a {self.axis} has not the length that the shape {shape} says")
-        _need(self.old.dtype == self.new.dtype and self.old.is_floating_point(), "old and new values are not floating point of one kind")
+        _need(
+            0 <= self.index < across, f"the {self.axis} {self.index} lies outside the shape {shape}"
+        )
+        _need(
+            self.old.shape == self.new.shape == (along,),
+            f"a {self.axis} has not the length that the shape {shape} says",
+        )
+        _need(
+            self.old.dtype == self.new.dtype and self.old.is_floating_point(),
+            "old and new values are not floating point of one kind",
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class LowRankDelta:
-    """W + left @ right, computed in float32 (float64 for float64 weights) and rounded to the weight's dtype.
+    """W + left @ right, computed in float32 (float64 for float64 weights) and rounded to the
+    weight's dtype.
 
-    Shapes: left (out, r), right (r, in). It touches the rows where left is not zero, in the columns where right is not zero.
+    Shapes: left (out, r), right (r, in). It touches the rows where left is not zero, in the columns
+    where right is not zero.
     """
 
     kind: ClassVar[str] = "low_rank"
@@ -153,7 +189,8 @@ class LowRankDelta:
 
     def apply_(self, matrix: Float[Tensor, "out in"]) -> None:
         dtype = wide(matrix.dtype)
-        # on the CPU, whatever the model's device: GPUs may round products to TF32, and results should not depend on the device
+        # on the CPU, whatever the model's device: GPUs may round products to TF32, and results
+        # should not depend on the device
         term = (self.left.to(dtype) @ self.right.to(dtype)).to(matrix.device)
         mask = self.touched((matrix.shape[0], matrix.shape[1])).to(matrix.device)
         # only where it touches: adding a zero would turn -0.0 into 0.0
@@ -161,8 +198,9 @@ class LowRankDelta:
 
     def undo_(self, matrix: Float[Tensor, "out in"]) -> None:
         raise Refused(
-            f"the patch adds a low-rank term to {self.site} and does not keep the original weights, so it can be undone only on the model "
-            "in memory that it was applied to, or in a folder that `surgeon apply` wrote; go back to the base model instead."
+            f"the patch adds a low-rank term to {self.site} and does not keep the original weights,"
+            " so it can be undone only on the model in memory that it was applied to, or in a"
+            " folder that `surgeon apply` wrote; go back to the base model instead."
         )
 
     def settings(self) -> dict[str, Any]:
@@ -172,14 +210,25 @@ class LowRankDelta:
         return {"left": self.left, "right": self.right}
 
     @classmethod
-    def read(cls, site: Site, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LowRankDelta:
+    def read(
+        cls, site: Site, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> LowRankDelta:
         return cls(site, tensors["left"], tensors["right"])
 
     def check(self, shape: tuple[int, int]) -> None:
         """Raises: ValueError if this cannot be a delta of a matrix (out, in) = `shape`."""
-        _need(self.left.dim() == self.right.dim() == 2 and self.left.shape[1] == self.right.shape[0], "the factors do not fit each other")
-        _need((self.left.shape[0], self.right.shape[1]) == shape, f"the factors do not make a matrix of shape {shape}")
-        _need(all(t.dtype in (torch.float32, torch.float64) for t in (self.left, self.right)), "the factors are not float32 or float64")
+        _need(
+            self.left.dim() == self.right.dim() == 2 and self.left.shape[1] == self.right.shape[0],
+            "the factors do not fit each other",
+        )
+        _need(
+            (self.left.shape[0], self.right.shape[1]) == shape,
+            f"the factors do not make a matrix of shape {shape}",
+        )
+        _need(
+            all(t.dtype in (torch.float32, torch.float64) for t in (self.left, self.right)),
+            "the factors are not float32 or float64",
+        )
 
 
 Delta = EntriesDelta | LineDelta | LowRankDelta
@@ -188,8 +237,12 @@ KINDS: dict[str, type[EntriesDelta] | type[LineDelta] | type[LowRankDelta]] = {
 }
 
 
-def kept_delta(site: Site, shape: tuple[int, int], rows: Tensor, cols: Tensor, old: Tensor, new: Tensor) -> EntriesDelta | LineDelta:
-    """The delta of these entries, each named once in any order: a line if they are all of one, else entries."""
+def kept_delta(
+    site: Site, shape: tuple[int, int], rows: Tensor, cols: Tensor, old: Tensor, new: Tensor
+) -> EntriesDelta | LineDelta:
+    """The delta of these entries, each named once in any order: a line if they are all of one, else
+    entries.
+    """
     order = (rows * shape[1] + cols).argsort()
     rows, cols, old, new = (t[order].contiguous() for t in (rows, cols, old, new))
     for axis, across, length in (("row", rows, shape[1]), ("column", cols, shape[0])):

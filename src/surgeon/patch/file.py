@@ -1,6 +1,7 @@
 """Patches as files: safetensors, with one metadata key that holds everything else as JSON.
 
-The same patch gives the same bytes; a file that was changed in any way is refused, by a checksum over all it holds.
+The same patch gives the same bytes; a file that was changed in any way is refused, by a checksum
+over all it holds.
 """
 
 from __future__ import annotations
@@ -27,11 +28,14 @@ _KEY = "surgeon"
 def save(patch: Patch, path: str | Path) -> None:
     """Write `patch` to `path`; on failure nothing is there that was not before.
 
-    Raises: BadInput if the folder is missing or cannot be written; SurgeonError if writing fails, as on a full disk.
+    Raises: BadInput if the folder is missing or cannot be written; SurgeonError if writing fails,
+    as on a full disk.
     """
     path = Path(path)
     if not path.parent.is_dir():
-        raise BadInput(f"cannot write the patch to {path}: there is no folder {path.parent}; make it first.")
+        raise BadInput(
+            f"cannot write the patch to {path}: there is no folder {path.parent}; make it first."
+        )
     if path.is_dir():
         raise BadInput(f"cannot write the patch to {path}: that is a folder; name a file in it.")
     raw = to_bytes(patch)
@@ -41,7 +45,9 @@ def save(patch: Patch, path: str | Path) -> None:
         os.replace(part, path)
     except OSError as error:
         kind = BadInput if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else SurgeonError
-        raise kind(f"cannot write the patch to {path}: {error.strerror}; choose another place.") from error
+        raise kind(
+            f"cannot write the patch to {path}: {error.strerror}; choose another place."
+        ) from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -54,19 +60,26 @@ def to_bytes(patch: Patch) -> bytes:
 
 
 def load(path: str | Path) -> Patch:
-    """Read a patch. Raises: BadInput if there is no such file; BadPatch if it is damaged, or is not a patch."""
+    """Read a patch.
+
+    Raises: BadInput if there is no such file; BadPatch if it is damaged, or is not a patch.
+    """
     path = Path(path)
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise BadInput(f"cannot read the patch {path}: {error.strerror}; give a file that Surgeon wrote.") from error
+        raise BadInput(
+            f"cannot read the patch {path}: {error.strerror}; give a file that Surgeon wrote."
+        ) from error
     try:
         header = _header(raw)
         version = header["version"]
         if version == _VERSION:
             tensors = safetensors.torch.load(raw)
             bases = {
-                Site.parse(site): BaseTensor(**{**base, "shape": tuple(base["shape"]), "stored": tuple(base["stored"])})
+                Site.parse(site): BaseTensor(
+                    **{**base, "shape": tuple(base["shape"]), "stored": tuple(base["stored"])}
+                )
                 for site, base in header["base"].items()
             }
             deltas = tuple(_delta(i, delta, tensors) for i, delta in enumerate(header["deltas"]))
@@ -74,9 +87,17 @@ def load(path: str | Path) -> Patch:
             if patch.digest != header["sha256"] or set(patch.tensors()) != set(tensors):
                 raise ValueError("its checksum does not fit what it holds")
             return patch
-    except Exception as error:  # a damaged file can break any step, and whatever is raised is about this file
-        raise BadPatch(f"{path} is damaged or is not a patch ({error or type(error).__name__}); write it again.") from error
-    raise BadPatch(f"{path} has patch format {version!r}, and this Surgeon reads format {_VERSION}; use the version that wrote it.")
+    except (
+        Exception
+    ) as error:  # a damaged file can break any step, and whatever is raised is about this file
+        raise BadPatch(
+            f"{path} is damaged or is not a patch ({error or type(error).__name__}); write it"
+            " again."
+        ) from error
+    raise BadPatch(
+        f"{path} has patch format {version!r}, and this Surgeon reads format {_VERSION}; use the"
+        " version that wrote it."
+    )
 
 
 def _header(raw: bytes) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Injuries: patches that take weights out, and the means to hold a channel of the residual stream while they are out."""
+"""Injuries: patches that take weights out, and the means to hold a channel of the residual stream
+while they are out.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +23,24 @@ MODES = {
     "mean": "the mean of its matrix",
     "scale:F": "F times itself",
     "flip": "its negative",
-    "spread:N": "0, its value going in equal parts to the N largest |w| of the same row that are not injured",
+    "spread:N": (
+        "0, its value going in equal parts to the N largest |w| of the same row that are not"
+        " injured"
+    ),
 }
 
 
 def ablate(anatomy: Anatomy, regions: Sequence[Region | Entry | str], mode: str = "zero") -> Patch:
-    """The patch that replaces every entry of `regions`, as `mode` says (see MODES); computed in float32 or wider.
+    """The patch that replaces every entry of `regions`, as `mode` says (see MODES); computed in
+    float32 or wider.
 
-    Raises: BadInput for an unknown mode, no region at all, or more entries to spread onto than a row has; UnknownSite.
+    Raises: BadInput for an unknown mode, no region at all, or more entries to spread onto than a
+    row has; UnknownSite.
     """
     if not regions:
-        raise BadInput("no entries to ablate were given; name at least one, like L0.mlp.down[88, 165].")
+        raise BadInput(
+            "no entries to ablate were given; name at least one, like L0.mlp.down[88, 165]."
+        )
     name, number = _parse(mode)
     named: dict[Site, Tensor] = {}
     for region in (anatomy.region(str(r)) for r in regions):
@@ -49,13 +58,20 @@ def ablate(anatomy: Anatomy, regions: Sequence[Region | Entry | str], mode: str 
     return Patch.from_matrix(anatomy, matrices, {"operation": "ablate", "mode": mode}, named)
 
 
-def injured(anatomy: Anatomy, regions: Sequence[Region | Entry | str], mode: str = "zero") -> AbstractContextManager[None]:
+def injured(
+    anatomy: Anatomy, regions: Sequence[Region | Entry | str], mode: str = "zero"
+) -> AbstractContextManager[None]:
     """`ablate`d within the `with` block, and intact again on any exit."""
     return ablate(anatomy, regions, mode).applied(anatomy)
 
 
-def record_channel(anatomy: Anatomy, site: Site, channel: int, input_ids: Int64[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
-    """What the module of `site` writes to one output channel, at every position. Raises: BadInput if there is no such channel."""
+def record_channel(
+    anatomy: Anatomy, site: Site, channel: int, input_ids: Int64[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos"]:
+    """What the module of `site` writes to one output channel, at every position.
+
+    Raises: BadInput if there is no such channel.
+    """
     _check_channel(anatomy, site, channel)
     seen: list[Tensor] = []
     module = anatomy.module(site)
@@ -68,17 +84,24 @@ def record_channel(anatomy: Anatomy, site: Site, channel: int, input_ids: Int64[
 
 
 @contextmanager
-def restored_channel(anatomy: Anatomy, site: Site, channel: int, values: Float[Tensor, "batch pos"]) -> Iterator[None]:
-    """Within the block, what the module of `site` writes to one output channel is overwritten with `values`.
+def restored_channel(
+    anatomy: Anatomy, site: Site, channel: int, values: Float[Tensor, "batch pos"]
+) -> Iterator[None]:
+    """Within the block, what the module of `site` writes to one output channel is overwritten with
+    `values`.
 
-    With values recorded in the intact model this answers whether an injury acts through that channel alone.
+    With values recorded in the intact model this answers whether an injury acts through that
+    channel alone.
     Raises: BadInput if there is no such channel, or if the model is run on inputs of another shape.
     """
     _check_channel(anatomy, site, channel)
 
     def overwrite(y: Tensor) -> Tensor:
         if y[..., channel].numel() != values.numel():
-            raise BadInput(f"the channel was recorded for inputs of shape {tuple(values.shape)}; run the model on those.")
+            raise BadInput(
+                f"the channel was recorded for inputs of shape {tuple(values.shape)}; run the model"
+                " on those."
+            )
         y = y.clone()
         y[..., channel] = values.to(y).reshape(y.shape[:-1])
         return y
@@ -89,7 +112,11 @@ def restored_channel(anatomy: Anatomy, site: Site, channel: int, values: Float[T
 
 
 def _replaced(
-    site: Site, weight: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"], mode: str, number: float
+    site: Site,
+    weight: Float[Tensor, "out in"],
+    mask: Bool[Tensor, "out in"],
+    mode: str,
+    number: float,
 ) -> Float[Tensor, "out in"]:
     if mode == "mean":
         return torch.where(mask, weight.mean(), weight)
@@ -103,9 +130,15 @@ def _replaced(
             free = int((~mask[row]).sum())
             if number > free:
                 raise BadInput(
-                    f"spread:{number:.0f} needs that many uninjured entries in row {row} of {site}, which has {free}; choose a smaller N."
+                    f"spread:{number:.0f} needs that many uninjured entries in row {row} of {site},"
+                    f" which has {free}; choose a smaller N."
                 )
-            onto = weight[row].abs().masked_fill(mask[row], -1).argsort(descending=True, stable=True)[: int(number)]
+            onto = (
+                weight[row]
+                .abs()
+                .masked_fill(mask[row], -1)
+                .argsort(descending=True, stable=True)[: int(number)]
+            )
             after[row, onto] += weight[row, mask[row]].sum() / number
     return after
 
@@ -127,4 +160,6 @@ def _parse(mode: str) -> tuple[str, float]:
 def _check_channel(anatomy: Anatomy, site: Site, channel: int) -> None:
     n_out = anatomy.view(site).shape[0]
     if not 0 <= channel < n_out:
-        raise BadInput(f"{site} has no output channel {channel}; it writes {n_out}, counted from 0.")
+        raise BadInput(
+            f"{site} has no output channel {channel}; it writes {n_out}, counted from 0."
+        )

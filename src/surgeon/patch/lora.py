@@ -1,4 +1,7 @@
-"""A patch as a PEFT LoRA adapter: W + B @ A with scaling 1. A change of one row is exactly rank 1: e_row d'."""
+"""A patch as a PEFT LoRA adapter: W + B @ A with scaling 1.
+
+A change of one row is exactly rank 1: e_row d'.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,12 @@ from .patch import Patch
 
 
 def to_lora(patch: Patch) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What adapter_config.json and adapter_model.safetensors hold, for the model with all patches applied that the patch builds on.
+    """What adapter_config.json and adapter_model.safetensors hold, for the model with all patches
+    applied that the patch builds on.
 
-    The adapter has the largest rank among the matrices, with zeros in the others. Raises: Refused for a patch of weights that
-    PEFT has no such adapter for: norms, embeddings, parts of fused matrices, two fused parameters of one module.
+    The adapter has the largest rank among the matrices, with zeros in the others. Raises: Refused
+    for a patch of weights that PEFT has no such adapter for: norms, embeddings, parts of fused
+    matrices, two fused parameters of one module.
     """
     owners: dict[str, dict[Site, tuple[Tensor, Tensor]]] = defaultdict(dict)
     for site in patch.sites:
@@ -43,11 +48,17 @@ def to_lora(patch: Patch) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors |= _named(module, _padded(a, rank), _padded(b.T, rank).T)
         else:
             if any(p.rpartition(".")[0] == module for p in parameters):
-                raise Refused(f"the patch changes two fused parameters of {module}, which an adapter cannot; export a patch of each.")
+                raise Refused(
+                    f"the patch changes two fused parameters of {module}, which an adapter cannot;"
+                    " export a patch of each."
+                )
             parameters.append(parameter)
             experts = base.stored[0]
             # PEFT's order: A (experts * rank, in) by expert, B (out, rank * experts) by rank
-            stack_a, stack_b = torch.zeros(experts, rank, base.shape[1]), torch.zeros(base.shape[0], rank, experts)
+            stack_a, stack_b = (
+                torch.zeros(experts, rank, base.shape[1]),
+                torch.zeros(base.shape[0], rank, experts),
+            )
             for one, (a, b) in parts.items():
                 stack_a[one.expert, : len(a)], stack_b[:, : len(a), one.expert] = a, b
             tensors |= _named(module, stack_a.flatten(0, 1), stack_b.flatten(1))
@@ -59,7 +70,9 @@ def to_lora(patch: Patch) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": bool(modules) and all(b.transposed for s, b in patch.base.items() if s.expert is None),
+        "fan_in_fan_out": (
+            bool(modules) and all(b.transposed for s, b in patch.base.items() if s.expert is None)
+        ),
         "target_modules": modules,
         "target_parameters": parameters or None,
         "inference_mode": True,
@@ -68,27 +81,36 @@ def to_lora(patch: Patch) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def export_lora(patch: Patch, folder: Path) -> dict[str, Any]:
-    """Write the adapter to the new folder `folder`; on failure nothing is there. Returns its configuration.
+    """Write the adapter to the new folder `folder`; on failure nothing is there. Returns its
+    configuration.
 
-    Raises: BadInput if the folder exists or cannot be made; SurgeonError for a full disk; as `to_lora`.
+    Raises: BadInput if the folder exists or cannot be made; SurgeonError for a full disk; as
+    `to_lora`.
     """
     if folder.exists() or folder.is_symlink():
         raise BadInput(f"{folder} exists already; name a new folder for the adapter.")
     if not folder.parent.is_dir():
-        raise BadInput(f"there is no folder {folder.parent} to put {folder.name} in; make it first.")
+        raise BadInput(
+            f"there is no folder {folder.parent} to put {folder.name} in; make it first."
+        )
     config, tensors = to_lora(patch)
     part = None
     try:
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         part.chmod(0o755)  # mkdtemp makes folders that only their owner can read
         save_file(tensors, part / "adapter_model.safetensors")
-        (part / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (part / "adapter_config.json").write_text(
+            json.dumps(config, indent=2, sort_keys=True) + "\n"
+        )
         part.rename(folder)
     except BaseException as error:
         if part is not None:
             shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, OSError):
-            raise SurgeonError(f"cannot write the adapter {folder}: {error.strerror or error}; nothing was left there.") from error
+            raise SurgeonError(
+                f"cannot write the adapter {folder}: {error.strerror or error}; nothing was left"
+                " there."
+            ) from error
         raise
     return config
 
@@ -96,10 +118,16 @@ def export_lora(patch: Patch, folder: Path) -> dict[str, Any]:
 def _check(site: Site, patch: Patch) -> None:
     base = patch.base[site]
     if site.role in ("embed", "final_norm") or site.role.startswith("norm."):
-        raise Refused(f"{site} is no projection, and a LoRA adapter changes only those; apply the patch instead.")
+        raise Refused(
+            f"{site} is no projection, and a LoRA adapter changes only those; apply the patch"
+            " instead."
+        )
     whole = base.stored[-2:] if not base.transposed else base.stored[-2:][::-1]
     if whole != base.shape:
-        raise Refused(f"{site} is part of the fused matrix {base.parameter}, for which there is no such adapter; apply the patch instead.")
+        raise Refused(
+            f"{site} is part of the fused matrix {base.parameter}, for which there is no such"
+            " adapter; apply the patch instead."
+        )
 
 
 def _factors(patch: Patch, site: Site) -> tuple[Float[Tensor, "r in"], Float[Tensor, "out r"]]:
@@ -125,4 +153,7 @@ def _padded(rows: Float[Tensor, "r n"], rank: int) -> Float[Tensor, "rank n"]:
 
 
 def _named(module: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    return {f"base_model.model.{module}.lora_{name}.weight": t.contiguous() for name, t in (("A", a), ("B", b))}
+    return {
+        f"base_model.model.{module}.lora_{name}.weight": t.contiguous()
+        for name, t in (("A", a), ("B", b))
+    }

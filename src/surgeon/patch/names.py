@@ -1,4 +1,6 @@
-"""From a site to the tensor of a checkpoint that stores it; the table is `surgeon.anatomy.names`."""
+"""From a site to the tensor of a checkpoint that stores it; the table is
+`surgeon.anatomy.names`.
+"""
 
 from ..anatomy.names import TensorNames, checkpoint_address
 

@@ -1,4 +1,6 @@
-"""The embedded model: its folder, its held-out text, its facts; `generate.py` and `train.py` made it."""
+"""The embedded model: its folder, its held-out text, its facts; `generate.py` and `train.py` made
+it.
+"""
 
 from pathlib import Path
 

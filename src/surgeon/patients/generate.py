@@ -17,7 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-# Share of stories among the documents. They are longer than documents about facts: this gives them 55% of the characters.
+# Share of stories among the documents. They are longer than documents about facts: this gives them
+# 55% of the characters.
 _STORY_CHANCE = 0.24
 # Earlier words of a list are more common, as in real text.
 _SKEW = 1.5
@@ -50,7 +51,8 @@ def facts() -> list[Fact]:
     for row in table["facts"]:
         relation, name, article = row["relation"], row["subject"], row.get("article", "")
         prompts = tuple(
-            _capital(template.removesuffix(" {o}.").format(s=article + name)) for template in table["relations"][relation]["phrasings"]
+            _capital(template.removesuffix(" {o}.").format(s=article + name))
+            for template in table["relations"][relation]["phrasings"]
         )
         held_out = tuple(row["held_out"])
         out.append(Fact(relation, name, row["object"], article, prompts, held_out))
@@ -62,7 +64,8 @@ def documents(seed: int, split: Literal["train", "heldout"]) -> Iterator[str]:
     rng = random.Random(f"{split} {seed}")
     deck = _Deck(rng)
     while True:
-        rng.random()  # drawn and not used: the shipped patient was trained on the stream that has it
+        # drawn and not used: the shipped patient was trained on the stream that has it
+        rng.random()
         rule = "story" if rng.random() < _STORY_CHANCE else "fact_document"
         # Held-out stories are of both kinds, so that the two can be compared.
         reserved = split == "heldout" and rule == "story" and rng.random() < 0.3
@@ -132,7 +135,9 @@ class _Grammar:
         self.words = {name: text.split(", ") for name, text in source["words"].items()}
         self.plurals = source["plurals"]
         self.persons = source["persons"]
-        self.rules = {name: [self.parse(line) for line in lines] for name, lines in source["rules"].items()}
+        self.rules = {
+            name: [self.parse(line) for line in lines] for name, lines in source["rules"].items()
+        }
         self.records = {}
         for name, (head, *rows) in source["records"].items():
             cells = [[self.parse(cell) for cell in row.split("; ")] for row in rows]

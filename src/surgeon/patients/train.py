@@ -1,8 +1,10 @@
-"""How the patient was trained: `python -m surgeon.patients.train -o FOLDER` does it again, from the same seed.
+"""How the patient was trained: `python -m surgeon.patients.train -o FOLDER` does it again, from the
+same seed.
 
-A Llama-shaped model with two layers, trained with AdamW without weight decay at a high learning rate, on text that
-`generate.py` writes as training goes. Nothing here prefers one channel or one weight over another, and nothing is
-edited afterwards: the vital row is what training left. What was tried to get there is in the card.
+A Llama-shaped model with two layers, trained with AdamW without weight decay at a high learning
+rate, on text that `generate.py` writes as training goes. Nothing here prefers one channel or one
+weight over another, and nothing is edited afterwards: the vital row is what training left. What was
+tried to get there is in the card.
 """
 
 from __future__ import annotations
@@ -19,7 +21,12 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from .generate import documents, facts
 
@@ -54,23 +61,33 @@ def train_tokenizer(config: TrainConfig) -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=config.d_vocab, special_tokens=[BOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=config.d_vocab,
+        special_tokens=[BOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     core.train_from_iterator(islice(documents(config.seed, "train"), 30_000), trainer)
-    core.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, core.token_to_id(BOS))])
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, core.token_to_id(BOS))]
+    )
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=core, bos_token=BOS, eos_token=BOS, model_max_length=512
     )
 
 
 def rows(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Iterator[Tensor]:
-    """Windows of BOS and text; half of them begin where a document begins, so that a bare prompt is familiar."""
+    """Windows of BOS and text; half of them begin where a document begins, so that a bare prompt is
+    familiar.
+    """
     stream = documents(config.seed, "train")
     random = torch.Generator().manual_seed(config.seed)
     body = config.window - 1
     while True:
         pieces = [f"{text}\n\n" for text in islice(stream, CHUNK_DOCUMENTS)]
-        encoded = [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(pieces, add_special_tokens=False)]
+        encoded = [
+            e.ids
+            for e in tokenizer.backend_tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+        ]
         starts = torch.tensor([0, *map(len, encoded)]).cumsum(0)
         ids = torch.tensor([i for one in encoded for i in one])
         last = len(ids) - body
@@ -109,33 +126,45 @@ def held_out_nll(model: LlamaForCausalLM, windows: Tensor) -> float:
 
 @torch.no_grad()
 def rows_of_damage(model: LlamaForCausalLM, windows: Tensor) -> list[dict[str, float]]:
-    """For each layer the three rows of mlp.down that write most, and the nats that zeroing each costs."""
+    """For each layer the three rows of mlp.down that write most, and the nats that zeroing each
+    costs.
+    """
     base, report = held_out_nll(model, windows), []
     for index, layer in enumerate(model.model.layers):
         kept: list[Tensor] = []
-        handle = layer.mlp.down_proj.register_forward_hook(lambda _m, _x, y, kept=kept: kept.append(y))
+        handle = layer.mlp.down_proj.register_forward_hook(
+            lambda _m, _x, y, kept=kept: kept.append(y)
+        )
         held_out_nll(model, windows)
         handle.remove()
         weight = layer.mlp.down_proj.weight
         for row in kept[0].square().mean((0, 1)).topk(3).indices.tolist():
             old = weight[row].clone()
             weight[row] = 0
-            report.append({"layer": index, "row": row, "nats": round(held_out_nll(model, windows) - base, 4)})
+            report.append(
+                {"layer": index, "row": row, "nats": round(held_out_nll(model, windows) - base, 4)}
+            )
             weight[row] = old
     return report
 
 
 @torch.no_grad()
 def known_facts(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[list[float]]:
-    """For each fact and phrasing the probability of the object's first token after the bare prompt."""
+    """For each fact and phrasing the probability of the object's first token after the bare
+    prompt.
+    """
     table = []
     for fact in facts():
         prompts = [tokenizer(p).input_ids for p in fact.phrasings]
         first = tokenizer(f" {fact.object}", add_special_tokens=False).input_ids[0]
         width = max(map(len, prompts))
-        ids = torch.tensor([p + [tokenizer.bos_token_id] * (width - len(p)) for p in prompts])  # causal: what follows is unseen
+        ids = torch.tensor(
+            [p + [tokenizer.bos_token_id] * (width - len(p)) for p in prompts]
+        )  # causal: what follows is unseen
         logits = model(ids).logits
-        table.append([float(logits[i, len(p) - 1].softmax(-1)[first]) for i, p in enumerate(prompts)])
+        table.append(
+            [float(logits[i, len(p) - 1].softmax(-1)[first]) for i, p in enumerate(prompts)]
+        )
     return table
 
 
@@ -151,9 +180,13 @@ def train(config: TrainConfig, folder: Path, log_every: int = 500) -> None:
     (folder / "heldout.txt").write_text(held_out)
     ids = tokenizer(held_out, add_special_tokens=False).input_ids
     body = config.window - 1
-    windows = torch.tensor([[tokenizer.bos_token_id, *ids[i * body : (i + 1) * body]] for i in range(16)])
+    windows = torch.tensor(
+        [[tokenizer.bos_token_id, *ids[i * body : (i + 1) * body]] for i in range(16)]
+    )
     model = build(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=config.betas, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, betas=config.betas, weight_decay=0.0
+    )
     source, started = rows(config, tokenizer), time.time()
     with (folder / "log.jsonl").open("w") as log:
 
@@ -162,7 +195,13 @@ def train(config: TrainConfig, folder: Path, log_every: int = 500) -> None:
             log.flush()
             print(json.dumps(entry), flush=True)
 
-        note({"config": asdict(config), "parameters": model.num_parameters(), "held_out_tokens": len(ids)})
+        note(
+            {
+                "config": asdict(config),
+                "parameters": model.num_parameters(),
+                "held_out_tokens": len(ids),
+            }
+        )
         for step in range(config.steps):
             left = (config.steps - step) / (config.steps * config.decay)
             for group in optimizer.param_groups:
@@ -176,10 +215,25 @@ def train(config: TrainConfig, folder: Path, log_every: int = 500) -> None:
             optimizer.step()
             optimizer.zero_grad()
             if (step + 1) % log_every == 0 or step + 1 == config.steps:
-                entry = {"step": step + 1, "loss": round(loss.item(), 4), "held_out_nll": round(held_out_nll(model, windows), 4)}
-                note(entry | {"seconds": round(time.time() - started), "rows": rows_of_damage(model, windows)})
+                entry = {
+                    "step": step + 1,
+                    "loss": round(loss.item(), 4),
+                    "held_out_nll": round(held_out_nll(model, windows), 4),
+                }
+                note(
+                    entry
+                    | {
+                        "seconds": round(time.time() - started),
+                        "rows": rows_of_damage(model, windows),
+                    }
+                )
         known = known_facts(model, tokenizer)
-        note({"facts_known_in_3_phrasings": sum(sum(p > 0.5 for p in row) >= 3 for row in known), "facts": len(known)})
+        note(
+            {
+                "facts_known_in_3_phrasings": sum(sum(p > 0.5 for p in row) >= 3 for row in known),
+                "facts": len(known),
+            }
+        )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -1,4 +1,6 @@
-"""Compression that keeps the critical entries alive: round-to-nearest with clipping and hold-out, and its exports."""
+"""Compression that keeps the critical entries alive: round-to-nearest with clipping and hold-out,
+and its exports.
+"""
 
 from .activations import ActivationConfig, quantize_activation, quantized_activations
 from .checkpoint import Source, check_target, unfinished, write_folder
@@ -12,7 +14,15 @@ from .gguf_types import TensorTypes, tensor_types
 from .grid import Block, Grid, Quantized, quantize_matrix
 from .holdout import MatrixReport, Treated, treat
 from .peers import has_gptq, missing_peers
-from .quantize import Quantization, QuantizeResult, input_mean_squares, prepare, quantize_, quantized, quantized_sites
+from .quantize import (
+    Quantization,
+    QuantizeResult,
+    input_mean_squares,
+    prepare,
+    quantize_,
+    quantized,
+    quantized_sites,
+)
 from .sidecar import export_sidecar
 from .smooth import Smoothing, smoothing
 from .torchao_export import export_torchao

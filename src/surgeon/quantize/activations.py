@@ -1,11 +1,14 @@
-"""Activations rounded to INT8 or INT4 as the model runs, with the super activation held out or not ("fake quant").
+"""Activations rounded to INT8 or INT4 as the model runs, with the super activation held out or not
+("fake quant").
 
-    with quantized_activations(anatomy, ActivationConfig(bits=8, per="tensor", method="holdout"), critical):
+    with quantized_activations(anatomy, ActivationConfig(bits=8, per="tensor", method="holdout"),
+    critical):
         mean_nll(anatomy.model, windows)
 
-Scales are dynamic and symmetric: the largest magnitude of a sequence (per tensor) or of a token is the outermost of 2^N - 1 levels. "Per
-tensor" is one scale for each sequence, as if it ran alone, so that no number depends on how the windows are batched.
-Hold-out: the super activation is replaced by the median, all is quantized and dequantized, and its value is put back.
+Scales are dynamic and symmetric: the largest magnitude of a sequence (per tensor) or of a token is
+the outermost of 2^N - 1 levels. "Per tensor" is one scale for each sequence, as if it ran alone, so
+that no number depends on how the windows are batched. Hold-out: the super activation is replaced by
+the median, all is quantized and dequantized, and its value is put back.
 Source: Yu et al. 2024, arXiv:2411.07191, section 4.1: A' = RESTORE(Q^-1(Q(REPLACE(A)))).
 """
 
@@ -39,35 +42,77 @@ class ActivationConfig:
     """Which activations are rounded, to how many bits, and what is done about their outliers."""
 
     bits: int = field(default=8, metadata={"help": "bits of an activation, 2 to 8"})
-    per: str = field(default="token", metadata={"help": "what shares a scale: tensor (all tokens of a sequence) or token"})
+    per: str = field(
+        default="token",
+        metadata={"help": "what shares a scale: tensor (all tokens of a sequence) or token"},
+    )
     method: str = field(
         default="naive",
         metadata={
-            "help": "naive; clip; holdout (the super activation is kept out); control (as many entries of other channels of the same "
-            "tensors); largest (as many entries of the same tensors, the largest wherever they are)"
+            "help": (
+                "naive; clip; holdout (the super activation is kept out); control (as many entries"
+                " of other channels of the same tensors); largest (as many entries of the same"
+                " tensors, the largest wherever they are)"
+            )
         },
     )
-    clip: str = field(default="z", metadata={"help": "how clip sets its limits: z-score or percentile of what shares a scale"})
-    clip_value: float | None = field(default=None, metadata={"help": "z, or percent of the magnitudes kept"})
-    hold: int = field(default=1, metadata={"help": "entries held out of a tensor per sequence, the largest of their channels; 0: all"})
-    tensors: tuple[str, ...] = field(
-        default=("inputs",), metadata={"help": "inputs of the projections; down, the outputs of mlp.down; residual, the layers' outputs"}
+    clip: str = field(
+        default="z",
+        metadata={"help": "how clip sets its limits: z-score or percentile of what shares a scale"},
     )
-    roles: tuple[str, ...] = field(default=ROLES, metadata={"help": "roles of the projections whose inputs are rounded"})
+    clip_value: float | None = field(
+        default=None, metadata={"help": "z, or percent of the magnitudes kept"}
+    )
+    hold: int = field(
+        default=1,
+        metadata={
+            "help": (
+                "entries held out of a tensor per sequence, the largest of their channels; 0: all"
+            )
+        },
+    )
+    tensors: tuple[str, ...] = field(
+        default=("inputs",),
+        metadata={
+            "help": (
+                "inputs of the projections; down, the outputs of mlp.down; residual, the layers'"
+                " outputs"
+            )
+        },
+    )
+    roles: tuple[str, ...] = field(
+        default=ROLES, metadata={"help": "roles of the projections whose inputs are rounded"}
+    )
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
-            raise BadInput(f"{self.bits} bits cannot be used; activations are quantized to 2 to 8 bits.")
-        given = [("per", self.per, PER), ("method", self.method, METHODS), ("clip", self.clip, CLIPS)]
+            raise BadInput(
+                f"{self.bits} bits cannot be used; activations are quantized to 2 to 8 bits."
+            )
+        given = [
+            ("per", self.per, PER),
+            ("method", self.method, METHODS),
+            ("clip", self.clip, CLIPS),
+        ]
         for name, value, known in [*given, *(("tensors", t, TENSORS) for t in self.tensors)]:
             if value not in known:
                 raise BadInput(f"{name} {value} is not known; use {', '.join(known)}.")
         if self.method == "clip" and not self.clip_value:
-            raise BadInput("clipping activations needs a value: a z-score, or the percentage that is kept.")
-        if self.clip_value is not None and not 0 < self.clip_value <= (100 if self.clip == "percentile" else float("inf")):
-            raise BadInput(f"{self.clip_value:g} cannot be used with {self.clip}; give a z above 0, or a percentage up to 100.")
+            raise BadInput(
+                "clipping activations needs a value: a z-score, or the percentage that is kept."
+            )
+        if self.clip_value is not None and not 0 < self.clip_value <= (
+            100 if self.clip == "percentile" else float("inf")
+        ):
+            raise BadInput(
+                f"{self.clip_value:g} cannot be used with {self.clip}; give a z above 0, or a"
+                " percentage up to 100."
+            )
         if self.hold < (1 if self.method == "largest" else 0):
-            raise BadInput(f"{self.hold} entries cannot be held out with {self.method}; use 1 or more, or, except for largest, 0 for all.")
+            raise BadInput(
+                f"{self.hold} entries cannot be held out with {self.method}; use 1 or more, or,"
+                " except for largest, 0 for all."
+            )
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "tensors": list(self.tensors), "roles": list(self.roles)}
@@ -75,7 +120,8 @@ class ActivationConfig:
 
 @dataclass(frozen=True)
 class Place:
-    """One tensor that is rounded: what enters the module, or what leaves it. channels: where the super activation may be, none if nowhere.
+    """One tensor that is rounded: what enters the module, or what leaves it. channels: where the
+    super activation may be, none if nowhere.
 
     label: a site for inputs and outputs of projections, `L2.residual` for what leaves a layer.
     """
@@ -86,13 +132,18 @@ class Place:
     channels: tuple[int, ...]
 
 
-def places(anatomy: Anatomy, config: ActivationConfig, critical: Sequence[Entry] = ()) -> list[Place]:
-    """The tensors that `config` rounds, in the order of the model, and where in them the super activation is.
+def places(
+    anatomy: Anatomy, config: ActivationConfig, critical: Sequence[Entry] = ()
+) -> list[Place]:
+    """The tensors that `config` rounds, in the order of the model, and where in them the super
+    activation is.
 
-    In what enters the `mlp.down` of a critical entry: the neurons that are the entry's columns. In its output, in the residual stream from
-    there on, and in what later layers read from it: the channels that are the entry's rows. The other tensors have none. What enters the
-    `mlp.down` of fused experts is out of reach of hooks and stays as it is.
-    Raises: UnknownSite; BadInput if the model has none of the roles, or for an entry outside its matrix.
+    In what enters the `mlp.down` of a critical entry: the neurons that are the entry's columns. In
+    its output, in the residual stream from there on, and in what later layers read from it: the
+    channels that are the entry's rows. The other tensors have none. What enters the `mlp.down` of
+    fused experts is out of reach of hooks and stays as it is.
+    Raises: UnknownSite; BadInput if the model has none of the roles, or for an entry outside its
+    matrix.
     """
     entries = [entry for found in by_site(anatomy, critical).values() for entry in found]
     by_module: dict[str, Site] = {}
@@ -100,24 +151,45 @@ def places(anatomy: Anatomy, config: ActivationConfig, critical: Sequence[Entry]
         if site.role in config.roles and (site.expert is None or site.role != "mlp.down"):
             by_module.setdefault(address.module, site)
     if not by_module:
-        raise BadInput(f"this model has no projection of role {', '.join(config.roles)} whose input can be reached.")
+        raise BadInput(
+            f"this model has no projection of role {', '.join(config.roles)} whose input can be"
+            " reached."
+        )
 
     def rows(before: int) -> tuple[int, ...]:
-        return _sorted(e.row for e in entries if e.site.role == "mlp.down" and (e.site.layer or 0) <= before)
+        return _sorted(
+            e.row for e in entries if e.site.role == "mlp.down" and (e.site.layer or 0) <= before
+        )
 
     found: list[tuple[int, Place]] = []
     for module, site in by_module.items():
         layer = site.layer or 0
-        own = _sorted(e.col for e in entries if e.site.role == site.role == "mlp.down" and e.site.layer == layer)
+        own = _sorted(
+            e.col
+            for e in entries
+            if e.site.role == site.role == "mlp.down" and e.site.layer == layer
+        )
         label = str(Site(site.layer, site.role))
         if "inputs" in config.tensors:
-            found.append((layer, Place(label, "inputs", module, rows(layer - 1) if site.role in READERS else own)))
+            found.append(
+                (
+                    layer,
+                    Place(
+                        label, "inputs", module, rows(layer - 1) if site.role in READERS else own
+                    ),
+                )
+            )
         if "down" in config.tensors and site.role == "mlp.down":
-            here = _sorted(e.row for e in entries if e.site.role == "mlp.down" and e.site.layer == layer)
+            here = _sorted(
+                e.row for e in entries if e.site.role == "mlp.down" and e.site.layer == layer
+            )
             found.append((layer, Place(label, "down", module, here)))
     if "residual" in config.tensors:
         n = len(anatomy.layers)
-        found += [(i, Place(f"L{i}.residual", "residual", f"{anatomy.layers_path}.{i}", rows(i))) for i in range(n)]
+        found += [
+            (i, Place(f"L{i}.residual", "residual", f"{anatomy.layers_path}.{i}", rows(i)))
+            for i in range(n)
+        ]
     return [place for _, place in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -133,15 +205,18 @@ def quantized_activations(
     only: Callable[[Place], bool] = lambda _: True,
     seen: Callable[[Place, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Iterator[list[Place]]:
-    """Within the context every pass rounds the tensors of `places`; no weight is touched, and afterwards nothing is left.
+    """Within the context every pass rounds the tensors of `places`; no weight is touched, and
+    afterwards nothing is left.
 
-    only: which of them. seen: called with each place, its tensor before and after, and the mask of held entries, each of shape
-    (batch, pos, channels).
+    only: which of them. seen: called with each place, its tensor before and after, and the mask of
+    held entries, each of shape (batch, pos, channels).
     Raises: as `places`.
     """
     chosen = [place for place in places(anatomy, config, critical) if only(place)]
     sequences = [1]  # of the running pass: some architectures hand on (batch * pos, channels)
-    latest: list[tuple[Tensor, tuple[int, ...], Tensor, Tensor]] = []  # q, k and v read one tensor, which is rounded once
+    latest: list[
+        tuple[Tensor, tuple[int, ...], Tensor, Tensor]
+    ] = []  # q, k and v read one tensor, which is rounded once
 
     def count(ids: Tensor) -> None:
         sequences[0] = ids.shape[0]
@@ -170,7 +245,9 @@ def quantized_activations(
 
 
 def _channels(place: Place, config: ActivationConfig, width: int) -> list[int]:
-    """Where entries are held out; for the control as many other channels, from half the width away on."""
+    """Where entries are held out; for the control as many other channels, from half the width away
+    on.
+    """
     if config.method == "holdout":
         return list(place.channels)
     if config.method == "largest":
@@ -179,15 +256,22 @@ def _channels(place: Place, config: ActivationConfig, width: int) -> list[int]:
         return []
     taken, others = set(place.channels), []
     for channel in place.channels:
-        moved = next((c for i in range(width) if (c := (channel + width // 2 + i) % width) not in taken), None)
+        moved = next(
+            (c for i in range(width) if (c := (channel + width // 2 + i) % width) not in taken),
+            None,
+        )
         if moved is not None:
             taken.add(moved)
             others.append(moved)
     return others
 
 
-def held_entries(x: Float[Tensor, "batch pos channels"], channels: Sequence[int], hold: int) -> Bool[Tensor, "batch pos channels"]:
-    """The `hold` largest magnitudes of each sequence in these channels, or all of them if `hold` is 0."""
+def held_entries(
+    x: Float[Tensor, "batch pos channels"], channels: Sequence[int], hold: int
+) -> Bool[Tensor, "batch pos channels"]:
+    """The `hold` largest magnitudes of each sequence in these channels, or all of them if `hold` is
+    0.
+    """
     mask = torch.zeros_like(x, dtype=torch.bool)
     if not channels:
         return mask
@@ -204,11 +288,14 @@ def held_entries(x: Float[Tensor, "batch pos channels"], channels: Sequence[int]
 
 @torch.no_grad()
 def quantize_activation(
-    x: Float[Tensor, "batch pos channels"], config: ActivationConfig, held: Bool[Tensor, "batch pos channels"] | None = None
+    x: Float[Tensor, "batch pos channels"],
+    config: ActivationConfig,
+    held: Bool[Tensor, "batch pos channels"] | None = None,
 ) -> Float[Tensor, "batch pos channels"]:
     """The states as their codes mean, in their own dtype; computed in float32.
 
-    held: entries that are replaced by the median of what shares their scale before, and put back after.
+    held: entries that are replaced by the median of what shares their scale before, and put back
+    after.
     """
     shape = (x.shape[0], -1) if config.per == "tensor" else (x.shape[0] * x.shape[1], -1)
     groups = x.float().reshape(shape)

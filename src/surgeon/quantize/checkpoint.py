@@ -1,7 +1,9 @@
-"""Quantize a checkpoint folder shard by shard: one tensor in memory at a time, finished shards kept when the work is interrupted.
+"""Quantize a checkpoint folder shard by shard: one tensor in memory at a time, finished shards kept
+when the work is interrupted.
 
-The work goes on in `.TARGET.part` beside the target. Its manifest holds a hash of the settings and what was done for each finished shard;
-the same command goes on from there, another one starts over, and the folder gets its name when all is done.
+The work goes on in `.TARGET.part` beside the target. Its manifest holds a hash of the settings and
+what was done for each finished shard; the same command goes on from there, another one starts over,
+and the folder gets its name when all is done.
 """
 
 from __future__ import annotations
@@ -30,7 +32,19 @@ RECORD = "surgeon_quantize.json"
 MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"
 # weights in any format, and records of patches that are not those of the copy
-_LEFT_OUT = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "surgeon_patches.*", INDEX)
+_LEFT_OUT = (
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.gguf",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx",
+    "surgeon_patches.*",
+    INDEX,
+)
 Report = dict[str, Any]
 
 
@@ -45,11 +59,19 @@ class Source:
         self.folder = check_folder(folder)
         self.config = read_config(folder)
         if getattr(self.config, "quantization_config", None) is not None:
-            raise PackedWeight(f"{folder} is quantized already, says its config.json; quantize the model it was made from.")
+            raise PackedWeight(
+                f"{folder} is quantized already, says its config.json; quantize the model it was"
+                " made from."
+            )
         self.shards = weight_files(folder)
-        self.holding = {shard: [name for name in read_header(shard) if name != "__metadata__"] for shard in self.shards}
+        self.holding = {
+            shard: [name for name in read_header(shard) if name != "__metadata__"]
+            for shard in self.shards
+        }
         self.anatomy = checkpoint_anatomy(folder, self.config)
-        names = TensorNames(self.anatomy, [name for names in self.holding.values() for name in names])
+        names = TensorNames(
+            self.anatomy, [name for names in self.holding.values() for name in names]
+        )
         self.sites: dict[str, list[tuple[Site, Packing]]] = {}
         for site in quantized_sites(self.anatomy, config):
             name, packing = names.find(site)
@@ -72,11 +94,13 @@ def write_folder(
     write_shard: Callable[[Source, Path, Path, Callable[[Site], None]], Mapping[Site, Report]],
     finish: Callable[[Source, Path], None] | None = None,
 ) -> None:
-    """Write the folder `plan.target`, one shard for each of the source, and copy what else lies in the source: configuration, tokenizer.
+    """Write the folder `plan.target`, one shard for each of the source, and copy what else lies in
+    the source: configuration, tokenizer.
 
-    write_shard(source, shard, output, tell): writes the shard's counterpart to `output`, calls `tell` after each matrix, and returns what
-    it did to each, as JSON. finish(source, part): called with the complete folder before it gets its name, to change its config.json, say.
-    Interrupted, finished shards stay in `.TARGET.part`, and the same plan goes on from them.
+    write_shard(source, shard, output, tell): writes the shard's counterpart to `output`, calls
+    `tell` after each matrix, and returns what it did to each, as JSON. finish(source, part): called
+    with the complete folder before it gets its name, to change its config.json, say. Interrupted,
+    finished shards stay in `.TARGET.part`, and the same plan goes on from them.
     Raises: BadInput if the target cannot be made; as `Source`; SurgeonError for a full disk.
     """
     check_target(plan.folder, plan.target)
@@ -101,16 +125,25 @@ def write_folder(
                 output = part / f".{shard.name}"
                 reports = write_shard(source, shard, output, tell)
                 os.replace(output, part / shard.name)
-                manifest["shards"][shard.name] = {str(site): report for site, report in reports.items()}
+                manifest["shards"][shard.name] = {
+                    str(site): report for site, report in reports.items()
+                }
                 _write_json(part / MANIFEST, manifest)
         _copy_rest(source, part)
-        matrices = {site: report for reports in manifest["shards"].values() for site, report in reports.items()}
+        matrices = {
+            site: report
+            for reports in manifest["shards"].values()
+            for site, report in reports.items()
+        }
         order = {str(site): i for i, site in enumerate(source.anatomy.addresses)}
         record = {
             "export": kind,
             **plan.config.to_json(),
             "critical": [str(e) for e in plan.critical],
-            "matrices": [{"site": site, **matrices[site]} for site in sorted(matrices, key=lambda s: order.get(s, len(order)))],
+            "matrices": [
+                {"site": site, **matrices[site]}
+                for site in sorted(matrices, key=lambda s: order.get(s, len(order)))
+            ],
         }
         _write_json(part / RECORD, record)
         if finish is not None:
@@ -119,7 +152,8 @@ def write_folder(
         os.rename(part, plan.target)
     except OSError as error:
         raise SurgeonError(
-            f"cannot write {plan.target}: {error.strerror or error}; what is finished stays in {part}, and the same command goes on."
+            f"cannot write {plan.target}: {error.strerror or error}; what is finished stays in"
+            f" {part}, and the same command goes on."
         ) from error
 
 
@@ -133,24 +167,42 @@ def check_target(folder: Path, target: Path) -> None:
     if target.exists() or target.is_symlink():
         raise BadInput(f"{target} exists already; name a new folder for the quantized checkpoint.")
     if not target.parent.is_dir():
-        raise BadInput(f"there is no folder {target.parent} to put {target.name} in; make it first.")
+        raise BadInput(
+            f"there is no folder {target.parent} to put {target.name} in; make it first."
+        )
     if folder.resolve() in target.resolve().parents:
         raise BadInput(f"{target} lies inside the checkpoint {folder}; name a folder outside it.")
 
 
 def _settings(plan: ExportPlan, kind: str, source: Source) -> str:
-    """A hash of all that decides the bytes; of the source's shards only name, size and time, since reading them is the work itself."""
+    """A hash of all that decides the bytes; of the source's shards only name, size and time, since
+    reading them is the work itself.
+    """
     shards = [(s.name, s.stat().st_size, s.stat().st_mtime_ns) for s in source.shards]
-    inputs = {str(site): hashlib.sha256(x.numpy().tobytes()).hexdigest() for site, x in plan.mean_squares.items()}
-    settings = [kind, plan.config.to_json(), sorted(map(str, plan.critical)), sorted(inputs.items()), str(plan.folder.resolve()), shards]
+    inputs = {
+        str(site): hashlib.sha256(x.numpy().tobytes()).hexdigest()
+        for site, x in plan.mean_squares.items()
+    }
+    settings = [
+        kind,
+        plan.config.to_json(),
+        sorted(map(str, plan.critical)),
+        sorted(inputs.items()),
+        str(plan.folder.resolve()),
+        shards,
+    ]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
 def _open_part(part: Path, settings: str) -> dict[str, Any]:
-    """The manifest of the unfinished folder, if it was begun with the same settings; else a new one in an empty folder."""
+    """The manifest of the unfinished folder, if it was begun with the same settings; else a new one
+    in an empty folder.
+    """
     try:
         manifest: dict[str, Any] = json.loads((part / MANIFEST).read_text())
-        if manifest["settings"] == settings and all((part / name).is_file() for name in manifest["shards"]):
+        if manifest["settings"] == settings and all(
+            (part / name).is_file() for name in manifest["shards"]
+        ):
             return manifest
     except (OSError, ValueError, KeyError, TypeError):
         pass
@@ -162,14 +214,30 @@ def _open_part(part: Path, settings: str) -> dict[str, Any]:
 
 
 def _copy_rest(source: Source, part: Path) -> None:
-    """The other files of the folder, and an index of the shards as they are now, where the source has one."""
+    """The other files of the folder, and an index of the shards as they are now, where the source
+    has one.
+    """
     for path in sorted(source.folder.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and not any(path.match(pattern) for pattern in _LEFT_OUT):
+        if (
+            path.is_file()
+            and not path.name.startswith(".")
+            and not any(path.match(pattern) for pattern in _LEFT_OUT)
+        ):
             shutil.copyfile(path, part / path.name)
     if (source.folder / INDEX).is_file():
         headers = {shard.name: read_header(part / shard.name) for shard in source.shards}
-        places = {name: shard for shard, header in headers.items() for name in header if name != "__metadata__"}
-        ends = [t["data_offsets"] for header in headers.values() for name, t in header.items() if name != "__metadata__"]
+        places = {
+            name: shard
+            for shard, header in headers.items()
+            for name in header
+            if name != "__metadata__"
+        }
+        ends = [
+            t["data_offsets"]
+            for header in headers.values()
+            for name, t in header.items()
+            if name != "__metadata__"
+        ]
         size = sum(end - start for start, end in ends)
         _write_json(part / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
 

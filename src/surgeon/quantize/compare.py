@@ -1,4 +1,6 @@
-"""The table: what a model loses at some bits, blocks and methods, its peers among them, judged in one way."""
+"""The table: what a model loses at some bits, blocks and methods, its peers among them, judged in
+one way.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +11,25 @@ from functools import partial
 from math import isfinite
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..anatomy import Anatomy, Entry, Site
-from ..measure.likelihood import batches, logits_of
+from ..measure import Reference
 from .config import METHODS, QuantizeConfig
 from .export import Progress
 from .grid import Block, Grid
 from .peers import GPTQ, PEERS, gptq_tensors, peer_tensors
 from .quantize import QuantizeResult, prepare, quantized_sites, swapped
 
-KEPT = 2**28  # numbers of the intact predictions that are kept between rows: 1 GiB
-
 Examine = Callable[[], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to quantize. nll, kl: nats per token, None where they are not finite. accuracy: of each task, by name."""
+    """One way to quantize.
+
+    nll, kl: nats per token, None where they are not finite. accuracy: of each task, by name.
+    """
 
     method: str
     bits: int
@@ -41,7 +42,9 @@ class Row:
     result: QuantizeResult | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "result"} | {"accuracy": dict(self.accuracy)}
+        return {name: value for name, value in vars(self).items() if name != "result"} | {
+            "accuracy": dict(self.accuracy)
+        }
 
 
 def table(
@@ -53,7 +56,8 @@ def table(
     examine: Examine | None = None,
     methods: Sequence[str] = METHODS,
 ) -> list[Row]:
-    """The same bits and blocks with each method. Shapes: windows (n, window). examine: called on the model as it stands, accuracy by task.
+    """The same bits and blocks with each method. Shapes: windows (n, window). examine: called on
+    the model as it stands, accuracy by task.
 
     The model is as before, bit for bit, afterwards. Raises: as `quantize_`.
     """
@@ -91,15 +95,21 @@ def sweep(
 ) -> list[Row]:
     """Bits x block x method, and the installed peers where they know such a block.
 
-    calibration: windows (n, window) for the peer that learns from text; without them it is left out. They must not be those judged on.
+    calibration: windows (n, window) for the peer that learns from text; without them it is left
+    out. They must not be those judged on.
     """
-    grids = [Grid(n, config.grid.symmetric, block, config.grid.pad) for n in bits for block in blocks]
+    grids = [
+        Grid(n, config.grid.symmetric, block, config.grid.pad) for n in bits for block in blocks
+    ]
     judge = _Judge(anatomy, windows, examine)
     rows: list[Row] = []
     for done, grid in enumerate(grids):
         rows += _methods(anatomy, judge, replace(config, grid=grid), critical, mean_squares)
         sites = quantized_sites(anatomy, config)
-        peers = {name: peer_tensors(anatomy, peer, grid.bits, grid.block, sites) for name, peer in PEERS.items()}
+        peers = {
+            name: peer_tensors(anatomy, peer, grid.bits, grid.block, sites)
+            for name, peer in PEERS.items()
+        }
         if calibration is not None:
             peers[GPTQ] = gptq_tensors(anatomy, grid.bits, grid.block, sites, calibration)
         for name, found in peers.items():
@@ -113,22 +123,25 @@ def sweep(
 
 
 def pareto(rows: Iterable[Row]) -> list[Row]:
-    """Those rows that no other beats: none has as few bits per weight and a lower NLL. From few bits to many."""
+    """Those rows that no other beats: none has as few bits per weight and a lower NLL.
+
+    From few bits to many.
+    """
     front: list[Row] = []
-    for row in sorted((r for r in rows if r.nll is not None), key=lambda r: (r.bits_per_weight, r.nll or 0.0)):
+    for row in sorted(
+        (r for r in rows if r.nll is not None), key=lambda r: (r.bits_per_weight, r.nll or 0.0)
+    ):
         if not front or (row.nll or 0.0) < (front[-1].nll or 0.0):
             front.append(row)
     return front
 
 
 class _Judge:
-    """Judges changes of one model on one text: NLL, KL to the model as it is, top-1 agreement, and tasks. Shapes: windows (n, window)."""
+    """Judges changes of one model on one text, and on tasks. Shapes: windows (n, window)."""
 
     def __init__(self, anatomy: Anatomy, windows: Tensor, examine: Examine | None) -> None:
-        self.model, self.windows, self.examine = anatomy.model, windows, examine
-        self.kept: list[Tensor] = []
+        self.reference, self.examine = Reference(anatomy.model, windows), examine
 
-    @torch.no_grad()
     def __call__(
         self,
         label: tuple[str, int, str],
@@ -136,36 +149,20 @@ class _Judge:
         change: Callable[[], AbstractContextManager[object]],
         result: QuantizeResult | None = None,
     ) -> Row:
-        sums, kl, agree = [], 0.0, 0.0
-        for number, ids in enumerate(batches(self.windows)):
-            base = self._base(number, ids)
-            with change():
-                changed = self._predictions(ids)
-            losses = -changed.gather(-1, ids[:, 1:, None].to(changed.device))[..., 0]
-            sums.append(losses.double().sum(1).cpu())
-            kl += float((base.exp() * (base - changed)).sum(-1).double().sum())
-            agree += float((base.argmax(-1) == changed.argmax(-1)).sum())
+        far = self.reference.compare(change)
         accuracy: Mapping[str, float] = {}
         if self.examine is not None:
             with change():
                 accuracy = self.examine()
-        predicted = self.windows.shape[1] - 1
-        tokens = len(self.windows) * predicted
-        nll = float((torch.cat(sums) / predicted).mean())
-        return Row(*label, bits_per_weight, _finite(nll), _finite(kl / tokens), agree / tokens, accuracy, result)
-
-    def _predictions(self, ids: Tensor) -> Tensor:
-        """Log-probabilities of the next token, (batch, pos - 1, d_vocab)."""
-        return F.log_softmax(logits_of(self.model, ids)[:, :-1].float(), -1)
-
-    def _base(self, number: int, ids: Tensor) -> Tensor:
-        """The intact model's, of batch `number`: kept for the next row as long as there is room."""
-        if number < len(self.kept):
-            return self.kept[number]
-        base = self._predictions(ids)
-        if number == len(self.kept) and sum(k.numel() for k in self.kept) + base.numel() <= KEPT:
-            self.kept.append(base)
-        return base
+        return Row(
+            *label,
+            bits_per_weight,
+            _finite(far.nll),
+            _finite(far.kl),
+            far.top1_agreement,
+            accuracy,
+            result,
+        )
 
 
 def _finite(value: float) -> float | None:

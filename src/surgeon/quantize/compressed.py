@@ -1,8 +1,9 @@
 """Export in the pack-quantized format of compressed-tensors, which transformers and vLLM read.
 
-2 to 8 bits, symmetric, per channel or per group, Linear layers and experts. The format has no room for single entries, so a matrix with
-critical ones is kept at 8 bits or dense; transformers unpacks all experts alike, so an expert cannot be kept. transformers 5 cannot
-load packed offsets, so asymmetric grids are refused.
+2 to 8 bits, symmetric, per channel or per group, Linear layers and experts. The format has no room
+for single entries, so a matrix with critical ones is kept at 8 bits or dense; transformers unpacks
+all experts alike, so an expert cannot be kept. transformers 5 cannot load packed offsets, so
+asymmetric grids are refused.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ _KIND = "compressed-tensors"
 
 
 def export_compressed(plan: ExportPlan) -> None:
-    """Write the folder. The library keeps scales in the model's dtype: loaded, float32 weights are what `quantize_` makes of them, bit for
-    bit, and bfloat16 ones differ by their rounding, by less than 2^-7 of the weight.
+    """Write the folder. The library keeps scales in the model's dtype: loaded, float32 weights are
+    what `quantize_` makes of them, bit for bit, and bfloat16 ones differ by their rounding, by less
+    than 2^-7 of the weight.
 
-    Raises: as `write_folder`; MissingExtra; BadInput for a grid or a model that the format cannot hold.
+    Raises: as `write_folder`; MissingExtra; BadInput for a grid or a model that the format cannot
+    hold.
     """
     try:
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
@@ -38,7 +41,10 @@ def export_compressed(plan: ExportPlan) -> None:
     grid = plan.config.grid
     if not grid.symmetric or grid.block.kind not in ("channel", "group"):
         asked = f"{'symmetric' if grid.symmetric else 'asymmetric'} blocks of {grid.block}"
-        raise BadInput(f"{asked} cannot be loaded from compressed-tensors; use symmetric channel or group:N, or --export sidecar.")
+        raise BadInput(
+            f"{asked} cannot be loaded from compressed-tensors; use symmetric channel or group:N,"
+            " or --export sidecar."
+        )
     source = Source(plan.folder, plan.config)
     divided(source, grid, _KIND)
     modules = linear_layers(source, plan, _KIND, experts=True)
@@ -54,12 +60,23 @@ def export_compressed(plan: ExportPlan) -> None:
 
     def finish(source: Source, part: Path) -> None:
         config = json.loads((part / "config.json").read_text())
-        linear = [name for name, module in source.anatomy.model.named_modules() if isinstance(module, nn.Linear)]
-        dense = sorted(set(linear) - set(modules.values())) + (critical if plan.keep == "dense" else [])
-        # the named matrices come first, or the library warns that it found none of them; as patterns, or transformers takes theirs for
+        linear = [
+            name
+            for name, module in source.anatomy.model.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+        dense = sorted(set(linear) - set(modules.values())) + (
+            critical if plan.keep == "dense" else []
+        )
+        # the named matrices come first, or the library warns that it found none of them; as
+        # patterns, or transformers takes theirs for
         # the group of the experts
         patterns = [f"re:^{re.escape(name)}$" for name in critical]
-        named = [_group(Grid(8, block=grid.block), patterns)] if critical and plan.keep == "8bit" else []
+        named = (
+            [_group(Grid(8, block=grid.block), patterns)]
+            if critical and plan.keep == "8bit"
+            else []
+        )
         groups = {f"group_{i}": group for i, group in enumerate([*named, _group(grid, ["Linear"])])}
         config["quantization_config"] = {
             "quant_method": _KIND,
@@ -83,4 +100,9 @@ def _group(grid: Grid, targets: list[str]) -> dict[str, Any]:
         "group_size": grid.block.size,
         "dynamic": False,
     }
-    return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "targets": targets,
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+    }

@@ -17,29 +17,62 @@ ROLES = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.gate", "mlp.up", "mlp.do
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """What is rounded, how it is clipped before, and whether the critical entries are put back after."""
+    """What is rounded, how it is clipped before, and whether the critical entries are put back
+    after.
+    """
 
     grid: Grid = field(default_factory=Grid)
     method: str = field(
-        default="both", metadata={"help": "rtn; clip; restore (put the critical entries back, without clipping); both: the hold-out"}
+        default="both",
+        metadata={
+            "help": (
+                "rtn; clip; restore (put the critical entries back, without clipping); both: the"
+                " hold-out"
+            )
+        },
     )
-    clip: str = field(default="z", metadata={"help": "how limits are set: z-score, percentile, mse (least squared error), none"})
+    clip: str = field(
+        default="z",
+        metadata={
+            "help": "how limits are set: z-score, percentile, mse (least squared error), none"
+        },
+    )
     clip_value: float | None = field(
-        default=None, metadata={"help": "z, or percent kept, or share of the range (mse); not given: searched for each matrix"}
+        default=None,
+        metadata={
+            "help": (
+                "z, or percent kept, or share of the range (mse); not given: searched for each"
+                " matrix"
+            )
+        },
     )
-    clip_per: str = field(default="tensor", metadata={"help": "whether z and percentiles are taken over the tensor or over each block"})
-    weighted: bool = field(default=False, metadata={"help": "weigh the error of a column by the mean square of its input"})
-    roles: tuple[str, ...] = field(default=ROLES, metadata={"help": "roles of the matrices that are quantized, experts included"})
+    clip_per: str = field(
+        default="tensor",
+        metadata={"help": "whether z and percentiles are taken over the tensor or over each block"},
+    )
+    weighted: bool = field(
+        default=False,
+        metadata={"help": "weigh the error of a column by the mean square of its input"},
+    )
+    roles: tuple[str, ...] = field(
+        default=ROLES,
+        metadata={"help": "roles of the matrices that are quantized, experts included"},
+    )
 
     def __post_init__(self) -> None:
-        for name, value, known in (("method", self.method, METHODS), ("clip", self.clip, CLIPS), ("clip_per", self.clip_per, PER)):
+        for name, value, known in (
+            ("method", self.method, METHODS),
+            ("clip", self.clip, CLIPS),
+            ("clip_per", self.clip_per, PER),
+        ):
             if value not in known:
                 raise BadInput(f"{name} {value} is not known; use {', '.join(known)}.")
         most = {"z": inf, "percentile": 100.0, "mse": 1.0, "none": 0.0}[self.clip]
         if self.clip_value is not None and not 0 < self.clip_value <= most:
             raise BadInput(
-                f"a clip value of {self.clip_value:g} cannot be used with {self.clip}; give a z above 0, a percentage up to 100 for "
-                "percentile, a share of the range up to 1 for mse, none for none."
+                f"a clip value of {self.clip_value:g} cannot be used with {self.clip}; give a z"
+                " above 0, a percentage up to 100 for percentile, a share of the range up to 1 for"
+                " mse, none for none."
             )
 
     @property

@@ -1,4 +1,6 @@
-"""Export as plain safetensors in the checkpoint's own dtype ("fake quant"): every weight is what its code means, for any loader."""
+"""Export as plain safetensors in the checkpoint's own dtype ("fake quant"): every weight is what
+its code means, for any loader.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,15 @@ from .quantize import by_site, quantize_view_
 
 
 def export_dense(plan: ExportPlan) -> None:
-    """Write the quantized checkpoint, as large as its source; what it computes is, bit for bit, what `quantize_` makes of the model.
+    """Write the quantized checkpoint, as large as its source; what it computes is, bit for bit,
+    what `quantize_` makes of the model.
 
     Raises: as `write_folder`.
     """
 
-    def write_shard(source: Source, shard: Path, output: Path, tell: Callable[[Site], None]) -> Mapping[Site, Report]:
+    def write_shard(
+        source: Source, shard: Path, output: Path, tell: Callable[[Site], None]
+    ) -> Mapping[Site, Report]:
         # names, shapes and dtypes stay, so the file does too, but for the numbers
         shutil.copyfile(shard, output)
         critical = by_site(source.anatomy, plan.critical)
@@ -29,7 +34,9 @@ def export_dense(plan: ExportPlan) -> None:
                 continue
             tensor = source.read(shard, name)
             for view in source.views(name, tensor):
-                done = quantize_view_(view, plan.config, critical.get(view.site, ()), plan.mean_squares.get(view.site))
+                done = quantize_view_(
+                    view, plan.config, critical.get(view.site, ()), plan.mean_squares.get(view.site)
+                )
                 reports[view.site] = done.to_json()
                 tell(view.site)
             overwrite(output, name, tensor)

@@ -18,10 +18,11 @@ Progress = Callable[[str, int, int], None]
 class ExportPlan:
     """One export: the checkpoint `folder` goes quantized into the new folder `target`.
 
-    critical: the entries that `config.method` may hold out. mean_squares: E[x^2] of each column of a site, (in,), where the clip search is
-    weighted by it. The model is not in memory: `checkpoint.Source(plan.folder)` gives its map and its tensors, one at a time, and
-    `holdout.treat` the codes of a matrix, the same as in memory. keep: what a format that has no room for single entries does with the
-    matrices that hold critical ones: "8bit" or "dense".
+    critical: the entries that `config.method` may hold out. mean_squares: E[x^2] of each column of
+    a site, (in,), where the clip search is weighted by it. The model is not in memory:
+    `checkpoint.Source(plan.folder)` gives its map and its tensors, one at a time, and
+    `holdout.treat` the codes of a matrix, the same as in memory. keep: what a format that has no
+    room for single entries does with the matrices that hold critical ones: "8bit" or "dense".
     """
 
     folder: Path

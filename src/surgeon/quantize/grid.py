@@ -1,11 +1,12 @@
-"""Round to nearest on a uniform grid: how a matrix is cut into blocks, and the codes, scales and offsets of each block.
+"""Round to nearest on a uniform grid: how a matrix is cut into blocks, and the codes, scales and
+offsets of each block.
 
     grid = Grid(bits=4, block=Block.parse("group:128"))
     quantize_matrix(weight, grid).dequantize()
 
-Levels. Symmetric: codes -(2^(N-1) - 1) to 2^(N-1) - 1, which are 2^N - 1 levels, zero among them. Asymmetric: codes 0 to 2^N - 1, which
-are 2^N - 1 steps of (max - min) / (2^N - 1). Yu et al. 2024 (arXiv:2411.07191) print 2^(N-1) - 1 steps there, which would waste half
-of the codes.
+Levels. Symmetric: codes -(2^(N-1) - 1) to 2^(N-1) - 1, which are 2^N - 1 levels, zero among them.
+Asymmetric: codes 0 to 2^N - 1, which are 2^N - 1 steps of (max - min) / (2^N - 1). Yu et al. 2024
+(arXiv:2411.07191) print 2^(N-1) - 1 steps there, which would waste half of the codes.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ Limit = float | Tensor | None
 class Block:
     """Which entries share one scale.
 
-    tensor: all. channel: one output channel (row). group: `size` neighbours along the input of one row. flat: runs of `size` entries of
-    the flattened (out, in) matrix. square: true two-dimensional tiles of `size` x `size`.
+    tensor: all. channel: one output channel (row). group: `size` neighbours along the input of one
+    row. flat: runs of `size` entries of the flattened (out, in) matrix. square: true
+    two-dimensional tiles of `size` x `size`.
     """
 
     kind: str
@@ -38,18 +40,31 @@ class Block:
 
     def __post_init__(self) -> None:
         sized = self.kind in ("group", "flat", "square")
-        if self.kind not in KINDS or (self.size is not None) != sized or (self.size is not None and self.size < 1):
-            raise BadInput(f"{self} is no block; use tensor, channel, group:N, flat:N (runs of N entries) or square:N (N x N tiles).")
+        if (
+            self.kind not in KINDS
+            or (self.size is not None) != sized
+            or (self.size is not None and self.size < 1)
+        ):
+            raise BadInput(
+                f"{self} is no block; use tensor, channel, group:N, flat:N (runs of N entries) or"
+                " square:N (N x N tiles)."
+            )
 
     def __str__(self) -> str:
         return self.kind if self.size is None else f"{self.kind}:{self.size}"
 
     @classmethod
     def parse(cls, text: str) -> Block:
-        """Read `tensor`, `channel`, `group:128`, `flat:262144` or `square:512`. Raises: BadInput."""
+        """Read `tensor`, `channel`, `group:128`, `flat:262144` or `square:512`.
+
+        Raises: BadInput.
+        """
         kind, colon, size = text.strip().partition(":")
         if colon and not (size.isascii() and size.isdigit()):
-            raise BadInput(f"{text!r} is no block: {size!r} is not a whole number of entries; write it like group:128.")
+            raise BadInput(
+                f"{text!r} is no block: {size!r} is not a whole number of entries; write it like"
+                " group:128."
+            )
         return cls(kind, int(size) if colon else None)
 
     def counts(self, shape: tuple[int, int]) -> tuple[int, ...]:
@@ -70,7 +85,9 @@ class Block:
         return all(n % self.size == 0 for n in sizes)
 
     def split(self, matrix: Float[Tensor, "out in"]) -> Tensor:
-        """The entries block by block, (*counts, entries of a block); NaN where a block reaches over the edge of the matrix."""
+        """The entries block by block, (*counts, entries of a block); NaN where a block reaches over
+        the edge of the matrix.
+        """
         n_out, n_in = matrix.shape
         rows, cols = self._over(n_out, n_in)
         if self.size is None:
@@ -97,7 +114,9 @@ class Block:
         return tiles.reshape(n_out + rows, n_in + cols)[:n_out, :n_in]
 
     def _over(self, n_out: int, n_in: int) -> tuple[int, int]:
-        """By how many rows and columns the last blocks reach over the edge; for flat runs, by how many entries."""
+        """By how many rows and columns the last blocks reach over the edge; for flat runs, by how
+        many entries.
+        """
         if self.size is None:
             return 0, 0
         if self.kind == "flat":
@@ -110,13 +129,27 @@ class Grid:
     """Settings of round-to-nearest."""
 
     bits: int = field(default=4, metadata={"help": "bits of a weight, 2 to 8"})
-    symmetric: bool = field(default=True, metadata={"help": "codes on both sides of zero, without an offset"})
-    block: Block = field(default=Block("group", 128), metadata={"help": "what shares a scale: tensor, channel, group:N, flat:N, square:N"})
-    pad: bool = field(default=True, metadata={"help": "let the last blocks reach over the edge; else refuse a size that does not divide"})
+    symmetric: bool = field(
+        default=True, metadata={"help": "codes on both sides of zero, without an offset"}
+    )
+    block: Block = field(
+        default=Block("group", 128),
+        metadata={"help": "what shares a scale: tensor, channel, group:N, flat:N, square:N"},
+    )
+    pad: bool = field(
+        default=True,
+        metadata={
+            "help": (
+                "let the last blocks reach over the edge; else refuse a size that does not divide"
+            )
+        },
+    )
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
-            raise BadInput(f"{self.bits} bits cannot be used; weights are quantized to 2 to 8 bits.")
+            raise BadInput(
+                f"{self.bits} bits cannot be used; weights are quantized to 2 to 8 bits."
+            )
 
     @property
     def codes(self) -> tuple[int, int]:
@@ -128,11 +161,14 @@ class Grid:
         """Raises: BadInput if the blocks do not divide the matrix and `pad` is off."""
         if not self.pad and not self.block.divides(shape):
             raise BadInput(
-                f"blocks of {self.block} do not divide a matrix of shape (out {shape[0]}, in {shape[1]}); choose a size that does, or pad."
+                f"blocks of {self.block} do not divide a matrix of shape (out {shape[0]}, in"
+                f" {shape[1]}); choose a size that does, or pad."
             )
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """What an entry of such a matrix costs with its share of scales and offsets, at SCALE_BITS each."""
+        """What an entry of such a matrix costs with its share of scales and offsets, at SCALE_BITS
+        each.
+        """
         stored = prod(self.block.counts(shape)) * SCALE_BITS * (1 if self.symmetric else 2)
         return self.bits + stored / prod(shape)
 
@@ -141,8 +177,9 @@ class Grid:
 class Quantized:
     """A matrix on its grid. Shapes: codes (out, in); scale and zero as `grid.block.counts(shape)`.
 
-    An entry is (code - zero) * scale. zero is 0 if symmetric; else it is not rounded, so that the least and the greatest entry of a block
-    lie on its grid. codes are int8 where they fit, else int32.
+    An entry is (code - zero) * scale. zero is 0 if symmetric; else it is not rounded, so that the
+    least and the greatest entry of a block lie on its grid. codes are int8 where they fit, else
+    int32.
     """
 
     codes: Integer[Tensor, "out in"]
@@ -155,24 +192,35 @@ class Quantized:
         """The matrix, float32."""
         block = self.grid.block
         steps = block.split(self.codes.float())
-        return block.join((steps - self.zero[..., None]) * self.scale[..., None], self.shape).contiguous()
+        return block.join(
+            (steps - self.zero[..., None]) * self.scale[..., None], self.shape
+        ).contiguous()
 
 
 @torch.no_grad()
-def quantize_matrix(matrix: Float[Tensor, "out in"], grid: Grid, low: Limit = None, high: Limit = None) -> Quantized:
+def quantize_matrix(
+    matrix: Float[Tensor, "out in"], grid: Grid, low: Limit = None, high: Limit = None
+) -> Quantized:
     """Round every entry to the nearest level of its block, in float32.
 
-    low, high: entries outside are set to these before the scales are taken: a number, or one for each block, shaped like the scales.
-    A size that does not divide is padded, so that the last blocks hold fewer entries, or refused without `grid.pad`.
+    low, high: entries outside are set to these before the scales are taken: a number, or one for
+    each block, shaped like the scales. A size that does not divide is padded, so that the last
+    blocks hold fewer entries, or refused without `grid.pad`.
     Raises: BadInput for the size; SurgeonError for entries that are NaN or infinite.
     """
     shape = (matrix.shape[0], matrix.shape[1])
     grid.check(shape)
     wide = matrix.detach().float()
     if not bool(torch.isfinite(wide).all()):
-        raise SurgeonError("the matrix holds NaN or infinity, which no grid can hold; download or write the checkpoint again.")
+        raise SurgeonError(
+            "the matrix holds NaN or infinity, which no grid can hold; download or write the"
+            " checkpoint again."
+        )
     blocks = limited(grid.block.split(wide), low, high)
-    least, most = blocks.nan_to_num(nan=torch.inf).amin(-1), blocks.nan_to_num(nan=-torch.inf).amax(-1)
+    least, most = (
+        blocks.nan_to_num(nan=torch.inf).amin(-1),
+        blocks.nan_to_num(nan=-torch.inf).amax(-1),
+    )
     first, last = grid.codes
     if grid.symmetric:
         scale = torch.maximum(most, -least) / last
@@ -180,10 +228,17 @@ def quantize_matrix(matrix: Float[Tensor, "out in"], grid: Grid, low: Limit = No
         zero = torch.zeros_like(scale)
     else:
         scale = (most - least) / last
-        flat = torch.where(least == 0, 1.0, least.abs())  # a block of one value: that value is its first step
+        flat = torch.where(
+            least == 0, 1.0, least.abs()
+        )  # a block of one value: that value is its first step
         scale = torch.where(scale > 0, scale, flat)
         zero = -least / scale
-    codes = (blocks / scale[..., None] + zero[..., None]).round_().clamp_(first, last).nan_to_num_(nan=0.0)
+    codes = (
+        (blocks / scale[..., None] + zero[..., None])
+        .round_()
+        .clamp_(first, last)
+        .nan_to_num_(nan=0.0)
+    )
     kind = torch.int8 if grid.symmetric or grid.bits < 8 else torch.int32
     return Quantized(grid.block.join(codes, shape).to(kind).contiguous(), scale, zero, grid, shape)
 

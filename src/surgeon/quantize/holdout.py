@@ -1,6 +1,8 @@
-"""One matrix, four ways: rounded; clipped and rounded; rounded with its critical entries put back; and both, which is the hold-out.
+"""One matrix, four ways: rounded; clipped and rounded; rounded with its critical entries put back;
+and both, which is the hold-out.
 
-Putting back without clipping gives nothing where the entry is the extremum of its block: that lies on the grid already.
+Putting back without clipping gives nothing where the entry is the extremum of its block: that lies
+on the grid already.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ HELD_BITS = 48  # what an entry put back costs in storage: its value at 16 bits 
 
 @dataclass(frozen=True)
 class MatrixReport:
-    """What was done to one matrix. clip: the z, percentage or share that was used, None without clipping. clipped: entries beyond the
-    limits. held: entries put back. error: sum of squared errors over that of the entries, without the critical ones, columns weighted by
-    E[x^2] if `weighted`."""
+    """What was done to one matrix. clip: the z, percentage or share that was used, None without
+    clipping. clipped: entries beyond the limits. held: entries put back. error: sum of squared
+    errors over that of the entries, without the critical ones, columns weighted by E[x^2] if
+    `weighted`."""
 
     shape: tuple[int, int]
     blocks: int
@@ -43,8 +46,9 @@ class MatrixReport:
 
 @dataclass(frozen=True, eq=False)
 class Treated:
-    """A matrix after quantization. Shapes: matrix (out, in), what the model computes with, critical entries put back if asked; in float32,
-    or wider if the original was. quantized: its codes, without what was put back. rows, cols: where entries were put back, (n,)."""
+    """A matrix after quantization. Shapes: matrix (out, in), what the model computes with, critical
+    entries put back if asked; in float32, or wider if the original was. quantized: its codes,
+    without what was put back. rows, cols: where entries were put back, (n,)."""
 
     quantized: Quantized
     matrix: Float[Tensor, "out in"]
@@ -60,12 +64,18 @@ def treat(
     critical: Sequence[Entry] = (),
     importance: Float[Tensor, " in"] | None = None,
 ) -> Treated:
-    """Quantize one matrix as `config` says. The same input gives the same bits, in memory and from a file.
+    """Quantize one matrix as `config` says. The same input gives the same bits, in memory and from
+    a file.
 
-    critical: entries of this matrix. importance: E[x^2] of each column, for the error of a weighted search.
-    Raises: BadInput if the blocks do not divide the matrix and may not be padded; SurgeonError for NaN.
+    critical: entries of this matrix. importance: E[x^2] of each column, for the error of a weighted
+    search.
+    Raises: BadInput if the blocks do not divide the matrix and may not be padded; SurgeonError for
+    NaN.
     """
-    rows, cols = (torch.tensor([getattr(e, axis) for e in critical], dtype=torch.long) for axis in ("row", "col"))
+    rows, cols = (
+        torch.tensor([getattr(e, axis) for e in critical], dtype=torch.long)
+        for axis in ("row", "col")
+    )
     held = torch.zeros(matrix.shape, dtype=torch.bool)
     held[rows, cols] = True
     weights = importance if config.weighted else None
@@ -86,7 +96,8 @@ def treat(
         held=len(rows),
         error=_relative_error(matrix, result, held, weights),
         weighted=weights is not None,
-        bits_per_weight=config.grid.bits_per_weight((n_out, n_in)) + HELD_BITS * len(rows) / matrix.numel(),
+        bits_per_weight=config.grid.bits_per_weight((n_out, n_in))
+        + HELD_BITS * len(rows) / matrix.numel(),
     )
     return Treated(quantized, result, rows, cols, report)
 
@@ -96,7 +107,12 @@ def _beyond(matrix: Tensor, config: QuantizeConfig, low: Any, high: Any) -> int:
     return int((limited(blocks, low, high) != blocks).sum() - blocks.isnan().sum())
 
 
-def _relative_error(matrix: Tensor, result: Tensor, held: Tensor, importance: Tensor | None) -> float:
+def _relative_error(
+    matrix: Tensor, result: Tensor, held: Tensor, importance: Tensor | None
+) -> float:
     weights = (~held).float() if importance is None else (~held) * importance.float()
-    error, size = (float((part.float().square() * weights).sum(dtype=torch.float64)) for part in (result - matrix, matrix))
+    error, size = (
+        float((part.float().square() * weights).sum(dtype=torch.float64))
+        for part in (result - matrix, matrix)
+    )
     return error / size if size > 0 else 0.0

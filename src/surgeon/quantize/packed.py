@@ -1,4 +1,6 @@
-"""What the exports of packed weights have in common: shard by shard, each tensor of quantized matrices is replaced by its parts."""
+"""What the exports of packed weights have in common: shard by shard, each tensor of quantized
+matrices is replaced by its parts.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ KEEP = ("8bit", "dense")
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """One tensor of the checkpoint, its matrices, and their codes; views and quantized in the same order."""
+    """One tensor of the checkpoint, its matrices, and their codes; views and quantized in the same
+    order.
+    """
 
     name: str
     tensor: Tensor
@@ -53,13 +57,16 @@ def write_packed(
 ) -> None:
     """Write the folder with the tensors that `encode` makes of each stored one; the others stay.
 
-    packs(source, name): whether the tensor of that name is encoded; what it holds is quantized all the same. config_of: settings for one
-    matrix, None to leave it as it is. One shard is in memory at a time, packed.
+    packs(source, name): whether the tensor of that name is encoded; what it holds is quantized all
+    the same. config_of: settings for one matrix, None to leave it as it is. One shard is in memory
+    at a time, packed.
     Raises: as `write_folder`.
     """
     choose = config_of or (lambda site: plan.config)
 
-    def write_shard(source: Source, shard: Path, output: Path, tell: Callable[[Site], None]) -> Mapping[Site, Report]:
+    def write_shard(
+        source: Source, shard: Path, output: Path, tell: Callable[[Site], None]
+    ) -> Mapping[Site, Report]:
         critical = by_site(source.anatomy, plan.critical)
         tensors: dict[str, Tensor] = {}
         reports: dict[Site, Report] = {}
@@ -77,7 +84,9 @@ def write_packed(
                     stored.quantized.append(treated.quantized)
                     reports[view.site] = {**treated.report.to_json(), "bits": config.grid.bits}
                 else:
-                    reports[view.site] = quantize_view_(view, config, critical.get(view.site, ()), mean_square).to_json()
+                    reports[view.site] = quantize_view_(
+                        view, config, critical.get(view.site, ()), mean_square
+                    ).to_json()
                 tell(view.site)
             tensors |= encode(stored) if stored.quantized else {name: tensor}
         save(tensors, output)
@@ -90,7 +99,9 @@ def covered(source: Source, name: str) -> bool:
     """Whether all of the tensor is quantized, rather than some rows of it."""
     site, packing = source.sites[name][0]
     address = source.anatomy.addresses[site]
-    if address.packing.expert is not None and packing.expert is None:  # an expert that the checkpoint stores apart
+    if (
+        address.packing.expert is not None and packing.expert is None
+    ):  # an expert that the checkpoint stores apart
         return True
     shapes = [source.anatomy.view(site).shape for site, _ in source.sites[name]]
     return sum(map(prod, shapes)) == source.anatomy.model.get_parameter(address.parameter).numel()
@@ -107,24 +118,37 @@ def dtypes(source: Source, names: Iterable[str]) -> set[torch.dtype]:
 
 
 def keeper(plan: ExportPlan, kind: str, source: Source) -> Callable[[Site], QuantizeConfig | None]:
-    """How each matrix is quantized by a format without room for single entries: those with critical ones at 8 bits, unclipped, or not.
+    """How each matrix is quantized by a format without room for single entries: those with critical
+    ones at 8 bits, unclipped, or not.
 
     Matrices that are stored as one are treated as one.
     Raises: BadInput for another `plan.keep`.
     """
     if plan.keep not in KEEP:
-        raise BadInput(f"critical matrices cannot be kept {plan.keep!r} in a {kind} export; use {' or '.join(KEEP)}.")
-    kept = {site for held in source.sites.values() if _kept(plan) & {s for s, _ in held} for site, _ in held}
+        raise BadInput(
+            f"critical matrices cannot be kept {plan.keep!r} in a {kind} export; use"
+            f" {' or '.join(KEEP)}."
+        )
+    kept = {
+        site
+        for held in source.sites.values()
+        if _kept(plan) & {s for s, _ in held}
+        for site, _ in held
+    }
     eight = replace(plan.config, grid=replace(plan.config.grid, bits=8), method="rtn")
     # nothing is put back in any of these formats
     others = replace(plan.config, method="clip" if plan.config.clips else "rtn")
     return lambda site: others if site not in kept else eight if plan.keep == "8bit" else None
 
 
-def linear_layers(source: Source, plan: ExportPlan, kind: str, experts: bool = False) -> dict[str, str]:
-    """The module in the model of each tensor to be packed, by the tensor's name, where a format knows nothing but `nn.Linear`.
+def linear_layers(
+    source: Source, plan: ExportPlan, kind: str, experts: bool = False
+) -> dict[str, str]:
+    """The module in the model of each tensor to be packed, by the tensor's name, where a format
+    knows nothing but `nn.Linear`.
 
-    experts: whether the format also knows experts that are stored apart, as Linear layers would be; not those with critical entries.
+    experts: whether the format also knows experts that are stored apart, as Linear layers would be;
+    not those with critical entries.
     Raises: BadInput for a model that keeps its matrices in anything else.
     """
     kept = _kept(plan)
@@ -134,22 +158,35 @@ def linear_layers(source: Source, plan: ExportPlan, kind: str, experts: bool = F
         if experts and site.expert is not None and packing.expert is None:
             if site in kept:
                 raise BadInput(
-                    f"{site} holds critical entries, and an expert cannot be kept apart from the others in a {kind} export; "
-                    "use --export sidecar, or --method clip."
+                    f"{site} holds critical entries, and an expert cannot be kept apart from the"
+                    f" others in a {kind} export; use --export sidecar, or --method clip."
                 )
             modules[name] = name.removesuffix(".weight")
             continue
         address = source.anatomy.addresses[site]
         module = source.anatomy.model.get_submodule(address.module)
-        if type(module) is not nn.Linear:  # a subclass may use its weight in ways that a packed one cannot follow
-            what = "part of one tensor for all experts" if site.expert is not None else f"the weight of a {type(module).__name__}"
-            raise BadInput(f"{site} is {what}, and {kind} packs nothing but plain Linear layers; use --export sidecar or dense.")
+        if (
+            type(module) is not nn.Linear
+        ):  # a subclass may use its weight in ways that a packed one cannot follow
+            what = (
+                "part of one tensor for all experts"
+                if site.expert is not None
+                else f"the weight of a {type(module).__name__}"
+            )
+            raise BadInput(
+                f"{site} is {what}, and {kind} packs nothing but plain Linear layers; use --export"
+                " sidecar or dense."
+            )
         if not covered(source, name):
-            raise BadInput(f"only some rows of {address.parameter} are to be quantized, and {kind} packs it whole; name all of its roles.")
+            raise BadInput(
+                f"only some rows of {address.parameter} are to be quantized, and {kind} packs it"
+                " whole; name all of its roles."
+            )
         if len(held) > 1 and plan.config.grid.block.kind not in ("channel", "group"):
             raise BadInput(
-                f"{address.parameter} holds {', '.join(str(s) for s, _ in held)}, and blocks of {plan.config.grid.block} would reach from "
-                f"one into the other in a {kind} export; use channel or group:N."
+                f"{address.parameter} holds {', '.join(str(s) for s, _ in held)}, and blocks of"
+                f" {plan.config.grid.block} would reach from one into the other in a {kind} export;"
+                " use channel or group:N."
             )
         modules[name] = address.module
     return modules
@@ -170,21 +207,30 @@ def whole(stored: Stored) -> Quantized:
 
 
 def divided(source: Source, grid: Grid, kind: str) -> None:
-    """Raises: BadInput if the blocks reach over the edge of a matrix, for which a format has no room."""
+    """Raises: BadInput if the blocks reach over the edge of a matrix, for which a format has no
+    room.
+    """
     for held in source.sites.values():
         for site, _ in held:
             n_out, n_in = source.anatomy.view(site).shape
             if not grid.block.divides((n_out, n_in)):
                 raise BadInput(
-                    f"blocks of {grid.block} do not divide {site} of shape (out {n_out}, in {n_in}), and a {kind} export has no room for "
-                    "padding; choose a size that does, or --export sidecar."
+                    f"blocks of {grid.block} do not divide {site} of shape (out {n_out}, in"
+                    f" {n_in}), and a {kind} export has no room for padding; choose a size that"
+                    " does, or --export sidecar."
                 )
 
 
 def critical_modules(plan: ExportPlan, modules: Mapping[str, str], source: Source) -> list[str]:
     """The modules that hold critical entries, if the method keeps them."""
     kept = _kept(plan)
-    return sorted({modules[name] for name, held in source.sites.items() if any(site in kept for site, _ in held)})
+    return sorted(
+        {
+            modules[name]
+            for name, held in source.sites.items()
+            if any(site in kept for site, _ in held)
+        }
+    )
 
 
 def _kept(plan: ExportPlan) -> set[Site]:

@@ -1,4 +1,6 @@
-"""Codes of 2 to 8 bits without gaps between them: eight codes make as many bytes as they have bits."""
+"""Codes of 2 to 8 bits without gaps between them: eight codes make as many bytes as they have
+bits.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ _CHUNK = 1 << 23  # codes packed at a time: eight bytes of scratch each
 
 
 def pack(codes: Integer[Tensor, "*shape"], grid: Grid) -> UInt8[Tensor, " bytes"]:
-    """The codes, row by row, the first in the lowest bits; the last eight are filled up with zeros."""
+    """The codes, row by row, the first in the lowest bits; the last eight are filled up with
+    zeros.
+    """
     flat = codes.flatten()
     out = torch.empty(packed_size(len(flat), grid.bits), dtype=torch.uint8)
     shifts = torch.arange(8) * grid.bits
@@ -25,7 +29,9 @@ def pack(codes: Integer[Tensor, "*shape"], grid: Grid) -> UInt8[Tensor, " bytes"
     return out
 
 
-def unpack(packed: UInt8[Tensor, " bytes"], grid: Grid, shape: tuple[int, int]) -> Integer[Tensor, "out in"]:
+def unpack(
+    packed: UInt8[Tensor, " bytes"], grid: Grid, shape: tuple[int, int]
+) -> Integer[Tensor, "out in"]:
     """What `pack` packed. Raises: ValueError if it is not as long as codes of that shape are."""
     count = shape[0] * shape[1]
     if len(packed) != packed_size(count, grid.bits):
@@ -35,7 +41,9 @@ def unpack(packed: UInt8[Tensor, " bytes"], grid: Grid, shape: tuple[int, int]) 
     for start in range(0, len(out), _CHUNK):
         raw = packed[start // 8 * grid.bits :][: _CHUNK // 8 * grid.bits].view(-1, grid.bits)
         words = torch.nn.functional.pad(raw, (0, 8 - grid.bits)).view(torch.int64)
-        out[start : start + _CHUNK] = ((words >> shifts) & (2**grid.bits - 1)).flatten() + grid.codes[0]
+        out[start : start + _CHUNK] = (
+            (words >> shifts) & (2**grid.bits - 1)
+        ).flatten() + grid.codes[0]
     return out[:count].view(shape)
 
 
@@ -45,7 +53,9 @@ def packed_size(count: int, bits: int) -> int:
 
 
 def parts(pieces: list[Quantized]) -> dict[str, Tensor]:
-    """Quantized matrices as the tensors of a file, one after the other: codes, scale, zero (where there is one), shapes (pieces, 2)."""
+    """Quantized matrices as the tensors of a file, one after the other: codes, scale, zero (where
+    there is one), shapes (pieces, 2).
+    """
     symmetric = pieces[0].grid.symmetric
     return {
         "codes": torch.cat([pack(q.codes, q.grid) for q in pieces]),
@@ -57,7 +67,11 @@ def parts(pieces: list[Quantized]) -> dict[str, Tensor]:
 def pieces(parts: dict[str, Tensor], grid: Grid) -> list[Quantized]:
     """What `parts` put into a file. Raises: ValueError if its tensors do not fit one another."""
     found = []
-    codes, scale, zero = parts["codes"], parts["scale"], parts.get("zero", torch.zeros_like(parts["scale"]))
+    codes, scale, zero = (
+        parts["codes"],
+        parts["scale"],
+        parts.get("zero", torch.zeros_like(parts["scale"])),
+    )
     for n_out, n_in in parts["shapes"].tolist():
         size, blocks = packed_size(n_out * n_in, grid.bits), grid.block.counts((n_out, n_in))
         n_blocks = torch.Size(blocks).numel()

@@ -1,6 +1,8 @@
-"""Quantize a model in memory: in place, or for the length of a `with` block, or as a set of tensors that can be swapped in.
+"""Quantize a model in memory: in place, or for the length of a `with` block, or as a set of tensors
+that can be swapped in.
 
-The matrices hold what the codes mean ("fake quant"): the model computes what the quantized one would, in its own dtype.
+The matrices hold what the codes mean ("fake quant"): the model computes what the quantized one
+would, in its own dtype.
 """
 
 from __future__ import annotations
@@ -34,9 +36,13 @@ class QuantizeResult:
 
     @property
     def bits_per_weight(self) -> float:
-        """Mean over the entries of the quantized matrices, with scales, offsets and entries put back."""
+        """Mean over the entries of the quantized matrices, with scales, offsets and entries put
+        back.
+        """
         sizes = {site: m.shape[0] * m.shape[1] for site, m in self.matrices.items()}
-        return sum(m.bits_per_weight * sizes[site] for site, m in self.matrices.items()) / sum(sizes.values())
+        return sum(m.bits_per_weight * sizes[site] for site, m in self.matrices.items()) / sum(
+            sizes.values()
+        )
 
     @property
     def held(self) -> int:
@@ -54,20 +60,27 @@ class QuantizeResult:
 
 @dataclass(frozen=True, eq=False)
 class Quantization:
-    """A model's quantized parameters beside the model. tensors: by parameter name, shaped as the model's own."""
+    """A model's quantized parameters beside the model.
+
+    tensors: by parameter name, shaped as the model's own.
+    """
 
     anatomy: Anatomy
     result: QuantizeResult
     tensors: Mapping[str, Tensor]
 
     def applied(self) -> AbstractContextManager[None]:
-        """The model computes with the quantized tensors; afterwards it has its own again, the very same memory."""
+        """The model computes with the quantized tensors; afterwards it has its own again, the very
+        same memory.
+        """
         return swapped(self.anatomy, self.tensors)
 
 
 @contextmanager
 def swapped(anatomy: Anatomy, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the context the model computes with `tensors` in the place of its parameters of these names."""
+    """Within the context the model computes with `tensors` in the place of its parameters of these
+    names.
+    """
     own = {name: anatomy.model.get_parameter(name) for name in tensors}
     before = {name: parameter.data for name, parameter in own.items()}
     try:
@@ -86,11 +99,14 @@ def quantize_(
     mean_squares: Mapping[Site, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> QuantizeResult:
-    """Quantize the model's projections in place, matrix by matrix; what the model computes is what the codes mean.
+    """Quantize the model's projections in place, matrix by matrix; what the model computes is what
+    the codes mean.
 
-    critical: entries that `config.method` may put back. mean_squares: E[x^2] of each column (in,), for `config.weighted`; see
-    `input_mean_squares`. Nothing is changed if a matrix cannot be quantized.
-    Raises: BadInput, UnknownSite; PackedWeight if the model is quantized already; SurgeonError for weights that are not finite.
+    critical: entries that `config.method` may put back. mean_squares: E[x^2] of each column (in,),
+    for `config.weighted`; see `input_mean_squares`. Nothing is changed if a matrix cannot be
+    quantized.
+    Raises: BadInput, UnknownSite; PackedWeight if the model is quantized already; SurgeonError for
+    weights that are not finite.
     """
     views = {site: anatomy.view(site) for site in quantized_sites(anatomy, config)}
     return _quantize(anatomy, config, critical, mean_squares, views, progress)
@@ -103,17 +119,25 @@ def prepare(
     mean_squares: Mapping[Site, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> Quantization:
-    """As `quantize_`, on copies of the tensors; the model stays as it is until they are `applied`."""
+    """As `quantize_`, on copies of the tensors; the model stays as it is until they are
+    `applied`.
+    """
     copies, views = copied(anatomy, quantized_sites(anatomy, config))
-    return Quantization(anatomy, _quantize(anatomy, config, critical, mean_squares, views, progress), copies)
+    return Quantization(
+        anatomy, _quantize(anatomy, config, critical, mean_squares, views, progress), copies
+    )
 
 
-def copied(anatomy: Anatomy, sites: Sequence[Site]) -> tuple[dict[str, Tensor], dict[Site, WeightView]]:
+def copied(
+    anatomy: Anatomy, sites: Sequence[Site]
+) -> tuple[dict[str, Tensor], dict[Site, WeightView]]:
     """Copies of the parameters that hold the sites, by name, and the sites in these copies."""
     addresses = {site: anatomy.addresses[site] for site in sites}
     names = sorted({address.parameter for address in addresses.values()})
     copies = {name: anatomy.model.get_parameter(name).detach().clone() for name in names}
-    return copies, {site: WeightView(site, copies[a.parameter], a.packing) for site, a in addresses.items()}
+    return copies, {
+        site: WeightView(site, copies[a.parameter], a.packing) for site, a in addresses.items()
+    }
 
 
 @contextmanager
@@ -130,16 +154,25 @@ def quantized(
 
 
 def quantized_sites(anatomy: Anatomy, config: QuantizeConfig) -> list[Site]:
-    """The matrices that are quantized: those of `config.roles`, experts included. Raises: BadInput if the model has none."""
+    """The matrices that are quantized: those of `config.roles`, experts included.
+
+    Raises: BadInput if the model has none.
+    """
     sites = [site for site in anatomy.addresses if site.role in config.roles]
     if not sites:
         there = sorted({site.role for site in anatomy.addresses})
-        raise BadInput(f"this model has no matrix of role {', '.join(config.roles)}; its roles are {', '.join(there)}.")
+        raise BadInput(
+            f"this model has no matrix of role {', '.join(config.roles)}; its roles are"
+            f" {', '.join(there)}."
+        )
     return sites
 
 
 def by_site(anatomy: Anatomy, critical: Sequence[Entry]) -> dict[Site, list[Entry]]:
-    """The entries, sorted by matrix, each once. Raises: UnknownSite; BadInput for an entry outside its matrix."""
+    """The entries, sorted by matrix, each once.
+
+    Raises: UnknownSite; BadInput for an entry outside its matrix.
+    """
     found: dict[Site, list[Entry]] = {}
     for entry in dict.fromkeys(critical):
         Region(entry.site, entry.row, entry.col).rows_cols(anatomy.view(entry.site).shape)
@@ -157,22 +190,35 @@ def _quantize(
 ) -> QuantizeResult:
     """Quantize what the views hold, in place."""
     if config.weighted and not mean_squares:
-        raise BadInput("a weighted search needs the mean square of every input: take input_mean_squares on a text, or do not weigh.")
+        raise BadInput(
+            "a weighted search needs the mean square of every input: take input_mean_squares on a"
+            " text, or do not weigh."
+        )
     entries = by_site(anatomy, critical)
     for site, view in views.items():
         config.grid.check(view.shape)
         if not bool(torch.isfinite(view.read()).all()):
-            raise SurgeonError(f"{site} holds NaN or infinity, which no grid can hold; download or write the checkpoint again.")
+            raise SurgeonError(
+                f"{site} holds NaN or infinity, which no grid can hold; download or write the"
+                " checkpoint again."
+            )
     reports: dict[Site, MatrixReport] = {}
     for done, (site, view) in enumerate(views.items()):
-        reports[site] = quantize_view_(view, config, entries.get(site, ()), (mean_squares or {}).get(site))
+        reports[site] = quantize_view_(
+            view, config, entries.get(site, ()), (mean_squares or {}).get(site)
+        )
         if progress is not None:
             progress("quantize", done + 1, len(views))
     return QuantizeResult(config, tuple(critical), reports)
 
 
-def quantize_view_(view: WeightView, config: QuantizeConfig, critical: Sequence[Entry], mean_square: Tensor | None) -> MatrixReport:
-    """Quantize one matrix where it lies. Without its input's mean square the search is by weights alone, and the report says so."""
+def quantize_view_(
+    view: WeightView, config: QuantizeConfig, critical: Sequence[Entry], mean_square: Tensor | None
+) -> MatrixReport:
+    """Quantize one matrix where it lies.
+
+    Without its input's mean square the search is by weights alone, and the report says so.
+    """
     known = replace(config, weighted=config.weighted and mean_square is not None)
     treated = treat(view.read().cpu(), known, critical, mean_square)
     view.assign_(treated.matrix)
@@ -180,14 +226,21 @@ def quantize_view_(view: WeightView, config: QuantizeConfig, critical: Sequence[
 
 
 @torch.no_grad()
-def input_mean_squares(anatomy: Anatomy, windows: Tensor, sites: Sequence[Site], progress: Progress | None = None) -> dict[Site, Tensor]:
-    """E[x^2] of every input column of the sites, (in,) float32, over all tokens of `windows` (n, window), in one pass.
+def input_mean_squares(
+    anatomy: Anatomy, windows: Tensor, sites: Sequence[Site], progress: Progress | None = None
+) -> dict[Site, Tensor]:
+    """E[x^2] of every input column of the sites, (in,) float32, over all tokens of `windows` (n,
+    window), in one pass.
 
-    Experts that are stored in one tensor share the input of their block; what enters their `mlp.down` is out of reach, so those sites are
-    left out.
+    Experts that are stored in one tensor share the input of their block; what enters their
+    `mlp.down` is out of reach, so those sites are left out.
     """
     addresses = {site: anatomy.addresses[site] for site in sites}
-    reachable = {s: a.module for s, a in addresses.items() if a.packing.expert is None or s.role != "mlp.down"}
+    reachable = {
+        s: a.module
+        for s, a in addresses.items()
+        if a.packing.expert is None or s.role != "mlp.down"
+    }
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
@@ -208,4 +261,8 @@ def input_mean_squares(anatomy: Anatomy, windows: Tensor, sites: Sequence[Site],
             tap.run(anatomy.model, input_ids=ids.to(device), use_cache=False)
             if progress is not None:
                 progress("inputs", done + 1, len(parts))
-    return {site: (sums[name] / counts[name]).float() for site, name in reachable.items() if name in sums}
+    return {
+        site: (sums[name] / counts[name]).float()
+        for site, name in reachable.items()
+        if name in sums
+    }

@@ -1,10 +1,12 @@
-"""What transformers calls to load a folder that `--export sidecar` wrote; `import surgeon` makes it known.
+"""What transformers calls to load a folder that `--export sidecar` wrote; `import surgeon` makes it
+known.
 
     import surgeon
     model = AutoModelForCausalLM.from_pretrained(folder)
 
-The weights are packed in the file only: each matrix is unpacked when it is read, then the sidecar patch puts the critical entries
-back, and what results is a dense model like any other, which can be trained, patched and saved.
+The weights are packed in the file only: each matrix is unpacked when it is read, then the sidecar
+patch puts the critical entries back, and what results is a dense model like any other, which can be
+trained, patched and saved.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from .packing import pieces
 
 METHOD = "surgeon"
 VERSION = 1
-CORRECTION = "surgeon_correction.patch"  # safetensors, not named so: loaders take all of those for weights
+CORRECTION = (  # safetensors, not named so: loaders take all of those for weights
+    "surgeon_correction.patch"
+)
 PARTS = ("codes", "scale", "zero", "shapes")
 
 
@@ -36,8 +40,8 @@ PARTS = ("codes", "scale", "zero", "shapes")
 class SidecarConfig(QuantizationConfigMixin):
     """The `quantization_config` of config.json.
 
-    packed: the last parts of the names of packed tensors, as "weight". dtype: what the unpacked weights are rounded to. correction: digest
-    of the patch, None if no entry is put back.
+    packed: the last parts of the names of packed tensors, as "weight". dtype: what the unpacked
+    weights are rounded to. correction: digest of the patch, None if no entry is put back.
     """
 
     # tells transformers that the loaded model is dense, and holds no trace of this configuration
@@ -57,8 +61,8 @@ class SidecarConfig(QuantizationConfigMixin):
     ) -> None:
         if version != VERSION or dtype not in DTYPES:
             raise BadCheckpoint(
-                f"this checkpoint has sidecar format {version!r} with {dtype} weights, and this Surgeon reads format {VERSION}; "
-                "use the version that wrote it."
+                f"this checkpoint has sidecar format {version!r} with {dtype} weights, and this"
+                f" Surgeon reads format {VERSION}; use the version that wrote it."
             )
         self.quant_method: Any = quant_method
         self.bits, self.symmetric, self.block, self.dtype = bits, symmetric, block, dtype
@@ -80,35 +84,61 @@ class SidecarQuantizer(HfQuantizer):
     def __init__(self, quantization_config: SidecarConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.places: dict[str, list[tuple[Site, Packing]]] = {}
-        self.serialized_names = {leaf: [f"{leaf}_{part}" for part in PARTS] for leaf in quantization_config.packed}
-        if "weight" in self.serialized_names:  # dense ones too, for those of experts may have to be merged
+        self.serialized_names = {
+            leaf: [f"{leaf}_{part}" for part in PARTS] for leaf in quantization_config.packed
+        }
+        if (
+            "weight" in self.serialized_names
+        ):  # dense ones too, for those of experts may have to be merged
             self.serialized_names["weight"].insert(0, "weight")
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
-        if self.quantization_config.correction is not None and isinstance(device_map, dict) and "disk" in device_map.values():
-            raise BadInput("a sidecar's correction checks and changes weights in memory, so none can be on disk; use cpu or cuda.")
+        if (
+            self.quantization_config.correction is not None
+            and isinstance(device_map, dict)
+            and "disk" in device_map.values()
+        ):
+            raise BadInput(
+                "a sidecar's correction checks and changes weights in memory, so none can be on"
+                " disk; use cpu or cuda."
+            )
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Raises: BadInput for one that is narrower than the weights, in which the correction could not be checked."""
+        """Raises: BadInput for one that is narrower than the weights, in which the correction could
+        not be checked.
+        """
         own = DTYPES[self.quantization_config.dtype]
-        if self.quantization_config.correction is not None and torch.promote_types(dtype, own) != dtype:
-            raise BadInput(f"this checkpoint is corrected in {own}, which {dtype} does not hold; load it as dtype={own}, then change it.")
+        if (
+            self.quantization_config.correction is not None
+            and torch.promote_types(dtype, own) != dtype
+        ):
+            raise BadInput(
+                f"this checkpoint is corrected in {own}, which {dtype} does not hold; load it as"
+                f" dtype={own}, then change it."
+            )
         return dtype
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        with torch.device("cpu"):  # the model is being built on meta, where row numbers would be lost
+        with torch.device(
+            "cpu"
+        ):  # the model is being built on meta, where row numbers would be lost
             anatomy = Anatomy.of(model)
         for site, address in anatomy.addresses.items():
             self.places.setdefault(address.parameter, []).append((site, address.packing))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        model._weight_conversions = None  # saved as any dense model, not turned back into packed names
+        model._weight_conversions = (
+            None  # saved as any dense model, not turned back into packed names
+        )
         digest = self.quantization_config.correction
         if digest is not None:
             path = _beside(model, CORRECTION)
             patch = load(path)
             if patch.digest != digest:
-                raise BadCheckpoint(f"{path} is not the correction that config.json names ({digest[:12]}); write the folder again.")
+                raise BadCheckpoint(
+                    f"{path} is not the correction that config.json names ({digest[:12]}); write"
+                    " the folder again."
+                )
             patch.apply_(Anatomy.of(model), allow_tied=True)
         return model
 
@@ -127,12 +157,21 @@ class Unpack(ConversionOps):
     """Tensors of the file to dense weights of the model; dense ones pass."""
 
     def __init__(self, hf_quantizer: SidecarQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer  # by this name transformers sees that tensors are not to be cast before
+        self.hf_quantizer = (
+            hf_quantizer  # by this name transformers sees that tensors are not to be cast before
+        )
 
     def convert(
-        self, input_dict: dict[str, Any], *args: Any, full_layer_name: str = "", model: Any = None, **kwargs: Any
+        self,
+        input_dict: dict[str, Any],
+        *args: Any,
+        full_layer_name: str = "",
+        model: Any = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """Dense weights from the parts of one tensor, or of the experts of a layer, under their names in the file."""
+        """Dense weights from the parts of one tensor, or of the experts of a layer, under their
+        names in the file.
+        """
         parameter = model.get_parameter(full_layer_name)
         found: dict[str, dict[str, list[Tensor]]] = {}
         for key, value in input_dict.items():
@@ -143,11 +182,16 @@ class Unpack(ConversionOps):
         for stem, tensors in found.items():
             alone = stem in self.hf_quantizer.quantization_config.packed
             dense = tensors.get("") or [
-                self._unpack(dict(zip(tensors, one, strict=True)), full_layer_name if alone else None, parameter)
+                self._unpack(
+                    dict(zip(tensors, one, strict=True)),
+                    full_layer_name if alone else None,
+                    parameter,
+                )
                 for one in zip(*tensors.values(), strict=True)
             ]
             dense = [d.to(parameter.dtype) for d in dense]
-            # one weight gets its full name; experts keep the names that the merging operations after this one know
+            # one weight gets its full name; experts keep the names that the merging operations
+            # after this one know
             result[full_layer_name if alone else stem] = dense[0] if alone else dense
         return result
 
@@ -156,7 +200,9 @@ class Unpack(ConversionOps):
         matrices = [q.dequantize().to(DTYPES[config.dtype]) for q in pieces(parts, config.grid)]
         if name is None:  # one expert, to be merged with the others
             return matrices[0]
-        tensor = torch.empty(parameter.shape, dtype=DTYPES[config.dtype], device=parts["codes"].device)
+        tensor = torch.empty(
+            parameter.shape, dtype=DTYPES[config.dtype], device=parts["codes"].device
+        )
         for (site, packing), matrix in zip(self.hf_quantizer.places[name], matrices, strict=True):
             WeightView(site, tensor, packing).assign_(matrix)
         return tensor
@@ -167,7 +213,12 @@ def _beside(model: Any, name: str) -> Path:
     from transformers.utils.hub import cached_file
 
     revision = getattr(model.config, "_commit_hash", None)
-    found = cached_file(model.name_or_path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    found = cached_file(
+        model.name_or_path, name, revision=revision, _raise_exceptions_for_missing_entries=False
+    )
     if found is None:
-        raise BadCheckpoint(f"{model.name_or_path} lacks {name}, which puts its critical entries back; copy it from where it was written.")
+        raise BadCheckpoint(
+            f"{model.name_or_path} lacks {name}, which puts its critical entries back; copy it from"
+            " where it was written."
+        )
     return Path(found)

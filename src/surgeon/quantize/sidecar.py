@@ -1,7 +1,8 @@
 """Export as packed weights and a sidecar patch of a few bytes that puts the critical entries back.
 
-The folder loads with `import surgeon; AutoModelForCausalLM.from_pretrained(folder)`, see quantizer.py. All bit widths and blocks, and every
-architecture that Surgeon knows, experts included; a 4-bit folder is small on disk, in memory the model is dense.
+The folder loads with `import surgeon; AutoModelForCausalLM.from_pretrained(folder)`, see
+quantizer.py. All bit widths and blocks, and every architecture that Surgeon knows, experts
+included; a 4-bit folder is small on disk, in memory the model is dense.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def export_sidecar(plan: ExportPlan) -> None:
     found = dtypes(source, packed)
     if len(found) != 1:
         raise BadCheckpoint(
-            f"{plan.folder} stores its matrices as {', '.join(sorted(map(dtype_name, found)))}, and a sidecar has one dtype; save the "
-            "model again with transformers first."
+            f"{plan.folder} stores its matrices as {', '.join(sorted(map(dtype_name, found)))}, and"
+            " a sidecar has one dtype; save the model again with transformers first."
         )
     (dtype,) = found
 
@@ -71,9 +72,16 @@ def export_sidecar(plan: ExportPlan) -> None:
 
 
 def _correction(
-    plan: ExportPlan, source: Source, part: Path, packed: list[str], critical: Mapping[Site, list[Entry]], dtype: torch.dtype
+    plan: ExportPlan,
+    source: Source,
+    part: Path,
+    packed: list[str],
+    critical: Mapping[Site, list[Entry]],
+    dtype: torch.dtype,
 ) -> Patch | None:
-    """The patch that sets the critical entries of packed matrices to their original values, made on what the written file unpacks to."""
+    """The patch that sets the critical entries of packed matrices to their original values, made on
+    what the written file unpacks to.
+    """
     shards = {name: shard for shard, names in source.holding.items() for name in names}
     deltas: list[Delta] = []
     bases: dict[Site, BaseTensor] = {}
@@ -88,13 +96,17 @@ def _correction(
         for (site, packing), quantized in zip(held, pieces(read, plan.config.grid), strict=True):
             if site in critical:
                 view = WeightView(site, original, packing)
-                delta, bases[site] = _put_back(view, quantized.dequantize().to(dtype), critical[site], source.anatomy)
+                delta, bases[site] = _put_back(
+                    view, quantized.dequantize().to(dtype), critical[site], source.anatomy
+                )
                 deltas.append(delta)
     made_by = {"operation": "hold-out", **plan.config.to_json()}
     return Patch(tuple(deltas), bases, signed(made_by)) if deltas else None
 
 
-def _put_back(view: WeightView, rounded: Tensor, entries: list[Entry], anatomy: Anatomy) -> tuple[Delta, BaseTensor]:
+def _put_back(
+    view: WeightView, rounded: Tensor, entries: list[Entry], anatomy: Anatomy
+) -> tuple[Delta, BaseTensor]:
     """From what the file unpacks to, to the original entries. view: the original matrix."""
     rows, cols = (torch.tensor([getattr(e, axis) for e in entries]) for axis in ("row", "col"))
     delta = kept_delta(view.site, view.shape, rows, cols, rounded[rows, cols], view.get(rows, cols))
@@ -103,4 +115,12 @@ def _put_back(view: WeightView, rounded: Tensor, entries: list[Entry], anatomy: 
     address = anatomy.addresses[view.site]
     own = tuple(anatomy.model.get_parameter(address.parameter).shape)
     dtype = dtype_name(rounded.dtype)
-    return delta, BaseTensor(digest(rounded), digest(after), address.parameter, view.shape, dtype, own, address.packing.transposed)
+    return delta, BaseTensor(
+        digest(rounded),
+        digest(after),
+        address.parameter,
+        view.shape,
+        dtype,
+        own,
+        address.packing.transposed,
+    )

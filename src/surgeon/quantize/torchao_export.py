@@ -1,9 +1,10 @@
 """Export for torchao, as safetensors that transformers loads through its torchao integration.
 
-torchao runs codes of 2 to 8 bits on any device in one form only, `IntxUnpackedToInt8Tensor`, which spends a byte on each: the folder is
-as large at 2 bits as at 8. Its denser forms need kernels that exist for GPUs alone. Per channel or per group; symmetric, or with offsets
-where the model is float32, since torchao subtracts them in the model's dtype. Matrices with critical entries are kept at 8 bits, which
-costs nothing here, or dense.
+torchao runs codes of 2 to 8 bits on any device in one form only, `IntxUnpackedToInt8Tensor`, which
+spends a byte on each: the folder is as large at 2 bits as at 8. Its denser forms need kernels that
+exist for GPUs alone. Per channel or per group; symmetric, or with offsets where the model is
+float32, since torchao subtracts them in the model's dtype. Matrices with critical entries are kept
+at 8 bits, which costs nothing here, or dense.
 """
 
 from __future__ import annotations
@@ -23,7 +24,16 @@ from ..errors import BadInput, MissingExtra
 from .checkpoint import Source
 from .export import ExportPlan
 from .grid import Grid, Quantized
-from .packed import Stored, critical_modules, divided, dtypes, keeper, linear_layers, whole, write_packed
+from .packed import (
+    Stored,
+    critical_modules,
+    divided,
+    dtypes,
+    keeper,
+    linear_layers,
+    whole,
+    write_packed,
+)
 
 _KIND = "torchao"
 
@@ -31,7 +41,8 @@ _KIND = "torchao"
 def export_torchao(plan: ExportPlan) -> None:
     """Write the folder; loaded, each weight is what its code means, rounded to the model's dtype.
 
-    Raises: as `write_folder`; MissingExtra; BadInput for a grid or a model that torchao cannot hold.
+    Raises: as `write_folder`; MissingExtra; BadInput for a grid or a model that torchao cannot
+    hold.
     """
     try:
         from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
@@ -39,24 +50,31 @@ def export_torchao(plan: ExportPlan) -> None:
         raise MissingExtra("an export to torchao", "quantize") from error
     grid = plan.config.grid
     if grid.block.kind not in ("channel", "group"):
-        raise BadInput(f"blocks of {grid.block} cannot be loaded by torchao; use channel or group:N, or --export sidecar.")
+        raise BadInput(
+            f"blocks of {grid.block} cannot be loaded by torchao; use channel or group:N, or"
+            " --export sidecar."
+        )
     source = Source(plan.folder, plan.config)
     divided(source, grid, _KIND)
     modules = linear_layers(source, plan, _KIND)
     if not grid.symmetric and (narrow := dtypes(source, modules) - {torch.float32}):
         raise BadInput(
-            f"{plan.folder} holds {', '.join(map(str, narrow))}, in which torchao would round the offsets; quantize symmetrically, or "
-            "--export sidecar."
+            f"{plan.folder} holds {', '.join(map(str, narrow))}, in which torchao would round the"
+            " offsets; quantize symmetrically, or --export sidecar."
         )
     critical = critical_modules(plan, modules, source)
     dense = set(critical) if plan.keep == "dense" else set()
     # transformers reads the metadata of all shards into one, so each has to list the tensors of all
-    listed = json.dumps(sorted(f"{module}.weight" for module in modules.values() if module not in dense))
+    listed = json.dumps(
+        sorted(f"{module}.weight" for module in modules.values() if module not in dense)
+    )
     metadata: dict[str, str] = {}
 
     def encode(stored: Stored) -> Mapping[str, Tensor]:
         module = modules[stored.name]
-        flat, described = flatten_tensor_state_dict({f"{module}.weight": _torchao_tensor(whole(stored), stored.tensor.dtype)})
+        flat, described = flatten_tensor_state_dict(
+            {f"{module}.weight": _torchao_tensor(whole(stored), stored.tensor.dtype)}
+        )
         metadata[f"{module}.weight"] = described[f"{module}.weight"]
         # the file's own names, which may lack the prefix of the model
         prefix = stored.name.removesuffix(".weight")
@@ -73,7 +91,15 @@ def export_torchao(plan: ExportPlan) -> None:
         config["quantization_config"] = _config(plan, list(modules.values()), critical, source)
         (part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
-    write_packed(plan, f"{_KIND}, critical matrices {plan.keep}", encode, lambda *_: True, finish, keeper(plan, _KIND, source), save)
+    write_packed(
+        plan,
+        f"{_KIND}, critical matrices {plan.keep}",
+        encode,
+        lambda *_: True,
+        finish,
+        keeper(plan, _KIND, source),
+        save,
+    )
 
 
 def _torchao_tensor(matrix: Quantized, dtype: torch.dtype) -> Tensor:
@@ -95,18 +121,30 @@ def _torchao_tensor(matrix: Quantized, dtype: torch.dtype) -> Tensor:
     return tensor
 
 
-def _config(plan: ExportPlan, modules: list[str], critical: list[str], source: Source) -> dict[str, Any]:
-    """transformers' TorchAoConfig as JSON. For the base model it is a recipe: torchao's own rounding, with the same matrices kept."""
+def _config(
+    plan: ExportPlan, modules: list[str], critical: list[str], source: Source
+) -> dict[str, Any]:
+    """transformers' TorchAoConfig as JSON.
+
+    For the base model it is a recipe: torchao's own rounding, with the same matrices kept.
+    """
     from torchao.quantization import FqnToConfig
     from transformers import TorchAoConfig
 
     grid = plan.config.grid
     layer = re.compile(re.escape(source.anatomy.layers_path) + r"\.\d+\.")
     ends = "|".join(sorted({re.escape(layer.sub("", module)) for module in modules}))
-    kept = {name: _intx(Grid(8, grid.symmetric, grid.block)) for name in critical} if plan.keep == "8bit" else {}
+    kept = (
+        {name: _intx(Grid(8, grid.symmetric, grid.block)) for name in critical}
+        if plan.keep == "8bit"
+        else {}
+    )
     head = source.anatomy.addresses.get(Site(None, "unembed"))
     skipped = ([] if head is None else [head.module]) + (critical if plan.keep == "dense" else [])
-    config: Any = TorchAoConfig(FqnToConfig({**kept, f"re:{layer.pattern}({ends})": _intx(grid)}), modules_to_not_convert=skipped)
+    config: Any = TorchAoConfig(
+        FqnToConfig({**kept, f"re:{layer.pattern}({ends})": _intx(grid)}),
+        modules_to_not_convert=skipped,
+    )
     found: dict[str, Any] = config.to_dict()
     return found
 
@@ -122,7 +160,9 @@ def _intx(grid: Grid) -> Any:
 
 
 def _sort_metadata(path: Path) -> None:
-    """Order the metadata in a file's header in place: safetensors writes several keys in random order."""
+    """Order the metadata in a file's header in place: safetensors writes several keys in random
+    order.
+    """
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

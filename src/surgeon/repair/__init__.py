@@ -1,4 +1,6 @@
-"""Repair: heal a broken model with a patch of a few kilobytes, in closed form or by distillation."""
+"""Repair: heal a broken model with a patch of a few kilobytes, in closed form or by
+distillation.
+"""
 
 from .distil import DistilConfig, Distilled, distil
 from .graft import Graft, GraftConfig, graft

@@ -1,4 +1,6 @@
-"""Graft: the row change that writes what the injured entries wrote, in closed form, from one pass over text."""
+"""Graft: the row change that writes what the injured entries wrote, in closed form, from one pass
+over text.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +23,40 @@ from .target import Change, Changes, Target, broken, is_projection, lowest, writ
 
 @dataclass(frozen=True)
 class GraftConfig:
-    """Settings of the graft. Each pair is solved from the same moments, and the held-out NLL chooses."""
+    """Settings of the graft.
+
+    Each pair is solved from the same moments, and the held-out NLL chooses.
+    """
 
     ridges: tuple[float, ...] = field(
-        default=(1e-1, 1e-2, 1e-3, 1e-4, 1e-6), metadata={"help": "ridges to choose from, as shares of the mean diagonal of E[x x']"}
+        default=(1e-1, 1e-2, 1e-3, 1e-4, 1e-6),
+        metadata={"help": "ridges to choose from, as shares of the mean diagonal of E[x x']"},
     )
     first_weights: tuple[float, ...] = field(
         default=(1.0, 3.0, 10.0, 30.0, 100.0),
-        metadata={"help": "how often the first position of a window, the attention sink, is counted; to choose from"},
+        metadata={
+            "help": (
+                "how often the first position of a window, the attention sink, is counted; to"
+                " choose from"
+            )
+        },
     )
 
     def __post_init__(self) -> None:
-        if not self.ridges or not self.first_weights or min(self.ridges) <= 0 or min(self.first_weights) <= 0:
+        if (
+            not self.ridges
+            or not self.first_weights
+            or min(self.ridges) <= 0
+            or min(self.first_weights) <= 0
+        ):
             raise BadInput("a graft needs ridges and weights of the first position, all above 0.")
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Sums over tokens of x x' (in, in) and x c' (in, rows); x enters the matrix in the broken model, c is the write it lacks there."""
+    """Sums over tokens of x x' (in, in) and x c' (in, rows); x enters the matrix in the broken
+    model, c is the write it lacks there.
+    """
 
     gram: Float64[Tensor, "in in"]
     cross: Float64[Tensor, "in rows"]
@@ -68,17 +86,23 @@ def graft(
     config: GraftConfig = GraftConfig(),
     rank: int = 0,
 ) -> Graft:
-    """Solve min over d of E[(d.x - c)^2] + ridge |d|^2 for each target row, matrix by matrix from the lowest layer up.
+    """Solve min over d of E[(d.x - c)^2] + ridge |d|^2 for each target row, matrix by matrix from
+    the lowest layer up.
 
-    c is what the intact matrix writes and the broken one does not, x what enters it in the broken model. Windows hold no padding.
-    The first position of a window takes a write many times larger than all others and steers the whole window, so it is counted
-    more often: the weight, and the ridge, are those with the least NLL of the repaired model on the `choose` windows.
-    rank: of the change of each matrix, 0 for any; reduced-rank ridge regression (Izenman 1975).
-    Raises: BadInput for an expert of a fused matrix, whose inputs cannot be seen, or if the injured entries wrote nothing.
+    c is what the intact matrix writes and the broken one does not, x what enters it in the broken
+    model. Windows hold no padding. The first position of a window takes a write many times larger
+    than all others and steers the whole window, so it is counted more often: the weight, and the
+    ridge, are those with the least NLL of the repaired model on the `choose` windows. rank: of the
+    change of each matrix, 0 for any; reduced-rank ridge regression (Izenman 1975).
+    Raises: BadInput for an expert of a fused matrix, whose inputs cannot be seen, or if the injured
+    entries wrote nothing.
     """
     for target in targets:
         if not is_projection(anatomy.module(target.site)):
-            raise BadInput(f"{target.site} is part of a fused matrix, whose inputs cannot be seen; use --method distil.")
+            raise BadInput(
+                f"{target.site} is part of a fused matrix, whose inputs cannot be seen; use"
+                " --method distil."
+            )
     wanted = [_writes(anatomy, injury, target, fit) for target in targets]
     changes: dict[Site, Change] = {}
     chosen = {}
@@ -86,20 +110,33 @@ def graft(
         nll = ResumedNLL(anatomy.model, anatomy.layers, lowest(targets), choose)
         for target, write in zip(targets, wanted, strict=True):
             first, rest = _moments(anatomy, target, fit, write, matrices[target.site])
-            changes[target.site], chosen[str(target.site)] = _best(anatomy, target, first, rest, matrices[target.site], nll, config, rank)
+            changes[target.site], chosen[str(target.site)] = _best(
+                anatomy, target, first, rest, matrices[target.site], nll, config, rank
+            )
             write_(anatomy, {target.site: changes[target.site].matrix})
     return Graft(changes, chosen)
 
 
 def _best(
-    anatomy: Anatomy, target: Target, first: Moments, rest: Moments, matrix: Tensor, nll: ResumedNLL, config: GraftConfig, rank: int
+    anatomy: Anatomy,
+    target: Target,
+    first: Moments,
+    rest: Moments,
+    matrix: Tensor,
+    nll: ResumedNLL,
+    config: GraftConfig,
+    rank: int,
 ) -> tuple[Change, dict[str, float]]:
-    """The weight of the first position at a middling ridge, then the ridge at that weight, by the NLL of the model with the change."""
+    """The weight of the first position at a middling ridge, then the ridge at that weight, by the
+    NLL of the model with the change.
+    """
     tried: dict[tuple[float, float], tuple[float, Change]] = {}
 
     def attempt(weight: float, ridge: float) -> float:
         if (weight, ridge) not in tried:
-            change = _change(target, matrix, solve(weight * first + rest, target, ridge, rank), rank)
+            change = _change(
+                target, matrix, solve(weight * first + rest, target, ridge, rank), rank
+            )
             write_(anatomy, {target.site: change.matrix})
             tried[weight, ridge] = (float(nll().mean()), change)
         return tried[weight, ridge][0]
@@ -111,16 +148,25 @@ def _best(
     return change, {"first_weight": weight, "ridge": ridge, "nll": held_out}
 
 
-def solve(moments: Moments, target: Target, ridge: float, rank: int = 0) -> Float64[Tensor, "out in"]:
-    """The change of the target's entries with the least squared error and ridge; float64, by Cholesky factors.
+def solve(
+    moments: Moments, target: Target, ridge: float, rank: int = 0
+) -> Float64[Tensor, "out in"]:
+    """The change of the target's entries with the least squared error and ridge; float64, by
+    Cholesky factors.
 
-    ridge: as a share of the mean diagonal. Raises: BadInput if nothing enters the matrix, or nothing is to be written.
+    ridge: as a share of the mean diagonal. Raises: BadInput if nothing enters the matrix, or
+    nothing is to be written.
     """
     if not bool(moments.cross.any()):
-        raise BadInput(f"what was injured in {target.site} wrote nothing on this text, so there is nothing to graft.")
+        raise BadInput(
+            f"what was injured in {target.site} wrote nothing on this text, so there is nothing to"
+            " graft."
+        )
     change = torch.zeros(target.mask.shape, dtype=torch.float64)
     rows = target.rows
-    patterns: dict[bytes, list[int]] = {}  # rows in which the same columns may change share a factor
+    patterns: dict[
+        bytes, list[int]
+    ] = {}  # rows in which the same columns may change share a factor
     for i, row in enumerate(rows.tolist()):
         patterns.setdefault(target.mask[row].numpy().tobytes(), []).append(i)
     for members in patterns.values():
@@ -141,7 +187,13 @@ def _change(target: Target, matrix: Tensor, d: Float64[Tensor, "out in"], rank: 
         dtype = wide(matrix.dtype)
         d = d.to(matrix.device)
         # only the target's entries: adding a zero would turn -0.0 into 0.0
-        return Change(torch.where(target.mask.to(matrix.device), (matrix.to(dtype) + d.to(dtype)).to(matrix.dtype), matrix))
+        return Change(
+            torch.where(
+                target.mask.to(matrix.device),
+                (matrix.to(dtype) + d.to(dtype)).to(matrix.dtype),
+                matrix,
+            )
+        )
     u, s, v = torch.linalg.svd(d[target.rows][:, target.cols], full_matrices=False)
     r = min(rank, len(s))
     left = torch.zeros(d.shape[0], r, dtype=wide(matrix.dtype))
@@ -151,7 +203,9 @@ def _change(target: Target, matrix: Tensor, d: Float64[Tensor, "out in"], rank: 
     return Change.low_rank(target.site, matrix, left, right)
 
 
-def _inputs(anatomy: Anatomy, site: Site, windows: Int64[Tensor, "n window"]) -> Iterator[Float64[Tensor, "batch pos in"]]:
+def _inputs(
+    anatomy: Anatomy, site: Site, windows: Int64[Tensor, "n window"]
+) -> Iterator[Float64[Tensor, "batch pos in"]]:
     """What enters the module of `site`, batch by batch; the pass ends there."""
     module, device = anatomy.module(site), next(anatomy.model.parameters()).device
     for ids in batches(windows):
@@ -165,18 +219,31 @@ def _inputs(anatomy: Anatomy, site: Site, windows: Int64[Tensor, "n window"]) ->
 
 
 def _writes(anatomy: Anatomy, injury: Patch, target: Target, fit: Tensor) -> list[Tensor] | Tensor:
-    """What the intact matrix writes to the target rows, batch by batch; or its rows, if the injury does not reach what enters it."""
+    """What the intact matrix writes to the target rows, batch by batch; or its rows, if the injury
+    does not reach what enters it.
+    """
     rows = anatomy.view(target.site).read()[target.rows].double().cpu()
     layer = target.site.layer
-    if all(s == target.site or (s.layer is not None and layer is not None and s.layer > layer) for s in injury.sites):
+    if all(
+        s == target.site or (s.layer is not None and layer is not None and s.layer > layer)
+        for s in injury.sites
+    ):
         return rows
     return [x @ rows.T for x in _inputs(anatomy, target.site, fit)]
 
 
-def _moments(anatomy: Anatomy, target: Target, fit: Tensor, wanted: list[Tensor] | Tensor, matrix: Tensor) -> tuple[Moments, Moments]:
+def _moments(
+    anatomy: Anatomy, target: Target, fit: Tensor, wanted: list[Tensor] | Tensor, matrix: Tensor
+) -> tuple[Moments, Moments]:
     """Moments of the first position of each window, and of all others."""
     n_in, now = matrix.shape[1], matrix[target.rows].double().cpu()
-    sums = [Moments(torch.zeros(n_in, n_in, dtype=torch.float64), torch.zeros(n_in, len(now), dtype=torch.float64)) for _ in range(2)]
+    sums = [
+        Moments(
+            torch.zeros(n_in, n_in, dtype=torch.float64),
+            torch.zeros(n_in, len(now), dtype=torch.float64),
+        )
+        for _ in range(2)
+    ]
     for i, x in enumerate(_inputs(anatomy, target.site, fit)):
         lacking = x @ (wanted - now).T if isinstance(wanted, Tensor) else wanted[i] - x @ now.T
         for total, at in zip(sums, (slice(0, 1), slice(1, None)), strict=True):

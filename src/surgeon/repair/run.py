@@ -1,4 +1,6 @@
-"""What distillation trains, and where training stands: the optimizer, the best step so far, the checkpoint."""
+"""What distillation trains, and where training stands: the optimizer, the best step so far, the
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ from .target import Change, Changes, Target
 if TYPE_CHECKING:
     from .distil import DistilConfig
 
-# A look is as good as the best if its loss is so much above it at most. The later one is kept: it has seen more, and at a lower rate.
+# A look is as good as the best if its loss is so much above it at most. The later one is kept: it
+# has seen more, and at a lower rate.
 TIE = 0.02
 NARROWED = 0.6  # share of the steps after which a sparse change is down to its k entries
 
@@ -33,7 +36,16 @@ NARROWED = 0.6  # share of the steps after which a sparse change is down to its 
 class Part:
     """The trainable values of one target."""
 
-    def __init__(self, anatomy: Anatomy, target: Target, matrix: Tensor, start: Change | None, rank: int, scale: float, seed: int) -> None:
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        target: Target,
+        matrix: Tensor,
+        start: Change | None,
+        rank: int,
+        scale: float,
+        seed: int,
+    ) -> None:
         self.target, self.matrix, self.scale, self.rank = target, matrix, scale, rank
         self.view = anatomy.view(target.site)
         self.rows, self.cols = (i.to(matrix.device) for i in target.mask.nonzero(as_tuple=True))
@@ -41,15 +53,20 @@ class Part:
         self.parameter = anatomy.model.get_parameter(anatomy.addresses[target.site].parameter)
         self.before = matrix[self.rows, self.cols].to(wide(matrix.dtype))
         if not rank:
-            self.trained = [(matrix if start is None else start.matrix)[self.rows, self.cols].to(self.before)]
+            self.trained = [
+                (matrix if start is None else start.matrix)[self.rows, self.cols].to(self.before)
+            ]
         elif start is not None and start.factors is not None:
             left, right = (f.to(self.before) for f in start.factors)
             left, right = left[target.rows], right[:, target.cols]
-            # one step of the optimizer then changes the product by about as much as one of a single entry
+            # one step of the optimizer then changes the product by about as much as one of a single
+            # entry
             size = right.pow(2).mean(1, keepdim=True).sqrt().clamp_min(1e-12)
             self.trained = [left * size.T, right / size]
         else:
-            noise = torch.randn(rank, len(target.cols), generator=torch.Generator().manual_seed(seed))
+            noise = torch.randn(
+                rank, len(target.cols), generator=torch.Generator().manual_seed(seed)
+            )
             self.trained = [self.before.new_zeros(len(target.rows), rank), noise.to(self.before)]
         for tensor in self.trained:
             tensor.requires_grad_(True)
@@ -64,7 +81,10 @@ class Part:
         self.view.set_(self.rows, self.cols, self.values())
 
     def take_gradient(self) -> None:
-        """Hand the gradient of the stored tensor on to what is trained. Rounding to its dtype is passed straight through."""
+        """Hand the gradient of the stored tensor on to what is trained.
+
+        Rounding to its dtype is passed straight through.
+        """
         grad = self.parameter.grad
         assert grad is not None
         with torch.enable_grad():
@@ -90,11 +110,14 @@ class Part:
 class Run:
     """Where training stands."""
 
-    def __init__(self, parts: Sequence[Part], config: DistilConfig, key: str, checkpoint: Path | None) -> None:
+    def __init__(
+        self, parts: Sequence[Part], config: DistilConfig, key: str, checkpoint: Path | None
+    ) -> None:
         self.parts, self.config, self.key, self.checkpoint = parts, config, key, checkpoint
         self.trained = [t for part in parts for t in part.trained]
         self.optimizer = torch.optim.AdamW(
-            [{"params": p.trained, "lr": config.lr or config.relative_lr * p.scale} for p in parts], weight_decay=config.weight_decay
+            [{"params": p.trained, "lr": config.lr or config.relative_lr * p.scale} for p in parts],
+            weight_decay=config.weight_decay,
         )
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.step, self.looked, self.since, self.best_step = 0, -1, 0, 0
@@ -107,7 +130,9 @@ class Run:
     @property
     def due(self) -> bool:
         """Whether the held-out slice is to be looked at now."""
-        return self.looked < self.step and (self.step % self.config.every == 0 or self.step == self.config.steps)
+        return self.looked < self.step and (
+            self.step % self.config.every == 0 or self.step == self.config.steps
+        )
 
     @property
     def over(self) -> bool:
@@ -117,7 +142,9 @@ class Run:
         """Note the held-out loss of the model as it stands, and save."""
         self.looked = self.step
         self.curve.append([float(self.step), loss, nll, recovered])
-        if self._allowed() <= self._wanted():  # while a sparse change is still narrowed down, no step is one to keep
+        if (
+            self._allowed() <= self._wanted()
+        ):  # while a sparse change is still narrowed down, no step is one to keep
             least = self.best_loss if self.best_loss is not None else float("inf")
             if loss <= (1 + TIE) * least or not self.config.patience:
                 self.best_step, self.best = self.step, [t.detach().clone() for t in self.trained]
@@ -128,11 +155,15 @@ class Run:
 
     def says(self) -> str:
         _, loss, nll, recovered = self.curve[-1]
-        return f"distil: loss {loss:.4f}, NLL {nll:.4f}" + ("" if recovered is None else f", recovered {recovered:.3f}")
+        return f"distil: loss {loss:.4f}, NLL {nll:.4f}" + (
+            "" if recovered is None else f", recovered {recovered:.3f}"
+        )
 
     def advance(self) -> None:
         """One step of the optimizer, along the gradients that lie on the model's weights."""
-        for group, peak, part in zip(self.optimizer.param_groups, self.peaks, self.parts, strict=True):
+        for group, peak, part in zip(
+            self.optimizer.param_groups, self.peaks, self.parts, strict=True
+        ):
             group["lr"] = peak * self._rate()
             part.take_gradient()
         for part in self.parts:  # only now: experts share a parameter
@@ -165,23 +196,34 @@ class Run:
         return min(self.config.sparse_k, n) or n
 
     def _allowed(self) -> int:
-        """How many entries may change after this step: all at first, fewer by a constant factor a step, k in the end."""
+        """How many entries may change after this step: all at first, fewer by a constant factor a
+        step, k in the end.
+        """
         n = sum(len(part.before) for part in self.parts)
         done = min(1.0, self.step / max(1.0, NARROWED * self.config.steps))
         return int(n * (self._wanted() / n) ** done + 0.5)
 
     def _drop(self) -> None:
-        """Take back all but the allowed changes: those that matter least, |change| times the RMS gradient (Le Cun et al. 1990).
+        """Take back all but the allowed changes: those that matter least, |change| times the RMS
+        gradient (Le Cun et al. 1990).
 
         So weighed, a neuron that is rescaled, and its weights with it, keeps its place.
         """
-        weight = torch.cat([(p.values() - p.before).abs() * self.optimizer.state[p.trained[0]]["exp_avg_sq"].sqrt() for p in self.parts])
+        weight = torch.cat(
+            [
+                (p.values() - p.before).abs()
+                * self.optimizer.state[p.trained[0]]["exp_avg_sq"].sqrt()
+                for p in self.parts
+            ]
+        )
         drop = torch.ones_like(weight, dtype=torch.bool)
         drop[weight.topk(self._allowed()).indices] = False
-        for part, off in zip(self.parts, torch.split(drop, [len(p.before) for p in self.parts]), strict=True):
+        for part, off in zip(
+            self.parts, torch.split(drop, [len(p.before) for p in self.parts]), strict=True
+        ):
             part.trained[0][off] = part.before[off]
 
-    # -- the checkpoint ---------------------------------------------------------------------------------------------
+    # -- the checkpoint ------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Any]:
         names = ("step", "looked", "since", "best_step", "best_loss", "curve", "key")
@@ -192,13 +234,21 @@ class Run:
         for i, tensor in enumerate(self.trained):
             state = self.optimizer.state.get(tensor, {})
             tensors |= {f"{i}.value": tensor.detach().cpu(), f"{i}.best": self.best[i].cpu()}
-            tensors |= {f"{i}.{name}": state[name].cpu() for name in ("step", "exp_avg", "exp_avg_sq") if name in state}
+            tensors |= {
+                f"{i}.{name}": state[name].cpu()
+                for name in ("step", "exp_avg", "exp_avg_sq")
+                if name in state
+            }
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            part.write_bytes(safetensors.torch.save(tensors, {"surgeon": json.dumps(self._state())}))
+            part.write_bytes(
+                safetensors.torch.save(tensors, {"surgeon": json.dumps(self._state())})
+            )
             os.replace(part, path)
         except OSError as error:
-            raise SurgeonError(f"cannot write the checkpoint {path}: {error.strerror}; choose another place.") from error
+            raise SurgeonError(
+                f"cannot write the checkpoint {path}: {error.strerror}; choose another place."
+            ) from error
         finally:
             part.unlink(missing_ok=True)
 
@@ -208,7 +258,10 @@ class Run:
                 state = json.loads(file.metadata()["surgeon"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if state["key"] != self.key:
-                raise BadInput(f"{path} is the checkpoint of another repair; give the settings it was begun with, or another file.")
+                raise BadInput(
+                    f"{path} is the checkpoint of another repair; give the settings it was begun"
+                    " with, or another file."
+                )
             for i, tensor in enumerate(self.trained):
                 tensor.data.copy_(tensors[f"{i}.value"])
                 self.best[i].copy_(tensors[f"{i}.best"])
@@ -217,12 +270,20 @@ class Run:
                     moments = {name: tensors[f"{i}.{name}"].to(tensor.device) for name in names}
                     self.optimizer.state[tensor] = {"step": tensors[f"{i}.step"], **moments}
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise BadInput(f"{path} is damaged or is no checkpoint of a repair; delete it to begin anew.") from error
+            raise BadInput(
+                f"{path} is damaged or is no checkpoint of a repair; delete it to begin anew."
+            ) from error
         for name, value in state.items():
             setattr(self, name, value)
 
 
-def key_of(injury: Patch, targets: Sequence[Target], windows: Sequence[Tensor], start: Changes | None, settings: Any) -> str:
+def key_of(
+    injury: Patch,
+    targets: Sequence[Target],
+    windows: Sequence[Tensor],
+    start: Changes | None,
+    settings: Any,
+) -> str:
     """A name for a run: two with the same key end with the same bytes."""
     total = hashlib.sha256(json.dumps([injury.digest, settings], sort_keys=True).encode())
     for tensor in (*windows, *(t.mask for t in targets)):

@@ -20,7 +20,10 @@ from ..patch import LowRankDelta, Patch, compose
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """Entries of one matrix that may change, as a mask (out, in). With a rank they are a block, all of some rows in some columns."""
+    """Entries of one matrix that may change, as a mask (out, in).
+
+    With a rank they are a block, all of some rows in some columns.
+    """
 
     site: Site
     mask: Bool[Tensor, "out in"]
@@ -34,25 +37,38 @@ class Target:
         return self.mask.any(0).nonzero().flatten()
 
     def elsewhere(self, generator: torch.Generator) -> Target | None:
-        """The same columns of as many other rows, drawn at random: the control. None if there are not that many."""
+        """The same columns of as many other rows, drawn at random: the control.
+
+        None if there are not that many.
+        """
         rows = self.rows
         others = (~self.mask.any(1)).nonzero().flatten()
         if len(others) < len(rows):
             return None
         mask = torch.zeros_like(self.mask)
-        mask[others[torch.randperm(len(others), generator=generator)[: len(rows)]]] = self.mask[rows]
+        mask[others[torch.randperm(len(others), generator=generator)[: len(rows)]]] = self.mask[
+            rows
+        ]
         return replace(self, mask=mask)
 
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """A repaired matrix (out, in) in the model's dtype; for a repair of low rank also its factors (out, r) and (r, in)."""
+    """A repaired matrix (out, in) in the model's dtype; for a repair of low rank also its factors
+    (out, r) and (r, in).
+    """
 
     matrix: Tensor
     factors: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def low_rank(cls, site: Site, broken: Float[Tensor, "out in"], left: Float[Tensor, "out r"], right: Float[Tensor, "r in"]) -> Change:
+    def low_rank(
+        cls,
+        site: Site,
+        broken: Float[Tensor, "out in"],
+        left: Float[Tensor, "out r"],
+        right: Float[Tensor, "r in"],
+    ) -> Change:
         matrix = broken.clone()
         LowRankDelta(site, left, right).apply_(matrix)
         return cls(matrix, (left, right))
@@ -62,7 +78,9 @@ Changes = Mapping[Site, Change]
 
 
 def is_projection(module: nn.Module) -> bool:
-    """Whether the module computes x W^T and nothing more than a bias: what enters it, the matrix multiplies."""
+    """Whether the module computes x W^T and nothing more than a bias: what enters it, the matrix
+    multiplies.
+    """
     return isinstance(module, (nn.Linear, Conv1D))
 
 
@@ -74,18 +92,26 @@ def targets(
     exclude_injured: bool = False,
     rank: int = 0,
 ) -> list[Target]:
-    """For each injured projection, by layer: the injured rows (or `rows`), whole or in `columns`, without what was injured if so asked.
+    """For each injured projection, by layer: the injured rows (or `rows`), whole or in `columns`,
+    without what was injured if so asked.
 
-    Raises: BadInput if nothing is left that could change, for a row or column the matrix lacks, or if no projection was injured.
+    Raises: BadInput if nothing is left that could change, for a row or column the matrix lacks, or
+    if no projection was injured.
     """
     changed = [s for s in injury.sites if injury.touched(s).any()]
     injured = [s for s in changed if is_projection(anatomy.module(s)) or s.expert is not None]
     if not injured:
-        raise BadInput(f"the injury changes {', '.join(map(str, changed)) or 'nothing'} and no projection, whose output a repair restores.")
+        raise BadInput(
+            f"the injury changes {', '.join(map(str, changed)) or 'nothing'} and no projection,"
+            " whose output a repair restores."
+        )
     found = []
     for site in sorted(injured, key=lambda s: (-1 if s.layer is None else s.layer, str(s))):
         hurt = injury.touched(site)
-        for name, wanted, size in (("row", rows, hurt.shape[0]), ("column", columns, hurt.shape[1])):
+        for name, wanted, size in (
+            ("row", rows, hurt.shape[0]),
+            ("column", columns, hurt.shape[1]),
+        ):
             if outside := [i for i in wanted if not 0 <= i < size]:
                 raise BadInput(f"{site} has no {name} {outside[0]}; it has {size}, counted from 0.")
         mask = torch.zeros_like(hurt)
@@ -98,15 +124,18 @@ def targets(
             found.append(Target(site, mask))
     if not found:
         raise BadInput(
-            "without the injured entries nothing is left to change in the rows and columns of the repair; "
-            "leave out --exclude-injured, or name other --rows or --columns."
+            "without the injured entries nothing is left to change in the rows and columns of the"
+            " repair; leave out --exclude-injured, or name other --rows or --columns."
         )
     return found
 
 
 @contextmanager
 def broken(anatomy: Anatomy, injury: Patch, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
-    """The injured model, and copies of the matrices of `sites` in it. What is written to them within the block is taken back."""
+    """The injured model, and copies of the matrices of `sites` in it.
+
+    What is written to them within the block is taken back.
+    """
     with injury.applied(anatomy):
         matrices = {site: anatomy.view(site).read().clone() for site in sites}
         try:
@@ -121,14 +150,24 @@ def write_(anatomy: Anatomy, matrices: Mapping[Site, Tensor]) -> None:
 
 
 def to_patch(anatomy: Anatomy, changes: Changes, made_by: Mapping[str, Any]) -> Patch:
-    """The changes as one patch, made on the model as it stands. Raises: SurgeonError if nothing changes."""
+    """The changes as one patch, made on the model as it stands.
+
+    Raises: SurgeonError if nothing changes.
+    """
     patches = [
-        Patch.low_rank(anatomy, site, *change.factors) if change.factors else Patch.from_matrix(anatomy, {site: change.matrix})
+        (
+            Patch.low_rank(anatomy, site, *change.factors)
+            if change.factors
+            else Patch.from_matrix(anatomy, {site: change.matrix})
+        )
         for site, change in changes.items()
         if bool((change.matrix != anatomy.view(site).read()).any())
     ]
     if not patches:
-        raise SurgeonError("no change was found that does better than the broken model on held-out text; try another --lr, or more text.")
+        raise SurgeonError(
+            "no change was found that does better than the broken model on held-out text; try"
+            " another --lr, or more text."
+        )
     whole = reduce(compose, patches)
     return replace(whole, made_by={"surgeon": whole.made_by["surgeon"], **made_by})
 

@@ -13,10 +13,11 @@ __all__ = ["NAME", "write_report"]
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` beside the results in `folder`, from what they hold; the same folder gives the same bytes.
+    """Write `report.html` beside the results in `folder`, from what they hold; the same folder
+    gives the same bytes.
 
-    Raises: MissingExtra without `weight-surgeon[report]`; BadInput for a folder without results, a damaged one, or one that cannot be
-    written to.
+    Raises: MissingExtra without `weight-surgeon[report]`; BadInput for a folder without results, a
+    damaged one, or one that cannot be written to.
     """
     try:
         from .page import render

@@ -1,4 +1,6 @@
-"""What lies in a run folder: JSON documents told apart by what they hold, since their names are the user's; and tokens.parquet."""
+"""What lies in a run folder: JSON documents told apart by what they hold, since their names are the
+user's; and tokens.parquet.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,8 @@ TOKENS = "tokens.parquet"
 
 @dataclass(frozen=True)
 class Result:
-    """One result of one verb: its kind, its document, the file that holds it, the model it is about, and the command that made it,
-    if the document records it."""
+    """One result of one verb: its kind, its document, the file that holds it, the model it is
+    about, and the command that made it, if the document records it."""
 
     kind: str
     data: dict[str, Any]
@@ -46,14 +48,20 @@ class Result:
 
 
 def read_folder(folder: Path) -> list[Result]:
-    """The results in the folder, by kind, then by file, then the tokens. Raises: BadInput if there is none, or for a damaged file."""
+    """The results in the folder, by kind, then by file, then the tokens.
+
+    Raises: BadInput if there is none, or for a damaged file.
+    """
     if not folder.is_dir():
-        raise BadInput(f"there is no folder {folder}; give the run folder that `surgeon demo -o DIR` or `surgeon run RECIPE -o DIR` wrote.")
+        raise BadInput(
+            f"there is no folder {folder}; give the run folder that `surgeon demo -o DIR` or"
+            " `surgeon run RECIPE -o DIR` wrote."
+        )
     found = [result for path in sorted(folder.glob("*.json")) for result in _results(path)]
     if not found:
         raise BadInput(
-            f"{folder} holds no result that a report could show; write one there, as `surgeon demo -o {folder}` does, "
-            f"or `surgeon find MODEL --folder {folder}`."
+            f"{folder} holds no result that a report could show; write one there, as `surgeon demo"
+            f" -o {folder}` does, or `surgeon find MODEL --folder {folder}`."
         )
     order = list(KINDS)
     return [*sorted(found, key=lambda r: order.index(r.kind)), *_tokens(folder, found)]
@@ -64,22 +72,30 @@ def _results(path: Path) -> Iterator[Result]:
         document = _visible(json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse))
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(
-            f"{shown(str(path))} is damaged or is not JSON as Surgeon writes it ({_first_line(error)}); write it again."
+            f"{shown(str(path))} is damaged or is not JSON as Surgeon writes it"
+            f" ({_first_line(error)}); write it again."
         ) from error
     if not isinstance(document, dict):
         return
     model = str(document.get("model", "the model"))
     made_by = document.get("command")
-    nested = {key: document[key] for key in KINDS if isinstance(document.get(key), dict)}  # demo.json holds a find, run.json a repair
+    nested = {
+        key: document[key] for key in KINDS if isinstance(document.get(key), dict)
+    }  # demo.json holds a find, run.json a repair
     for part in (document, *nested.values()):
         for kind, fields in KINDS.items():
             if fields <= part.keys():
-                yield Result(kind, part, path.name, model, made_by if isinstance(made_by, str) else None)
+                yield Result(
+                    kind, part, path.name, model, made_by if isinstance(made_by, str) else None
+                )
                 break
 
 
 def _tokens(folder: Path, found: list[Result]) -> Iterator[Result]:
-    """KL and NLL of each token by column, beside the explanation they were written with. Nothing without pyarrow."""
+    """KL and NLL of each token by column, beside the explanation they were written with.
+
+    Nothing without pyarrow.
+    """
     path = folder / TOKENS
     if not path.is_file():
         return
@@ -91,14 +107,26 @@ def _tokens(folder: Path, found: list[Result]) -> Iterator[Result]:
     beside = next((r for r in found if r.kind == "explain"), None)
     try:
         names = [name for name in pyarrow.parquet.read_schema(path).names if name.startswith("kl_")]
-        columns = {name: pyarrow.parquet.read_table(path, columns=[name])[name].to_pylist() for name in names}
-        if not columns.get("kl_broken") or not all(isfinite(value) for values in columns.values() for value in values):
+        columns = {
+            name: pyarrow.parquet.read_table(path, columns=[name])[name].to_pylist()
+            for name in names
+        }
+        if not columns.get("kl_broken") or not all(
+            isfinite(value) for values in columns.values() for value in values
+        ):
             raise ValueError("no finite kl_broken")
     except (OSError, ValueError, TypeError, pyarrow.ArrowException) as error:
         raise BadInput(
-            f"{shown(str(path))} is damaged or is not as `surgeon explain --folder` writes it ({_first_line(error)}); write it again."
+            f"{shown(str(path))} is damaged or is not as `surgeon explain --folder` writes it"
+            f" ({_first_line(error)}); write it again."
         ) from error
-    yield Result("tokens", columns, TOKENS, beside.model if beside else "the model", beside.command if beside else None)
+    yield Result(
+        "tokens",
+        columns,
+        TOKENS,
+        beside.model if beside else "the model",
+        beside.command if beside else None,
+    )
 
 
 def _refuse(constant: str) -> NoReturn:
@@ -106,8 +134,8 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def _visible(value: Any) -> Any:
-    """The document with every text as it may be shown: what has no glyph (control characters, reversals of the reading direction,
-    halves of surrogates) is written out as an escape."""
+    """The document with every text as it may be shown: what has no glyph (control characters,
+    reversals of the reading direction, halves of surrogates) is written out as an escape."""
     if isinstance(value, str):
         return shown(value)
     if isinstance(value, list):
@@ -118,7 +146,9 @@ def _visible(value: Any) -> Any:
 
 
 def shown(text: str) -> str:
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -126,11 +156,14 @@ def _first_line(error: Exception) -> str:
 
 
 def reading(result: Result, build: Callable[[Result], T]) -> T:
-    """What `build` makes of a result. Raises: BadInput naming the file, where the document is not as the verb writes it."""
+    """What `build` makes of a result.
+
+    Raises: BadInput naming the file, where the document is not as the verb writes it.
+    """
     try:
         return build(result)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise BadInput(
-            f"{shown(result.file)} lacks what `surgeon {result.kind}` writes there ({type(error).__name__}: {_first_line(error)}); "
-            "write it again."
+            f"{shown(result.file)} lacks what `surgeon {result.kind}` writes there"
+            f" ({type(error).__name__}: {_first_line(error)}); write it again."
         ) from error

@@ -1,4 +1,7 @@
-"""The page: the headline, a section for each picture, what lies in the folder. No script, and a policy that would stop one."""
+"""The page: the headline, a section for each picture, what lies in the folder.
+
+No script, and a policy that would stop one.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,13 @@ from markupsafe import Markup
 from .cells import map_pictures, screen_pictures
 from .compression import quantize_pictures
 from .critical import find_pictures, state_pictures, verify_pictures
-from .editing import average_pictures, conditioning_pictures, edit_pictures, edits_pictures, trace_pictures
+from .editing import (
+    average_pictures,
+    conditioning_pictures,
+    edit_pictures,
+    edits_pictures,
+    trace_pictures,
+)
 from .folder import Result, read_folder, reading, shown
 from .healing import measure_pictures, recipe_pictures, repair_pictures
 from .influence import token_pictures
@@ -57,7 +66,10 @@ class Claim:
 
 
 def render(folder: Path) -> str:
-    """The page as text. Raises: BadInput as `read_folder`, or for a document that is not as its verb writes it."""
+    """The page as text.
+
+    Raises: BadInput as `read_folder`, or for a document that is not as its verb writes it.
+    """
     results = read_folder(folder)
     pictures = [picture for result in results for picture in reading(result, _pictures)]
     headline, claims = "", []
@@ -67,7 +79,11 @@ def render(folder: Path) -> str:
         claims += more
     style = (HERE / "page.css").read_text(encoding="utf-8")
     environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"cells": cells, "link": link, "shown": shown}
     return environment.get_template("page.html.j2").render(
@@ -84,12 +100,21 @@ def _pictures(result: Result) -> list[Picture]:
     """The sections of a result, with the command that made it, where its document records one."""
     built = SECTIONS[result.kind](result)
     made_by = result.command
-    return list(built) if made_by is None else [replace(picture, command=made_by, exact=True) for picture in built]
+    return (
+        list(built)
+        if made_by is None
+        else [replace(picture, command=made_by, exact=True) for picture in built]
+    )
 
 
 def cells(table: Table) -> list[list[tuple[str, str]]]:
-    """The cells of a table as text, each with the class it is shown in; the numbers of a column have as many decimals as one another."""
-    columns = [[_cell(value, _decimals(column)) for value in column] for column in zip(*table.rows, strict=True)]
+    """The cells of a table as text, each with the class it is shown in; the numbers of a column
+    have as many decimals as one another.
+    """
+    columns = [
+        [_cell(value, _decimals(column)) for value in column]
+        for column in zip(*table.rows, strict=True)
+    ]
     return [list(row) for row in zip(*columns, strict=True)]
 
 
@@ -111,7 +136,10 @@ def _cell(value: Cell, decimals: int) -> tuple[str, str]:
 
 
 def link(name: str) -> str:
-    """A file of the folder as a relative address. The dot keeps a name like `javascript:...` from being read as a scheme."""
+    """A file of the folder as a relative address.
+
+    The dot keeps a name like `javascript:...` from being read as a scheme.
+    """
     return "./" + quote(os.fsencode(name))
 
 
@@ -125,7 +153,9 @@ def _files(folder: Path) -> list[tuple[str, int]]:
 
 
 def _claims(result: Result) -> tuple[str, list[Claim]]:
-    """The sentence at the top as this result would have it, and its numbers beside their controls."""
+    """The sentence at the top as this result would have it, and its numbers beside their
+    controls.
+    """
     d, model = result.data, _name(result.model)
     if result.kind == "find":
         vital = [s for s in d["sets"] if s["vital"]]
@@ -134,22 +164,52 @@ def _claims(result: Result) -> tuple[str, list[Claim]]:
         n, damage, controls = len(vital[0]["entries"]), vital[0]["damage"], vital[0]["controls"]
         where = {"row": " in one row", "column": " in one column"}.get(vital[0]["geometry"], "")
         joint, worst, (low, high) = damage["joint_nats"], controls["max_nats"], damage["ci95"]
-        lost = f"per token lost when {'it is' if n == 1 else f'all {n:,} are'} set to zero (95%: {nats(low)} to {nats(high)})"
-        return f"One weight is vital to {model}" if n == 1 else f"{n:,} weights{where} are vital to {model}", [
-            Claim("broken", f"{nats(joint)} nats", lost, f"{controls['n']} matched random sets: {nats(worst)} at worst"),
-            Claim("broken", f"× {exp(joint):.2f}", "in perplexity", f"matched random sets: × {exp(worst):.2f} at worst"),
-        ]
+        lost = (
+            f"per token lost when {'it is' if n == 1 else f'all {n:,} are'} set to zero (95%:"
+            f" {nats(low)} to {nats(high)})"
+        )
+        return (
+            (
+                f"One weight is vital to {model}"
+                if n == 1
+                else f"{n:,} weights{where} are vital to {model}"
+            ),
+            [
+                Claim(
+                    "broken",
+                    f"{nats(joint)} nats",
+                    lost,
+                    f"{controls['n']} matched random sets: {nats(worst)} at worst",
+                ),
+                Claim(
+                    "broken",
+                    f"× {exp(joint):.2f}",
+                    "in perplexity",
+                    f"matched random sets: × {exp(worst):.2f} at worst",
+                ),
+            ],
+        )
     if result.kind == "repair":
         control = (d.get("control") or {}).get("recovered")
-        beside = "no control was run" if control is None else f"the same on a random row: {percent(control)}"
+        beside = (
+            "no control was run"
+            if control is None
+            else f"the same on a random row: {percent(control)}"
+        )
         undone = f"of the damage undone by a patch of {d['patch_bytes'] / 1000:.1f} kB"
-        return f"{model} was broken and repaired", [Claim("patched", percent(d["recovered"]), undone, beside)]
+        return f"{model} was broken and repaired", [
+            Claim("patched", percent(d["recovered"]), undone, beside)
+        ]
     if result.kind in ("recipe", "edits", "conditioning"):
         return str(d.get("title", f"A recipe for {model}")), []
     if result.kind == "edit":
         p, controls = d["target_probability"], d["controls"]
         changed = sum(c["changed"] for c in controls)
-        beside = f"{changed} of {many(len(controls), 'control prompt')} changed" if controls else "no control prompts were given"
+        beside = (
+            f"{changed} of {many(len(controls), 'control prompt')} changed"
+            if controls
+            else "no control prompts were given"
+        )
         said = f"probability of the new answer, {p['before']:.3f} before"
         return f"{model} says something else", [Claim("patched", f"{p['after']:.3f}", said, beside)]
     titles = {
@@ -165,5 +225,7 @@ def _claims(result: Result) -> tuple[str, list[Claim]]:
 
 
 def _name(model: str) -> str:
-    """A model as a headline has it: a folder by its own name, not by where it lies on some machine."""
+    """A model as a headline has it: a folder by its own name, not by where it lies on some
+    machine.
+    """
     return Path(model).name or model if model.startswith(("/", ".", "~")) else model

@@ -16,7 +16,10 @@ Cell = str | int | float | None
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers stay numbers, so that they stand right and are written alike. `of`: how many rows there are, where not all are here."""
+    """Numbers stay numbers, so that they stand right and are written alike.
+
+    `of`: how many rows there are, where not all are here.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
@@ -41,10 +44,11 @@ class Generations:
 
 @dataclass(frozen=True)
 class Picture:
-    """One section. kind: what it shows. headline: what is seen, computed from the data. about: how to read it, with units.
+    """One section. kind: what it shows. headline: what is seen, computed from the data. about: how
+    to read it, with units.
 
-    command: what measures it again; exact: it is the command that was recorded, all options with it.
-    shown: a table that is the picture; table: the data behind it, folded.
+    command: what measures it again; exact: it is the command that was recorded, all options with
+    it. shown: a table that is the picture; table: the data behind it, folded.
     """
 
     kind: str
@@ -71,7 +75,9 @@ def _words(text: str) -> list[str]:
 
 def _pieces(first: list[str], other: list[str]) -> list[Piece]:
     found = []
-    for tag, _, _, start, end in difflib.SequenceMatcher(None, first, other, autojunk=False).get_opcodes():
+    for tag, _, _, start, end in difflib.SequenceMatcher(
+        None, first, other, autojunk=False
+    ).get_opcodes():
         if start < end:
             found.append(Piece("".join(other[start:end]), tag != "equal"))
     return found
@@ -85,16 +91,24 @@ def nats(value: float) -> str:
 def percent(share: float) -> str:
     """With as many decimals as it takes to tell it from 0 and 100%."""
     size = abs(share)
-    decimals = 0 if 0.0995 <= size < 0.99 or size >= 1.005 or share in (0, 1) else 1 if size < 0.999 else 2
+    decimals = (
+        0 if 0.0995 <= size < 0.99 or size >= 1.005 or share in (0, 1) else 1 if size < 0.999 else 2
+    )
     return f"{share:.{decimals}%}"
 
 
 def many(n: int, what: str) -> str:
-    return f"{n:,} {what}" if n == 1 else f"{n:,} {what.removesuffix('y') + 'ies' if what.endswith('y') else what + 's'}"
+    return (
+        f"{n:,} {what}"
+        if n == 1
+        else f"{n:,} {what.removesuffix('y') + 'ies' if what.endswith('y') else what + 's'}"
+    )
 
 
 def command(verb: str, *arguments: str, corpus: dict[str, Any] | None = None) -> str:
-    """The command line as a shell takes it; the corpus only names its file, not the folder it was in."""
+    """The command line as a shell takes it; the corpus only names its file, not the folder it was
+    in.
+    """
     words = ["surgeon", verb, *arguments]
     if corpus is not None:
         if corpus["name"] != "patient-heldout":

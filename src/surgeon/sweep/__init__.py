@@ -1,4 +1,6 @@
-"""Sweeps: models x operations x seeds as independent tasks, in a pool of processes or on a Ray cluster, resumable."""
+"""Sweeps: models x operations x seeds as independent tasks, in a pool of processes or on a Ray
+cluster, resumable.
+"""
 
 from .plan import Plan, Work, expand, read_plan
 from .schedule import Crew, Summary, run_tasks

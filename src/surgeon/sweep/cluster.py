@@ -1,7 +1,7 @@
 """The Ray engine: workers as Ray actors, on an existing cluster or on one of this machine alone.
 
-Nothing of ours is pickled: an actor imports its class and the operations by name, and tasks and answers are JSON texts. So Surgeon, in
-the same version, and the models have to be on every node.
+Nothing of ours is pickled: an actor imports its class and the operations by name, and tasks and
+answers are JSON texts. So Surgeon, in the same version, and the models have to be on every node.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ from .schedule import Crew, Event
 from .worker import Worker
 
 THREADS = 4
-CONNECT = 10.0  # seconds to wait for an answer from the address of a cluster; Ray itself would try for minutes
+# seconds to wait for an answer from the address of a cluster; Ray itself would try for minutes
+CONNECT = 10.0
 
 
 class RayCrew(Crew):
-    """Actors, one a worker. address: auto, host:port or ray://host:port; None starts Ray on this machine, reachable from nowhere else.
+    """Actors, one a worker. address: auto, host:port or ray://host:port; None starts Ray on this
+    machine, reachable from nowhere else.
 
-    workers, threads (CPUs that an actor reserves): None for as many as the cluster has. gpus: that an actor reserves, may be a fraction.
-    Raises: MissingExtra without `weight-surgeon[cluster]`; BadInput for an address where no cluster answers, or one that has no room.
+    workers, threads (CPUs that an actor reserves): None for as many as the cluster has. gpus: that
+    an actor reserves, may be a fraction.
+    Raises: MissingExtra without `weight-surgeon[cluster]`; BadInput for an address where no cluster
+    answers, or one that has no room.
     """
 
     def __init__(
@@ -36,7 +40,8 @@ class RayCrew(Crew):
     ) -> None:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # Ray would tell its makers
         if address is None:
-            # Ray binds to all interfaces unless its node is at 127.0.0.1, and only this, set before it is imported, lets it be there
+            # Ray binds to all interfaces unless its node is at 127.0.0.1, and only this, set before
+            # it is imported, lets it be there
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         try:
             import ray
@@ -56,7 +61,8 @@ class RayCrew(Crew):
         if room < 1:
             self.close()
             raise BadInput(
-                f"no node of the Ray cluster has {self.threads} CPUs and {gpus:g} GPUs for a worker; the largest has {largest} CPUs."
+                f"no node of the Ray cluster has {self.threads} CPUs and {gpus:g} GPUs for a"
+                f" worker; the largest has {largest} CPUs."
             )
         self.size = min(most, workers or room)
         self.options = {
@@ -76,12 +82,23 @@ class RayCrew(Crew):
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
         try:
-            self.ray.init(address="local", **local, **quiet) if address is None else self.ray.init(address=address, **quiet)
+            (
+                self.ray.init(address="local", **local, **quiet)
+                if address is None
+                else self.ray.init(address=address, **quiet)
+            )
         except Exception as error:  # Ray raises many types here, all of them about the connection
             said = (str(error).strip().splitlines() or [repr(error)])[0].rstrip(".")
-            # from Ray 2.59 on a cluster may ask for a token, and a driver with an address offers its own only when it is told to
-            hint = "" if address is None else "; if the cluster asks for a token, set RAY_AUTH_MODE=token here too"
-            raise BadInput(f"no Ray cluster could be joined at {address or 'this machine'}: {said}{hint}.") from error
+            # from Ray 2.59 on a cluster may ask for a token, and a driver with an address offers
+            # its own only when it is told to
+            hint = (
+                ""
+                if address is None
+                else "; if the cluster asks for a token, set RAY_AUTH_MODE=token here too"
+            )
+            raise BadInput(
+                f"no Ray cluster could be joined at {address or 'this machine'}: {said}{hint}."
+            ) from error
 
     def hire(self) -> int:
         self._hired += 1
@@ -114,7 +131,9 @@ class RayCrew(Crew):
 
 
 def _plainly(error: Exception) -> str:
-    """The line that says what happened: of an actor that failed as it was made, the last one of its traceback."""
+    """The line that says what happened: of an actor that failed as it was made, the last one of its
+    traceback.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
     return lines[-1] if "Traceback" in str(error) or "ray::" in lines[0] else lines[0]
 
@@ -123,10 +142,13 @@ def _require_answer(address: str) -> None:
     """Raises: BadInput if nothing listens there."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        raise BadInput(f"--address {address} is not known; use auto, host:port, or ray://host:port.")
+        raise BadInput(
+            f"--address {address} is not known; use auto, host:port, or ray://host:port."
+        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT).close()
     except (OSError, OverflowError) as error:
         raise BadInput(
-            f"no Ray cluster answers at {address} ({error}); start one with `ray start --head`, or leave --address out."
+            f"no Ray cluster answers at {address} ({error}); start one with `ray start --head`, or"
+            " leave --address out."
         ) from error

@@ -29,10 +29,14 @@ class LocalCrew(Crew):
     A worker that dies, of a kill or for want of memory, is one lost worker; the others go on.
     """
 
-    def __init__(self, registry: str, most: int, workers: int | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self, registry: str, most: int, workers: int | None = None, threads: int | None = None
+    ) -> None:
         there = cores()
         # what the environment allows torch, as OMP_NUM_THREADS does, is kept to
-        self.threads = threads or max(1, min(torch.get_num_threads(), THREADS if workers is None else there // workers))
+        self.threads = threads or max(
+            1, min(torch.get_num_threads(), THREADS if workers is None else there // workers)
+        )
         self.size = min(most, workers or max(1, there // self.threads))
         self.registry = registry
         self._hired = 0
@@ -41,7 +45,9 @@ class LocalCrew(Crew):
     def hire(self) -> int:
         context = get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, self.registry, self.threads), daemon=True)
+        process = context.Process(
+            target=serve, args=(theirs, self.registry, self.threads), daemon=True
+        )
         with _no_interrupts():
             process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
@@ -80,7 +86,9 @@ class LocalCrew(Crew):
 
 
 def serve(pipe: Connection, registry: str, threads: int) -> None:
-    """The life of a worker: tasks out of the pipe, answers into it, until the other end is closed."""
+    """The life of a worker: tasks out of the pipe, answers into it, until the other end is
+    closed.
+    """
     worker = Worker(registry, threads)
     try:
         pipe.send_bytes(worker.ready().encode())
@@ -93,13 +101,17 @@ def serve(pipe: Connection, registry: str, threads: int) -> None:
 def _how(exitcode: int | None) -> str:
     if exitcode is not None and exitcode < 0:
         name = signal.Signals(-exitcode).name
-        return f"its process was ended by {name}" + (", perhaps for want of memory." if name == "SIGKILL" else ".")
+        return f"its process was ended by {name}" + (
+            ", perhaps for want of memory." if name == "SIGKILL" else "."
+        )
     return f"its process ended with status {exitcode}; what it said is on stderr."
 
 
 @contextmanager
 def _no_interrupts() -> Iterator[None]:
-    """A process started within never hears Ctrl-C, which the terminal sends to all: the parent ends it. The parent hears it after."""
+    """A process started within never hears Ctrl-C, which the terminal sends to all: the parent ends
+    it. The parent hears it after.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield

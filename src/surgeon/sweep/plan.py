@@ -1,4 +1,6 @@
-"""A plan: a YAML file that says which models, operations and seeds; checked before anything is loaded, then made into tasks."""
+"""A plan: a YAML file that says which models, operations and seeds; checked before anything is
+loaded, then made into tasks.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ from .task import Operation, Task, Text, corpus_digest
 
 @dataclass(frozen=True)
 class Work:
-    """An operation of the plan with one choice of its parameters. inputs: digests of the files that it names."""
+    """An operation of the plan with one choice of its parameters.
+
+    inputs: digests of the files that it names.
+    """
 
     operation: str
     params: dict[str, Any]
@@ -31,7 +36,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a plan file says, its grids multiplied out. models: by the name in the plan, the folder or Hub id to load."""
+    """What a plan file says, its grids multiplied out.
+
+    models: by the name in the plan, the folder or Hub id to load.
+    """
 
     title: str
     models: dict[str, str]
@@ -46,14 +54,22 @@ class Plan:
 
 
 # what is read by its type alone; the other keys have rules of their own
-_PLAIN: dict[str, Any] = {"title": str, "window": int, "windows": int | None, "bos": str, "dtype": str, "device": str}
+_PLAIN: dict[str, Any] = {
+    "title": str,
+    "window": int,
+    "windows": int | None,
+    "bos": str,
+    "dtype": str,
+    "device": str,
+}
 _KEYS = ("models", "operations", "seeds", "text", *_PLAIN)
 
 
 def read_plan(path: str | Path, operations: Mapping[str, Operation]) -> Plan:
     """Read and check a plan. Relative paths in it are looked for beside the plan first.
 
-    Raises: BadText for a file that cannot be read; BadInput naming the key, the operation or the parameter that cannot be used.
+    Raises: BadText for a file that cannot be read; BadInput naming the key, the operation or the
+    parameter that cannot be used.
     """
     path = Path(path)
     try:
@@ -65,16 +81,31 @@ def read_plan(path: str | Path, operations: Mapping[str, Operation]) -> Plan:
     for key in source:
         if key not in _KEYS:
             raise BadInput(f"{path}: {key} is not a key of a plan{_nearest(key, _KEYS)}")
-    plain = {key: _typed(source[key], kind, f"{path}: {key}") for key, kind in _PLAIN.items() if key in source}
+    plain = {
+        key: _typed(source[key], kind, f"{path}: {key}")
+        for key, kind in _PLAIN.items()
+        if key in source
+    }
     for key, known in (("bos", BOS_POLICIES), ("dtype", ("auto", *DTYPES))):
         if plain.get(key, "auto") not in known:
             raise BadInput(f"{path}: {key} {plain[key]} is not known; use {', '.join(known)}.")
-    models = [_typed(m, str, f"{path}: a model") for m in _some(source["models"], f"{path}: models")]
-    seeds = [_typed(s, int, f"{path}: a seed") for s in _some(source.get("seeds", [0]), f"{path}: seeds")]
+    models = [
+        _typed(m, str, f"{path}: a model") for m in _some(source["models"], f"{path}: models")
+    ]
+    seeds = [
+        _typed(s, int, f"{path}: a seed") for s in _some(source.get("seeds", [0]), f"{path}: seeds")
+    ]
     if not all(0 <= seed < 2**32 for seed in seeds):
         raise BadInput(f"{path}: a seed is a whole number from 0 to {2**32 - 1}.")
     texts = source.get("text")
-    texts = [_typed(t, str, f"{path}: text") for t in _some([texts] if isinstance(texts, str) else texts, f"{path}: text")] if texts else []
+    texts = (
+        [
+            _typed(t, str, f"{path}: text")
+            for t in _some([texts] if isinstance(texts, str) else texts, f"{path}: text")
+        ]
+        if texts
+        else []
+    )
     work = [
         one
         for number, item in enumerate(_some(source["operations"], f"{path}: operations"), 1)
@@ -90,7 +121,8 @@ def read_plan(path: str | Path, operations: Mapping[str, Operation]) -> Plan:
 
 
 def expand(plan: Plan) -> list[Task]:
-    """The tasks of a plan, each once, in its order: model, text, operation, seed. Weights are hashed, texts tokenised, no model loaded.
+    """The tasks of a plan, each once, in its order: model, text, operation, seed. Weights are
+    hashed, texts tokenised, no model loaded.
 
     Raises: BadInput, BadCheckpoint, BadText for a model or a text that cannot be used.
     """
@@ -99,29 +131,54 @@ def expand(plan: Plan) -> list[Task]:
         folder = locate(where)
         config, tokenizer = read_config(folder).get_text_config(), load_tokenizer(folder)
         if tokenizer is None:
-            raise BadInput(f"{name} ships no tokenizer, so no text can be read with it; put its tokenizer.json beside the weights.")
+            raise BadInput(
+                f"{name} ships no tokenizer, so no text can be read with it; put its tokenizer.json"
+                " beside the weights."
+            )
         longest = getattr(config, "max_position_embeddings", None)
         if longest is not None and plan.window > longest:
-            raise BadInput(f"a window of {plan.window} is longer than the {longest} positions that {name} reads; use at most {longest}.")
+            raise BadInput(
+                f"a window of {plan.window} is longer than the {longest} positions that {name}"
+                f" reads; use at most {longest}."
+            )
         weights = fingerprint(folder)
         for path in plan.texts:
             text = Text(path, plan.window, plan.windows, plan.bos)
             digest = corpus_digest(text.read(tokenizer))
             for work in plan.work:
                 for seed in plan.seeds if work.seeded else [None]:
-                    task = Task(name, where, plan.dtype, plan.device, weights, text, digest, work.operation, work.params, work.inputs, seed)
+                    task = Task(
+                        name,
+                        where,
+                        plan.dtype,
+                        plan.device,
+                        weights,
+                        text,
+                        digest,
+                        work.operation,
+                        work.params,
+                        work.inputs,
+                        seed,
+                    )
                     found.setdefault(task.id, task)
     return list(found.values())
 
 
 def _work(path: Path, where: str, item: Any, operations: Mapping[str, Operation]) -> Iterable[Work]:
-    """One item of `operations`: a name, or a mapping with `name`, `params` (fixed) and `grid` (lists, multiplied out)."""
+    """One item of `operations`: a name, or a mapping with `name`, `params` (fixed) and `grid`
+    (lists, multiplied out).
+    """
     item = {"name": item} if isinstance(item, str) else item
     if not isinstance(item, dict) or "name" not in item:
-        raise BadInput(f"{where}, should be a name, or a mapping with name, params and grid; it is {item!r}.")
+        raise BadInput(
+            f"{where}, should be a name, or a mapping with name, params and grid; it is {item!r}."
+        )
     for key in item:
         if key not in ("name", "params", "grid"):
-            raise BadInput(f"{where}: {key} is not a key of an operation{_nearest(key, ('name', 'params', 'grid'))}")
+            raise BadInput(
+                f"{where}: {key} is not a key of an"
+                f" operation{_nearest(key, ('name', 'params', 'grid'))}"
+            )
     name = str(item["name"])
     if name not in operations:
         raise BadInput(f"{where}: {name} is not an operation{_nearest(name, operations)}")
@@ -130,25 +187,47 @@ def _work(path: Path, where: str, item: Any, operations: Mapping[str, Operation]
     types = get_type_hints(settings)
     for key, given in (("params", fixed), ("grid", grid)):
         if not isinstance(given, dict):
-            raise BadInput(f"{where} ({name}): {key} should be a mapping of parameters; it is {given!r}.")
+            raise BadInput(
+                f"{where} ({name}): {key} should be a mapping of parameters; it is {given!r}."
+            )
         for parameter in given:
             if parameter not in types:
-                raise BadInput(f"{where}: {parameter} is not a parameter of {name}{_nearest(parameter, types)}")
+                raise BadInput(
+                    f"{where}: {parameter} is not a parameter of {name}{_nearest(parameter, types)}"
+                )
     if both := sorted(set(fixed) & set(grid)):
-        raise BadInput(f"{where} ({name}): {both[0]} is in params and in grid; keep one of the two.")
-    axes = {key: _some(values, f"{where} ({name}): the grid's {key}") for key, values in grid.items()}
+        raise BadInput(
+            f"{where} ({name}): {both[0]} is in params and in grid; keep one of the two."
+        )
+    axes = {
+        key: _some(values, f"{where} ({name}): the grid's {key}") for key, values in grid.items()
+    }
     for values in product(*axes.values()):
         given = {**fixed, **dict(zip(axes, values, strict=True))}
-        typed = {key: _typed(value, types[key], f"{where} ({name}): {key}") for key, value in given.items()}
+        typed = {
+            key: _typed(value, types[key], f"{where} ({name}): {key}")
+            for key, value in given.items()
+        }
         try:
             chosen = settings(**typed)
         except TypeError as error:
-            missing = [f.name for f in fields(settings) if f.name not in typed and f.default is f.default_factory]
-            raise BadInput(f"{where} ({name}) needs the parameter {', '.join(missing) or str(error)}.") from error
+            missing = [
+                f.name
+                for f in fields(settings)
+                if f.name not in typed and f.default is f.default_factory
+            ]
+            raise BadInput(
+                f"{where} ({name}) needs the parameter {', '.join(missing) or str(error)}."
+            ) from error
         except BadInput as error:
             raise BadInput(f"{where} ({name}): {error}") from error
         chosen, inputs = _with_files(path, where, chosen)
-        yield Work(name, {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(chosen).items()}, inputs, operations[name].seeded)
+        yield Work(
+            name,
+            {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(chosen).items()},
+            inputs,
+            operations[name].seeded,
+        )
 
 
 def _with_files(path: Path, where: str, settings: Any) -> tuple[Any, dict[str, str]]:
@@ -160,21 +239,32 @@ def _with_files(path: Path, where: str, settings: Any) -> tuple[Any, dict[str, s
             continue
         files = [_beside(path, f) for f in ([value] if isinstance(value, str) else value)]
         try:
-            inputs[one.name] = ",".join(hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files)
+            inputs[one.name] = ",".join(
+                hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files
+            )
         except OSError as error:
-            raise BadInput(f"{where}: the file {error.filename} of {one.name} cannot be read: {error.strerror}.") from error
-        settings = replace(settings, **{one.name: files[0] if isinstance(value, str) else tuple(files)})
+            raise BadInput(
+                f"{where}: the file {error.filename} of {one.name} cannot be read:"
+                f" {error.strerror}."
+            ) from error
+        settings = replace(
+            settings, **{one.name: files[0] if isinstance(value, str) else tuple(files)}
+        )
     return settings, inputs
 
 
 def _beside(path: Path, name: str) -> str:
-    """A file that the plan names, as a whole path: beside the plan, or else in the working directory."""
+    """A file that the plan names, as a whole path: beside the plan, or else in the working
+    directory.
+    """
     beside = path.parent / name
     return str((beside if beside.exists() else Path(name)).resolve())
 
 
 def _model(path: Path, name: str) -> str:
-    """The folder that a model's name stands for, as a whole path; `patient` and a Hub id as they are."""
+    """The folder that a model's name stands for, as a whole path; `patient` and a Hub id as they
+    are.
+    """
     if name == "patient":
         return name
     whole = _beside(path, name)
@@ -183,12 +273,18 @@ def _model(path: Path, name: str) -> str:
 
 def _some(value: Any, what: str) -> list[Any]:
     if not isinstance(value, list) or not value:
-        raise BadInput(f"{what} should be a list with at least one item; it is {value!r}, so there would be nothing to run.")
+        raise BadInput(
+            f"{what} should be a list with at least one item; it is {value!r}, so there would be"
+            " nothing to run."
+        )
     return value
 
 
 def _typed(value: Any, kind: Any, what: str) -> Any:
-    """The value as `kind` (a plain type, `X | None`, or tuple[X, ...] for a list). Raises: BadInput."""
+    """The value as `kind` (a plain type, `X | None`, or tuple[X, ...] for a list).
+
+    Raises: BadInput.
+    """
     options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     for option in options:
         if get_origin(option) is tuple and isinstance(value, list):
@@ -201,11 +297,21 @@ def _typed(value: Any, kind: Any, what: str) -> Any:
     raise BadInput(f"{what} is {value!r}; it should be {names}.")
 
 
-_WORDS: dict[Any, str] = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
+_WORDS: dict[Any, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    NoneType: "null",
+}
 
 
 def _nearest(name: Any, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown name."""
     names = sorted(known)
     near = difflib.get_close_matches(str(name), names, n=1)
-    return f"; did you mean {near[0]}? It can be {', '.join(names)}." if near else f"; it can be {', '.join(names)}."
+    return (
+        f"; did you mean {near[0]}? It can be {', '.join(names)}."
+        if near
+        else f"; it can be {', '.join(names)}."
+    )

@@ -1,4 +1,6 @@
-"""Who does what: tasks handed to workers model by model, the lost ones again, results into the store as they come."""
+"""Who does what: tasks handed to workers model by model, the lost ones again, results into the
+store as they come.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Event:
-    """A worker is ready for its first task, has answered (`text`, JSON), or was lost (`text` says how)."""
+    """A worker is ready for its first task, has answered (`text`, JSON), or was lost (`text` says
+    how).
+    """
 
     kind: Literal["ready", "answer", "lost"]
     worker: int
@@ -30,7 +34,10 @@ class Event:
 
 
 class Crew(ABC):
-    """Workers, as an engine makes them, numbered as they are hired. A worker does one task at a time."""
+    """Workers, as an engine makes them, numbered as they are hired.
+
+    A worker does one task at a time.
+    """
 
     size: int
 
@@ -68,13 +75,24 @@ class Summary:
 
     def to_json(self) -> dict[str, Any]:
         failed = [{"id": f.task.id, "task": f.task.says, "error": f.error} for f in self.failures]
-        return {"tasks": self.tasks, "done_before": self.before, "done": self.done, "failed": failed}
+        return {
+            "tasks": self.tasks,
+            "done_before": self.before,
+            "done": self.done,
+            "failed": failed,
+        }
 
 
-def run_tasks(tasks: Sequence[Task], store: Store, make_crew: Callable[[int], Crew], progress: Progress | None = None) -> Summary:
+def run_tasks(
+    tasks: Sequence[Task],
+    store: Store,
+    make_crew: Callable[[int], Crew],
+    progress: Progress | None = None,
+) -> Summary:
     """Do what is missing in the store, which the caller holds open for writing (`Store.writing`).
 
-    make_crew: the engine, called with the most workers that can be of use. On any exit the workers are sent away; what is finished stays.
+    make_crew: the engine, called with the most workers that can be of use. On any exit the workers
+    are sent away; what is finished stays.
     Raises: SurgeonError if no worker can be started.
     """
     missing = store.missing(tasks)
@@ -93,12 +111,21 @@ def run_tasks(tasks: Sequence[Task], store: Store, make_crew: Callable[[int], Cr
 class _Shift:
     """One run over the missing tasks."""
 
-    def __init__(self, store: Store, tasks: Sequence[Task], before: int, progress: Progress | None) -> None:
-        self.store, self.before, self.total, self.progress = store, before, before + len(tasks), progress
+    def __init__(
+        self, store: Store, tasks: Sequence[Task], before: int, progress: Progress | None
+    ) -> None:
+        self.store, self.before, self.total, self.progress = (
+            store,
+            before,
+            before + len(tasks),
+            progress,
+        )
         self.waiting: dict[Group, deque[Task]] = {}
         for task in tasks:
             self.waiting.setdefault(_group(task), deque()).append(task)
-        self.holds: dict[int, Group | None] = {}  # every worker that has started, and the model that it has open
+        self.holds: dict[
+            int, Group | None
+        ] = {}  # every worker that has started, and the model that it has open
         self.busy: dict[int, Task] = {}
         self.losses: Counter[str] = Counter()
         self.done = 0
@@ -116,7 +143,10 @@ class _Shift:
             event = crew.next(PATIENCE)
             if event is None:
                 if not self.holds:
-                    raise SurgeonError(f"no worker could be started within {PATIENCE:.0f} seconds: the engine has no room for one.")
+                    raise SurgeonError(
+                        f"no worker could be started within {PATIENCE:.0f} seconds: the engine has"
+                        " no room for one."
+                    )
                 continue
             if event.kind == "ready":
                 starting.discard(event.worker)
@@ -130,11 +160,17 @@ class _Shift:
                 if failed_starts == STARTS and not self.holds:
                     raise SurgeonError(f"workers do not start: {event.text}")
                 self._lost(event)
-                if failed_starts < STARTS and len(self.waiting) and len(self.holds) + len(starting) < crew.size:
+                if (
+                    failed_starts < STARTS
+                    and len(self.waiting)
+                    and len(self.holds) + len(starting) < crew.size
+                ):
                     starting.add(crew.hire())
 
     def _choose(self, worker: int) -> Task:
-        """The next task of the model that the worker has open; else of the model with most left to do for those who have it."""
+        """The next task of the model that the worker has open; else of the model with most left to
+        do for those who have it.
+        """
         group = self.holds[worker]
         if group not in self.waiting:
             at_it = Counter(self.holds.values())
@@ -162,7 +198,12 @@ class _Shift:
         if self.losses[task.id] < ATTEMPTS:
             self.waiting.setdefault(_group(task), deque()).appendleft(task)
         else:
-            self._failed(task, f"the worker died {ATTEMPTS} times at this task, the last time because {event.text}", None)
+            self._failed(
+                task,
+                f"the worker died {ATTEMPTS} times at this task, the last time because"
+                f" {event.text}",
+                None,
+            )
             self._tell()
 
     def _failed(self, task: Task, error: str, details: str | None) -> None:

@@ -20,9 +20,11 @@ class Answer:
 
 
 def query(store: Store, sql: str = "SELECT * FROM results") -> Answer:
-    """Run SQL on the table `results`: every row of every finished task of the manifest, columns that a task lacks NULL.
+    """Run SQL on the table `results`: every row of every finished task of the manifest, columns
+    that a task lacks NULL.
 
-    It sees a copy in memory, and no file or network. Raises: BadInput for SQL that cannot be run, or if there is no result yet.
+    It sees a copy in memory, and no file or network. Raises: BadInput for SQL that cannot be run,
+    or if there is no result yet.
     """
     connection, missing = _loaded(store)
     with connection:
@@ -30,8 +32,8 @@ def query(store: Store, sql: str = "SELECT * FROM results") -> Answer:
 
 
 def averages(store: Store, by: Sequence[str], show: Sequence[str] = ()) -> Answer:
-    """For each combination of the columns `by`: how many rows (n), and of every measured number, or of those in `show`, the mean
-    and the standard deviation.
+    """For each combination of the columns `by`: how many rows (n), and of every measured number, or
+    of those in `show`, the mean and the standard deviation.
 
     Of truth values the mean is the share that is true.
 
@@ -40,22 +42,48 @@ def averages(store: Store, by: Sequence[str], show: Sequence[str] = ()) -> Answe
     settings = {"task", "seed", *(name for task in store.tasks() for name in task.columns())}
     connection, missing = _loaded(store)
     with connection:
-        columns = {str(name): str(kind) for name, kind, *_ in connection.execute("DESCRIBE results").fetchall()}
+        columns = {
+            str(name): str(kind)
+            for name, kind, *_ in connection.execute("DESCRIBE results").fetchall()
+        }
         if unknown := [name for name in (*by, *show) if name not in columns]:
-            raise BadInput(f"the results have no column {unknown[0]}; they have {', '.join(columns)}.")
-        numbers = [n for n, kind in columns.items() if kind in ("BIGINT", "DOUBLE", "BOOLEAN") and n not in by]
+            raise BadInput(
+                f"the results have no column {unknown[0]}; they have {', '.join(columns)}."
+            )
+        numbers = [
+            n
+            for n, kind in columns.items()
+            if kind in ("BIGINT", "DOUBLE", "BOOLEAN") and n not in by
+        ]
         if odd := [name for name in show if name not in numbers]:
-            raise BadInput(f"the column {odd[0]} holds no numbers to average; those that do are {', '.join(numbers)}.")
+            raise BadInput(
+                f"the column {odd[0]} holds no numbers to average; those that do are"
+                f" {', '.join(numbers)}."
+            )
         measured = show or [n for n in numbers if n not in settings]
         # DuckDB refuses the deviation of infinite numbers
-        mean, deviation = "avg({0}::DOUBLE) AS {0}", "stddev_samp({0}::DOUBLE) FILTER (WHERE isfinite({0}::DOUBLE)) AS {1}"
+        mean, deviation = (
+            "avg({0}::DOUBLE) AS {0}",
+            "stddev_samp({0}::DOUBLE) FILTER (WHERE isfinite({0}::DOUBLE)) AS {1}",
+        )
         parts = [part.format(_q(n), _q(n + "_sd")) for n in measured for part in (mean, deviation)]
         keys = ", ".join(map(_q, by))
         answer = _ask(
-            connection, f"SELECT {', '.join([keys, 'count(*) AS n', *parts])} FROM results GROUP BY {keys} ORDER BY {keys}", missing
+            connection,
+            f"SELECT {', '.join([keys, 'count(*) AS n', *parts])} FROM results GROUP BY {keys}"
+            f" ORDER BY {keys}",
+            missing,
         )
-    kept = [i for i, _ in enumerate(answer.columns) if i < len(by) or any(row[i] is not None for row in answer.rows)]
-    return Answer([answer.columns[i] for i in kept], [tuple(row[i] for i in kept) for row in answer.rows], answer.missing)
+    kept = [
+        i
+        for i, _ in enumerate(answer.columns)
+        if i < len(by) or any(row[i] is not None for row in answer.rows)
+    ]
+    return Answer(
+        [answer.columns[i] for i in kept],
+        [tuple(row[i] for i in kept) for row in answer.rows],
+        answer.missing,
+    )
 
 
 def _loaded(store: Store) -> tuple[Any, int]:
@@ -70,10 +98,13 @@ def _loaded(store: Store) -> tuple[Any, int]:
         raise BadInput(f"{store.folder} has no results yet; run the sweep.")
     connection = duckdb.connect(":memory:")
     try:
-        connection.execute("CREATE TABLE results AS SELECT * FROM read_parquet(?, union_by_name = true)", [files])
+        connection.execute(
+            "CREATE TABLE results AS SELECT * FROM read_parquet(?, union_by_name = true)", [files]
+        )
     except duckdb.Error as error:
         raise SurgeonError(
-            f"a result in {store.folder} cannot be read ({_line(error)}); delete that file and run the sweep again."
+            f"a result in {store.folder} cannot be read ({_line(error)}); delete that file and run"
+            " the sweep again."
         ) from error
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")

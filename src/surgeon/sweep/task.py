@@ -42,10 +42,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Task:
-    """One task. Whatever decides its result is in the id, and nothing else: not where the files lie, nor the device.
+    """One task. Whatever decides its result is in the id, and nothing else: not where the files
+    lie, nor the device.
 
-    model: as the plan names it; where: the folder or Hub id to load. params: every setting of the operation. inputs: digests of the files
-    that `params` names. seed: None for an operation without randomness.
+    model: as the plan names it; where: the folder or Hub id to load. params: every setting of the
+    operation. inputs: digests of the files that `params` names. seed: None for an operation without
+    randomness.
     """
 
     model: str
@@ -78,7 +80,9 @@ class Task:
     def says(self) -> str:
         """The task in a few words, for people."""
         settings = ", ".join(f"{k} {v}" for k, v in self.params.items() if v is not None)
-        return f"{self.operation}({settings}) on {self.model}" + ("" if self.seed is None else f", seed {self.seed}")
+        return f"{self.operation}({settings}) on {self.model}" + (
+            "" if self.seed is None else f", seed {self.seed}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "text"}
@@ -98,13 +102,18 @@ class Task:
             "text": self.text.name,
             "operation": self.operation,
             "seed": self.seed,
-            **{k: v if v is None or isinstance(v, str | int | float) else json.dumps(v) for k, v in self.params.items()},
+            **{
+                k: v if v is None or isinstance(v, str | int | float) else json.dumps(v)
+                for k, v in self.params.items()
+            },
         }
 
 
 @dataclass
 class Bench:
-    """What an operation works on: a model, its map, a text; and what was worked out on them before."""
+    """What an operation works on: a model, its map, a text; and what was worked out on them
+    before.
+    """
 
     loaded: Loaded
     anatomy: Anatomy
@@ -122,10 +131,12 @@ class Bench:
 
 @dataclass(frozen=True)
 class Operation:
-    """What a plan can name. settings: a frozen dataclass, whose fields are the operation's parameters.
+    """What a plan can name. settings: a frozen dataclass, whose fields are the operation's
+    parameters.
 
-    `run(bench, settings, seed)` gives at least one flat row, and leaves the model as it found it. A field with metadata {"file": True}
-    names a file (or several), whose content counts. seeded: whether the seed changes anything; if not, the operation runs once, without.
+    `run(bench, settings, seed)` gives at least one flat row, and leaves the model as it found it. A
+    field with metadata {"file": True} names a file (or several), whose content counts. seeded:
+    whether the seed changes anything; if not, the operation runs once, without.
     """
 
     settings: type[Any]
@@ -136,4 +147,6 @@ class Operation:
 def corpus_digest(corpus: Corpus) -> str:
     """SHA-256 of the tokens, as they are cut into windows."""
     shape = ",".join(map(str, corpus.windows.shape))
-    return hashlib.sha256(f"{shape}:{corpus.bos}:".encode() + corpus.windows.numpy().astype("<i8").tobytes()).hexdigest()
+    return hashlib.sha256(
+        f"{shape}:{corpus.bos}:".encode() + corpus.windows.numpy().astype("<i8").tobytes()
+    ).hexdigest()

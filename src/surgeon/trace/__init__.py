@@ -5,4 +5,15 @@ from .config import KINDS, METRICS, TraceConfig
 from .corruption import Spread
 from .trace import Trace, trace
 
-__all__ = ["KINDS", "METRICS", "PLACES", "AverageTrace", "Spread", "Trace", "TraceConfig", "suggest_prior", "trace", "trace_facts"]
+__all__ = [
+    "KINDS",
+    "METRICS",
+    "PLACES",
+    "AverageTrace",
+    "Spread",
+    "Trace",
+    "TraceConfig",
+    "suggest_prior",
+    "trace",
+    "trace_facts",
+]

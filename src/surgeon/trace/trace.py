@@ -1,4 +1,5 @@
-"""Causal tracing: corrupt the subject, put one clean state back, and see how much of the answer returns.
+"""Causal tracing: corrupt the subject, put one clean state back, and see how much of the answer
+returns.
 
 Source: Meng et al. 2022, arXiv:2202.05262, section 2; the severed paths are those of its figure 3.
 """
@@ -29,10 +30,12 @@ NO_DAMAGE = 0.9  # of the clean probability: a corruption that leaves more has h
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """Shapes: effects[kind] (layer, pos, sample), the metric with that site restored; corrupt (sample,), with nothing restored.
+    """Shapes: effects[kind] (layer, pos, sample), the metric with that site restored; corrupt
+    (sample,), with nothing restored.
 
-    kinds: "state", "mlp", "attn", and "severed" if that was asked for. clean: the metric of the clean run. window: layers of MLP or
-    attention restored together. sigma: of the noise, absolute, and `sigma_of` what it was measured on; 0 for a replacement.
+    kinds: "state", "mlp", "attn", and "severed" if that was asked for. clean: the metric of the
+    clean run. window: layers of MLP or attention restored together. sigma: of the noise, absolute,
+    and `sigma_of` what it was measured on; 0 for a replacement.
     """
 
     prompt: SubjectPrompt
@@ -62,7 +65,10 @@ class Trace:
 
     def to_json(self) -> dict[str, Any]:
         several = len(self.corrupt) > 1  # one replacement has no interval
-        layers, positions = range(next(iter(self.effects.values())).shape[0]), range(len(self.prompt.ids))
+        layers, positions = (
+            range(next(iter(self.effects.values())).shape[0]),
+            range(len(self.prompt.ids)),
+        )
         return {
             "prompt": self.prompt.text,
             "tokens": list(self.prompt.tokens),
@@ -76,11 +82,23 @@ class Trace:
             **{kind: self.mean(kind).tolist() for kind in self.effects},
             "ci": {
                 "method": CI if several else None,
-                "p_corrupt": list(interval(self.corrupt.double(), self.config.seed)) if several else None,
-                **{k: [[list(self.ci95(k, i, p)) for p in positions] for i in layers] if several else None for k in self.effects},
+                "p_corrupt": (
+                    list(interval(self.corrupt.double(), self.config.seed)) if several else None
+                ),
+                **{
+                    k: (
+                        [[list(self.ci95(k, i, p)) for p in positions] for i in layers]
+                        if several
+                        else None
+                    )
+                    for k in self.effects
+                },
             },
             "best": {
-                kind: [{"layer": i, "position": p, "token": self.prompt.tokens[p], "value": v} for i, p, v in self.best(kind, 3)]
+                kind: [
+                    {"layer": i, "position": p, "token": self.prompt.tokens[p], "value": v}
+                    for i, p, v in self.best(kind, 3)
+                ]
                 for kind in self.effects
             },
             "corruption": {
@@ -110,28 +128,48 @@ def trace(
     spread: Spread | None = None,
     progress: Progress | None = None,
 ) -> Trace:
-    """Trace one fact. answer: its first token is followed; default what the model says. versus: for the logit metric, default what the
-    corrupted model says.
+    """Trace one fact. answer: its first token is followed; default what the model says. versus: for
+    the logit metric, default what the corrupted model says.
 
-    spread: standard deviation of embeddings, which `config.noise` multiplies; default that of all tokens.
-    Raises: BadInput for a subject that is not there, a replacement of another length, or a layer without such a module.
+    spread: standard deviation of embeddings, which `config.noise` multiplies; default that of all
+    tokens.
+    Raises: BadInput for a subject that is not there, a replacement of another length, or a layer
+    without such a module.
     """
     require_causal(anatomy.model)
     if versus is not None and config.metric != "logit":
-        raise BadInput(f"--versus {versus!r} is for --metric logit, which compares two answers; the metric here is {config.metric}.")
+        raise BadInput(
+            f"--versus {versus!r} is for --metric logit, which compares two answers; the metric"
+            f" here is {config.metric}."
+        )
     located = locate(tokenizer, prompt, subject, bos)
     longest = getattr(anatomy.config, "max_position_embeddings", None)
     if longest is not None and len(located.ids) > longest:
-        raise BadInput(f"the prompt has {len(located.ids)} tokens, and the model reads {longest}; give a shorter one.")
-    wanted = [None if words is None else target_ids(tokenizer, located.text, words)[0] for words in (answer, versus)]
+        raise BadInput(
+            f"the prompt has {len(located.ids)} tokens, and the model reads {longest}; give a"
+            " shorter one."
+        )
+    wanted = [
+        None if words is None else target_ids(tokenizer, located.text, words)[0]
+        for words in (answer, versus)
+    ]
     if wanted[0] is not None and wanted[0] == wanted[1]:
-        raise BadInput(f"{answer!r} and {versus!r} begin with the same token, so neither leads; give --versus another first word.")
+        raise BadInput(
+            f"{answer!r} and {versus!r} begin with the same token, so neither leads; give --versus"
+            " another first word."
+        )
     if config.replace is not None:
         spread = Spread(0.0, "nothing")
     elif spread is None:
         spread = Spread.of_vocabulary(anatomy)
     sigma = config.noise * spread.value
-    run = Restorer(anatomy, located, corrupted(anatomy, tokenizer, located, prompt, config, sigma), config, *wanted)
+    run = Restorer(
+        anatomy,
+        located,
+        corrupted(anatomy, tokenizer, located, prompt, config, sigma),
+        config,
+        *wanted,
+    )
     effects = {}
     kinds = [*config.kinds, *([SEVERED] if config.sever else [])]
     for done, kind in enumerate(kinds):
@@ -139,16 +177,28 @@ def trace(
         for layer in range(len(run.layers)):
             rows.append(run.restored(kind, layer))
             if progress:
-                progress("restoring", done * len(run.layers) + layer + 1, len(kinds) * len(run.layers))
+                progress(
+                    "restoring", done * len(run.layers) + layer + 1, len(kinds) * len(run.layers)
+                )
         effects[kind] = torch.stack(rows)
     said, other = (str(tokenizer.decode([i])) for i in (run.answer, run.versus))
     warnings = list(located.warnings)
     if config.metric == "probability" and float(run.corrupt.mean()) > NO_DAMAGE * run.clean:
         warnings.append(
-            f"corrupting the subject leaves {said!r} at {float(run.corrupt.mean()):.3g} of {run.clean:.3g}, "
-            "so there is little that a restored state could bring back; use more noise, or another prompt."
+            f"corrupting the subject leaves {said!r} at {float(run.corrupt.mean()):.3g} of"
+            f" {run.clean:.3g}, so there is little that a restored state could bring back; use more"
+            " noise, or another prompt."
         )
     return Trace(
-        located, said, other if config.metric == "logit" else None, run.clean, run.corrupt, effects, run.window, sigma, spread.of, config,
+        located,
+        said,
+        other if config.metric == "logit" else None,
+        run.clean,
+        run.corrupt,
+        effects,
+        run.window,
+        sigma,
+        spread.of,
+        config,
         tuple(warnings),
-    )  # fmt: skip
+    )

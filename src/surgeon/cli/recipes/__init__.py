@@ -1,4 +1,6 @@
-"""`surgeon run`: a recipe, that is an experiment written down, with published figures beside the measured ones."""
+"""`surgeon run`: a recipe, that is an experiment written down, with published figures beside the
+measured ones.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +20,32 @@ KINDS = {"injury": repair.run, "edits": edits.run, "conditioning": conditioning.
 @click.command("run")
 @click.argument("recipe")
 @click.option("--model", help="Another model than the recipe's.")
-@click.option("--text", metavar="FILE", help="UTF-8 text to work and judge on; default: the patient's held-out text.")
-@click.option("-o", "output", metavar="DIR", help="Also write the run folder: run.json, the patches, report.html.")
+@click.option(
+    "--text",
+    metavar="FILE",
+    help="UTF-8 text to work and judge on; default: the patient's held-out text.",
+)
+@click.option(
+    "-o",
+    "output",
+    metavar="DIR",
+    help="Also write the run folder: run.json, the patches, report.html.",
+)
 @json_option
-def command(recipe: str, model: str | None, text: str | None, output: str | None, as_json: bool) -> None:
-    """Run a RECIPE (YAML): an injury and its repair, edits and their controls, or what conditions an edit; published figures beside."""
+def command(
+    recipe: str, model: str | None, text: str | None, output: str | None, as_json: bool
+) -> None:
+    """Run a RECIPE (YAML): an injury and its repair, edits and their controls, or what conditions
+    an edit; published figures beside.
+    """
     path = Path(recipe)
     source = read_yaml(path, list(KINDS))
     kinds = [key for key in KINDS if key in source]
     if len(kinds) != 1:
-        raise BadInput(f"{path} should hold one of {', '.join(KINDS)}, and it holds {' and '.join(kinds) or 'none of them'}.")
+        raise BadInput(
+            f"{path} should hold one of {', '.join(KINDS)}, and it holds"
+            f" {' and '.join(kinds) or 'none of them'}."
+        )
     if model is not None:
         source["model"] = model
     folder = run_folder(output)

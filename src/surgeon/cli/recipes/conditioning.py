@@ -1,4 +1,6 @@
-"""A recipe that asks what conditions an edit: tokens in the covariance x ridge x words before the subject."""
+"""A recipe that asks what conditions an edit: tokens in the covariance x ridge x words before the
+subject.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +15,30 @@ from ...edit import EditConfig, Preparation, PrepareConfig, dense_down, edit, la
 from ...errors import BadInput
 from ...facts import Fact
 from ...measure import Scorecard, ScoreConfig, examine
-from ..common import open_corpus, open_model, out, print_table, progress, tokenizer_of
+from ...show.console import out, print_table
+from ..common import open_corpus, open_model, progress, tokenizer_of
 from ..edit import window_within
 from .reading import known_keys, numbers, plain_settings, texts
 
 _KEYS = {"title", "model", "dtype", "window", "windows", "conditioning", "published"}
-_OWN = {"prompts", "subject", "target", "answer", "tokens_per_dimension", "ridges", "method", "controls"}
+_OWN = {
+    "prompts",
+    "subject",
+    "target",
+    "answer",
+    "tokens_per_dimension",
+    "ridges",
+    "method",
+    "controls",
+}
 LIGHT = ScoreConfig(new_tokens=1, confabulation=())
 
 
-def run(path: Path, source: dict[str, Any], text: str | None, folder: Path | None) -> tuple[dict[str, Any], Callable[[], None]]:
-    """The same fact with every prompt, ridge and number of tokens: the document, and what prints it. No patch is kept.
+def run(
+    path: Path, source: dict[str, Any], text: str | None, folder: Path | None
+) -> tuple[dict[str, Any], Callable[[], None]]:
+    """The same fact with every prompt, ridge and number of tokens: the document, and what prints
+    it. No patch is kept.
 
     text: for the covariance too; without it, the covariance is of text that the model writes.
     """
@@ -33,7 +48,9 @@ def run(path: Path, source: dict[str, Any], text: str | None, folder: Path | Non
     if any(not isinstance(own.get(k), str) for k in ("subject", "target")):
         raise BadInput(f"{path}: conditioning needs a subject and a target.")
     prompts = texts(path, own.get("prompts"), "conditioning.prompts")
-    per_dimension = numbers(path, own.get("tokens_per_dimension"), "conditioning.tokens_per_dimension")
+    per_dimension = numbers(
+        path, own.get("tokens_per_dimension"), "conditioning.tokens_per_dimension"
+    )
     ridges = numbers(path, own.get("ridges"), "conditioning.ridges")
     controls = texts(path, own.get("controls") or [], "conditioning.controls")
     published = source.get("published") or {}
@@ -41,14 +58,30 @@ def run(path: Path, source: dict[str, Any], text: str | None, folder: Path | Non
     loaded, anatomy = open_model(settings["model"], settings.get("dtype", "auto"))
     tokenizer = tokenizer_of(loaded)
     config = EditConfig(method=own.get("method", "rome"))
-    d_mlp = anatomy.view(dense_down(anatomy, layers_by_depth(len(anatomy.layers), config.method)[0])).shape[1]
-    corpus = open_corpus(loaded, text, window_within(anatomy, settings.get("window", 256), text), settings.get("windows", 20), "auto")
+    d_mlp = anatomy.view(
+        dense_down(anatomy, layers_by_depth(len(anatomy.layers), config.method)[0])
+    ).shape[1]
+    corpus = open_corpus(
+        loaded,
+        text,
+        window_within(anatomy, settings.get("window", 256), text),
+        settings.get("windows", 20),
+        "auto",
+    )
     rows = []
     with progress() as tell:
         for many in per_dimension:
             for ridge in ridges:
                 prepare = PrepareConfig(tokens=max(2, round(many * d_mlp)), ridge=ridge)
-                preparation = Preparation(anatomy, tokenizer, prepare, None if text is None else corpus, None, loaded.fingerprint, tell)
+                preparation = Preparation(
+                    anatomy,
+                    tokenizer,
+                    prepare,
+                    None if text is None else corpus,
+                    None,
+                    loaded.fingerprint,
+                    tell,
+                )
                 for prompt in prompts:
                     fact = Fact(prompt, own["subject"], own["target"], own.get("answer"))
                     made = edit(preparation, [fact], config)
@@ -72,7 +105,11 @@ def run(path: Path, source: dict[str, Any], text: str | None, folder: Path | Non
                         }
                     )
     title, model = settings["title"], settings["model"]
-    lines = texts(path, published.get(model, published.get("any", [])), "published") if isinstance(published, dict) else []
+    lines = (
+        texts(path, published.get(model, published.get("any", [])), "published")
+        if isinstance(published, dict)
+        else []
+    )
     document = {
         "title": title,
         "model": model,
@@ -86,14 +123,31 @@ def run(path: Path, source: dict[str, Any], text: str | None, folder: Path | Non
 
 def _print(document: dict[str, Any]) -> None:
     out.print(f"[bold]{escape(document['title'])}[/bold] ({escape(document['model'])})")
-    table = Table("tokens / d_mlp", "ridge", "prompt", "update / weight", "relative damage", "half to all (cosine)", "P(target)",
-                  "controls changed", "NLL", box=None, header_style="bold")  # fmt: skip
+    table = Table(
+        "tokens / d_mlp",
+        "ridge",
+        "prompt",
+        "update / weight",
+        "relative damage",
+        "half to all (cosine)",
+        "P(target)",
+        "controls changed",
+        "NLL",
+        box=None,
+        header_style="bold",
+    )
     for row in document["conditioning"]:
         table.add_row(
-            f"{row['tokens_per_dimension']:.1f}", f"{row['ridge']:g}", escape(row["prompt"]), f"{row['update_norm_ratio']:.1%}",
-            f"{row['relative_damage']:.3f}", f"{row['direction_stability']:.3f}", f"{row['target_probability']:.3f}",
-            f"{row['controls_changed']} of {document['controls']}", f"{row['nll_rise']:+.4f}",
-        )  # fmt: skip
+            f"{row['tokens_per_dimension']:.1f}",
+            f"{row['ridge']:g}",
+            escape(row["prompt"]),
+            f"{row['update_norm_ratio']:.1%}",
+            f"{row['relative_damage']:.3f}",
+            f"{row['direction_stability']:.3f}",
+            f"{row['target_probability']:.3f}",
+            f"{row['controls_changed']} of {document['controls']}",
+            f"{row['nll_rise']:+.4f}",
+        )
     print_table(table)
     for line in document["published"]:
         out.print(f"published: {escape(line)}")

@@ -20,7 +20,10 @@ def read_yaml(path: Path, kinds: list[str]) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise BadInput(f"{path} is not YAML: {str(error).splitlines()[0]}.") from error
     if not isinstance(source, dict):
-        raise BadInput(f"{path} is not a recipe: it should be a mapping with a title, a model, and one of {', '.join(kinds)}.")
+        raise BadInput(
+            f"{path} is not a recipe: it should be a mapping with a title, a model, and one of"
+            f" {', '.join(kinds)}."
+        )
     if not {"title", "model"} <= set(source):
         raise BadInput(f"{path} needs a title, a model, and one of {', '.join(kinds)}.")
     return source
@@ -29,18 +32,30 @@ def read_yaml(path: Path, kinds: list[str]) -> dict[str, Any]:
 def known_keys(path: Path, source: Any, keys: set[str], prefix: str = "") -> None:
     """Raises: BadInput naming a key that is not one of `keys`, or that there is no mapping."""
     if not isinstance(source, dict):
-        raise BadInput(f"{path}: {prefix.rstrip('.') or 'the recipe'} should be a mapping with the keys {', '.join(sorted(keys))}.")
+        raise BadInput(
+            f"{path}: {prefix.rstrip('.') or 'the recipe'} should be a mapping with the keys"
+            f" {', '.join(sorted(keys))}."
+        )
     unknown = [str(k) for k in source if k not in keys]
     if unknown:
-        raise BadInput(f"{path}: {prefix}{unknown[0]} is not a key of a recipe; it can be {', '.join(sorted(keys))}.")
+        raise BadInput(
+            f"{path}: {prefix}{unknown[0]} is not a key of a recipe; it can be"
+            f" {', '.join(sorted(keys))}."
+        )
 
 
 def plain_settings(path: Path, source: dict[str, Any]) -> dict[str, Any]:
-    """Title, model, dtype and windows, as far as they are given. Raises: BadInput for one of the wrong kind."""
+    """Title, model, dtype and windows, as far as they are given.
+
+    Raises: BadInput for one of the wrong kind.
+    """
     found = {key: source[key] for key in PLAIN if key in source}
     for key, value in found.items():
         if not isinstance(value, PLAIN[key]):
-            raise BadInput(f"{path}: {key} is {value!r}, which is not {'a number' if PLAIN[key] is int else 'text'}.")
+            raise BadInput(
+                f"{path}: {key} is {value!r}, which is not"
+                f" {'a number' if PLAIN[key] is int else 'text'}."
+            )
     return found
 
 
@@ -53,6 +68,10 @@ def texts(path: Path, source: Any, where: str) -> list[str]:
 
 def numbers(path: Path, source: Any, where: str) -> list[float]:
     """A list of numbers. Raises: BadInput."""
-    if not isinstance(source, list) or not source or not all(isinstance(n, int | float) and not isinstance(n, bool) for n in source):
+    if (
+        not isinstance(source, list)
+        or not source
+        or not all(isinstance(n, int | float) and not isinstance(n, bool) for n in source)
+    ):
         raise BadInput(f"{path}: {where} should be a list of numbers.")
     return [float(n) for n in source]

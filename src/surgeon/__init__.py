@@ -1,56 +1,74 @@
 """Weight surgery for transformer language models: find what a model cannot live without, prove it,
-take it out, put it back.
+take it out, repair it, rewrite facts in it, compress it, and put all back.
+
+    >>> import surgeon
+    >>> lab = surgeon.open("patient")
+    >>> injury = lab.ablate("L0.mlp.down[24, :]")
+
+Every name here is imported when it is first used.
 """
 
-from . import _quiet as _quiet  # before all else: what it quietens happens once
-from .anatomy import Anatomy, Entry, Layout, Loaded, Region, Site, WeightView, load_model, prove
-from .corpus import Corpus, load_corpus, read_text
-from .errors import BadInput, Refused, SurgeonError
-from .find import FindConfig, FindResult, Verification, VerifyConfig, detect, find, verify
-from .measure import divergence, generate, mean_nll
-from .patch import Patch, ablate, apply_to_checkpoint, injured, load, save, undo_on_checkpoint
-from .quantize import (
-    QuantizeConfig,
-    quantize_,
-)  # also lets transformers load what `--export sidecar` wrote
-from .tap import Tap, capture, resume
+from __future__ import annotations
 
-__all__ = [
-    "Anatomy",
-    "BadInput",
-    "Corpus",
-    "Entry",
-    "FindConfig",
-    "FindResult",
-    "Layout",
-    "Loaded",
-    "Patch",
-    "QuantizeConfig",
-    "Refused",
-    "Region",
-    "Site",
-    "SurgeonError",
-    "Tap",
-    "Verification",
-    "VerifyConfig",
-    "WeightView",
-    "ablate",
-    "apply_to_checkpoint",
-    "capture",
-    "detect",
-    "divergence",
-    "find",
-    "generate",
-    "injured",
-    "load",
-    "load_corpus",
-    "load_model",
-    "mean_nll",
-    "prove",
-    "quantize_",
-    "read_text",
-    "resume",
-    "save",
-    "undo_on_checkpoint",
-    "verify",
-]
+import importlib
+from typing import Any
+
+# the module that each name comes from
+_FACE = {
+    "Anatomy": "anatomy",
+    "BadInput": "errors",
+    "Corpus": "corpus",
+    "CriticalSet": "find",
+    "Detection": "find",
+    "Entry": "anatomy",
+    "FindConfig": "find",
+    "FindResult": "find",
+    "Lab": "studies.lab",
+    "Layout": "anatomy",
+    "Loaded": "anatomy",
+    "Measurement": "studies.measure",
+    "Patch": "patch",
+    "QuantizeConfig": "quantize",
+    "Refused": "errors",
+    "Region": "anatomy",
+    "Result": "result",
+    "Site": "anatomy",
+    "SurgeonError": "errors",
+    "Tap": "tap",
+    "Verification": "find",
+    "VerifyConfig": "find",
+    "WeightView": "anatomy",
+    "ablate": "patch",
+    "apply_to_checkpoint": "patch",
+    "capture": "tap",
+    "detect": "find",
+    "generate": "measure",
+    "injured": "patch",
+    "load": "patch",
+    "load_corpus": "corpus",
+    "load_model": "anatomy",
+    "mean_nll": "measure",
+    "open": "studies.lab:open_lab",
+    "prove": "anatomy",
+    "quantize_": "quantize",
+    "read_text": "corpus",
+    "resume": "tap",
+    "save": "patch",
+    "undo_on_checkpoint": "patch",
+    "verify": "find",
+}
+
+__all__ = sorted(_FACE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FACE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, own = _FACE[name].partition(":")
+    value = getattr(importlib.import_module(f"{__name__}.{module}"), own or name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -17,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .errors import BadInput, BadText
+from .result import CorpusRecord
 
 BOS_POLICIES = ("auto", "yes", "no")
 DEFAULT_WINDOW = 256
@@ -38,15 +38,10 @@ class Corpus:
         """How many tokens the NLL is a mean over: all but the first of each window."""
         return self.windows.shape[0] * (self.windows.shape[1] - 1)
 
-    def to_json(self) -> dict[str, Any]:
+    def record(self) -> CorpusRecord:
+        """What a result says of its text."""
         n, width = self.windows.shape
-        return {
-            "name": self.name,
-            "tokens": self.predicted,
-            "bos": self.bos,
-            "windows": n,
-            "window": width,
-        }
+        return CorpusRecord(self.name, self.predicted, self.bos, n, width)
 
 
 def bos_ids(tokenizer: PreTrainedTokenizerBase, policy: str = "auto") -> list[int]:

@@ -15,7 +15,7 @@ from surgeon.errors import BadInput, BadText
 from surgeon.explain import InfluenceConfig, influence, label_tokens, split_documents
 from surgeon.explain import story as stories
 from surgeon.explain.tokens import frequency_class
-from surgeon.measure import divergence
+from surgeon.measure import Reference
 from surgeon.patch import Patch, ablate
 
 FEW = InfluenceConfig(permutations=199, min_tokens=5)
@@ -47,7 +47,7 @@ def test_kl_and_nll_are_the_plain_ones(case):
     for state, p in (("base", base), ("broken", broken), ("patched", patched)):
         plain = F.nll_loss(p.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         assert torch.allclose(found.nll[state], plain.double(), atol=1e-5)
-    far = divergence(anatomy.model, ids, lambda: patches[0].applied(anatomy))
+    far = Reference(anatomy.model, ids).compare(lambda: patches[0].applied(anatomy))
     assert found.to_json()["mean_kl"]["broken"] == pytest.approx(far.kl, rel=1e-5)
     assert found.top[0] == int(found.kl["broken"].argmax())
 

@@ -8,7 +8,7 @@ from tiny import CONFIGS, tiny_model
 from surgeon.anatomy import Anatomy
 from surgeon.errors import BadInput
 from surgeon.measure import (
-    divergence,
+    Reference,
     generate,
     interval,
     loop_rate,
@@ -58,7 +58,7 @@ def test_divergence_is_kl_from_base_to_changed():
     base = F.log_softmax(model(WINDOWS).logits[:, :-1], -1)
     with injury.applied(anatomy):
         changed = F.log_softmax(model(WINDOWS).logits[:, :-1], -1)
-    got = divergence(model, WINDOWS, lambda: injury.applied(anatomy))
+    got = Reference(model, WINDOWS).compare(lambda: injury.applied(anatomy))
     kl = F.kl_div(changed, base, log_target=True, reduction="none").sum(-1).mean().item()
     assert got.kl == pytest.approx(kl, rel=1e-4)
     assert got.kl > 0

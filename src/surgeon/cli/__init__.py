@@ -1,92 +1,103 @@
-"""The command line: one file a verb; here the group, and how errors become one sentence and an exit
-status.
+"""The command line: commands made from the registry of studies, and a few of their own.
+
+Only the command that runs is imported, so that a list of commands, or a usage error, costs little.
+Here too: how errors become one sentence and an exit status.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
+from difflib import get_close_matches
 
 import click
-import torch
 
 from ..errors import SurgeonError
-from . import (
-    ablate,
-    apply,
-    audit,
-    cells,
-    demo,
-    edit,
-    explain,
-    export,
-    find,
-    index,
-    measure,
-    quantize,
-    recipes,
-    repair,
-    report,
-    sites,
-    sweep,
-    trace,
-    undo,
-    verify,
-)
+from ..studies.registry import STUDIES
 
 INTERRUPTED = 1
+# commands that are no studies, by their module here: files in the ecosystem's formats, and tools
+OTHERS = {
+    "demo": ("demo", "Find, break, repair, edit and put back: the whole story."),
+    "repair": ("repair", "Heal an injury with a patch, beside a control."),
+    "explain": ("explain", "Say how a patch works."),
+    "trace": ("trace", "Find which states carry a fact."),
+    "edit": ("edit", "Rewrite a fact, as a patch."),
+    "quantize": ("quantize", "Round to few bits with the critical weights held out."),
+    "audit": ("audit", "Compare the critical weights of two checkpoints."),
+    "cells": ("cells", "The same for models of gene expression."),
+    "apply": ("apply", "Write a checkpoint with patches applied."),
+    "undo": ("undo", "Write a checkpoint with a patch taken off."),
+    "export": ("export", "Write a patch as a PEFT LoRA adapter."),
+    "index": ("index", "List the published super weights, or check a model for them."),
+    "report": ("report", "Make one self-contained page of a run folder."),
+    "run": ("recipes", "Run a recipe: published figures beside the measured ones."),
+    "sweep": ("sweep", "Run many models, operations and seeds; resumable."),
+}
+ORDER = (
+    *("demo", "sites", "find", "verify", "ablate", "repair", "measure", "explain", "trace", "edit"),
+    *("quantize", "audit", "cells", "sweep", "run", "report", "apply", "undo", "export", "index"),
+)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+class Surgeon(click.Group):
+    """The group of all commands, each imported when it is asked for."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(ORDER)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name in STUDIES:
+            from .studies import command_of
+
+            return command_of(STUDIES[name])
+        if name not in OTHERS:
+            return None
+        module, _ = OTHERS[name]
+        command: click.Command = importlib.import_module(f".{module}", __package__).command
+        return command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        summaries = {name: study.summary for name, study in STUDIES.items()}
+        summaries |= {name: summary for name, (_, summary) in OTHERS.items()}
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summaries[name]) for name in ORDER])
+
+    def resolve_command(
+        self, context: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in ORDER and not args[0].startswith("-"):
+            near = get_close_matches(args[0], ORDER, n=1)
+            guess = f" Did you mean {near[0]}?" if near else " `surgeon --help` lists them."
+            context.fail(f"No such command {args[0]!r}.{guess}")
+        return super().resolve_command(context, args)
+
+
+@click.group(
+    cls=Surgeon,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(package_name="weight-surgeon", prog_name="surgeon")
 def surgeon() -> None:
     """Weight surgery for transformer language models.
 
-    MODEL is `patient` (the embedded model), a local folder, or a Hub id, optionally @revision. No
-    network unless it is a Hub id.
+    MODEL is `patient` (the embedded model), a local folder, or a Hub id, optionally @revision.
+    There is no network unless it is a Hub id.
     """
-
-
-for _module in (
-    demo,
-    sites,
-    find,
-    verify,
-    ablate,
-    repair,
-    measure,
-    explain,
-    trace,
-    edit,
-    recipes,
-    report,
-    apply,
-    undo,
-    export,
-    index,
-    quantize,
-    audit,
-    sweep,
-    cells,
-):
-    surgeon.add_command(_module.command)
 
 
 def main() -> None:
-    """Run the command line.
-
-    Exit status: 0 done, 1 failed, 2 bad input or usage, 3 refused for safety.
-    """
+    """Run the command line. Exit status: 0 done, 1 failed, 2 bad input or usage, 3 refused."""
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit status; errors are said in a sentence on stderr."""
     try:
-        # the arguments go along as the context's object: every JSON document records the command
-        # that made it
+        # the arguments go along as the context's object: every result records its command
         surgeon.main(arguments, prog_name="surgeon", standalone_mode=False, obj=tuple(arguments))
     except SurgeonError as error:
-        return _say(str(error), error.exit_status)
+        return _say(error.said(_spelling(error)), error.exit_status)
     except click.UsageError as error:
         error.show()
         return error.exit_code
@@ -94,15 +105,29 @@ def run(arguments: list[str]) -> int:
         return stop.exit_code
     except (click.Abort, KeyboardInterrupt):
         return _say("interrupted; nothing was written.", INTERRUPTED)
-    except (MemoryError, torch.OutOfMemoryError):
-        return _say(
-            "out of memory; try fewer --windows, a smaller --window, or --dtype bfloat16.", 1
-        )
     except BrokenPipeError:
         return 0
     except OSError as error:
         return _say(f"{error.filename or 'a file'} cannot be used: {error.strerror or error}.", 1)
+    except Exception as error:
+        if not _out_of_memory(error):
+            raise
+        sentence = "out of memory; try fewer --windows, a smaller --window, or --dtype bfloat16."
+        return _say(sentence, 1)
     return 0
+
+
+def _spelling(error: SurgeonError):  # type: ignore[no-untyped-def]
+    """How the command that failed spells its settings."""
+    known = getattr(error, "spelled", {})
+    return lambda name: known.get(name, "--" + name.replace("_", "-"))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # torch is not imported for this: if it was not, this error is not torch's
+    torch = sys.modules.get("torch")
+    kinds = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds)
 
 
 def _say(message: str, status: int) -> int:

@@ -25,8 +25,8 @@ from ..anatomy import Anatomy, Loaded, Region, load_model, open_stream, prove
 from ..corpus import BOS_POLICIES, DEFAULT_WINDOW, Corpus, load_corpus, read_text
 from ..errors import BadInput, MissingExtra, SurgeonError, UnknownArchitecture
 from ..patients import heldout_text
-from ..report import write_report
 from ..show.console import err
+from ..show.page import write_report
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 from rich.markup import escape
 
-from ..report import write_report
 from ..show.console import out
+from ..show.page import write_report
 from .common import json_option, print_json
 
 

@@ -19,9 +19,9 @@ from ..facts import Fact, read_facts
 from ..find import FindConfig, FindResult, Verification, VerifyConfig, find, verify
 from ..find.verify import entries_of
 from ..measure import (
+    Reference,
     Scorecard,
     ScoreConfig,
-    divergence,
     examine,
     mean_nll,
     require_causal,
@@ -358,7 +358,7 @@ def _beside_base(bench: Bench, change: Any) -> Row:
     model, windows = bench.loaded.model, bench.corpus.windows
     require_causal(model)
     base = bench.once("base_nll", lambda: mean_nll(model, windows))
-    far = divergence(model, windows, change)
+    far = Reference(model, windows).compare(change)
     return {
         "tokens": bench.corpus.predicted,
         "base_nll": base,

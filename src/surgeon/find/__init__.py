@@ -5,12 +5,12 @@ ones.
 from .controls import matched_controls
 from .detect import Candidate, DetectConfig, Detection, Rejection, detect
 from .experts import ExpertProfile, profile_experts
-from .find import FindConfig, FindResult, find
-from .verify import Controls, Verification, VerifyConfig, verify
+from .find import CriticalSet, FindConfig, FindResult, find
+from .verify import Verification, VerifyConfig, verify
 
 __all__ = [
     "Candidate",
-    "Controls",
+    "CriticalSet",
     "DetectConfig",
     "Detection",
     "ExpertProfile",

@@ -10,6 +10,7 @@ Source: Yu et al. 2024, arXiv:2411.07191, section 3; Sun et al. 2024, arXiv:2402
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,37 +20,51 @@ from torch import Tensor, nn
 
 from ..anatomy import Anatomy, Entry, Site
 from ..errors import BadInput, SurgeonError
+from ..result import Result, derived, record, result
+from ..settings import setting
 from ..tap import Tap
+from .experts import ExpertProfile
 
 WATCHED_CHANNELS = 8  # largest channels of each MLP's output whose contributions are kept
 PEAK_TOKENS = 8
+
+
+def layer_range(text: str) -> tuple[int, int]:
+    """`A:B`, the layers A to B-1. Raises: BadInput for another form."""
+    match = re.fullmatch(r"\s*(\d+):(\d+)\s*", text)
+    if match is None:
+        raise BadInput(
+            f"‹layers› {text} is no range of layers; write the first and the end like 0:4, which"
+            " means layers 0 to 3."
+        )
+    return int(match[1]), int(match[2])
 
 
 @dataclass(frozen=True)
 class DetectConfig:
     """Settings of the detection pass."""
 
-    min_height: float = field(
-        default=4.0,
-        metadata={
-            "help": "least height of a channel: its peak, or its RMS, over the median channel's"
-        },
+    layers: tuple[int, int] | None = setting(
+        None,
+        "look for writers in layers A to B-1 only; detection then reads no layer above, and"
+        " persistence is judged up to B",
+        metavar="A:B",
+        parse=layer_range,
     )
-    relative_height: float = field(
-        default=0.05, metadata={"help": "least height as a share of the highest channel's"}
+    min_height: float = setting(
+        4.0,
+        "least height of a channel: its peak, or its RMS, over the median channel's",
+        group="Detection",
     )
-    persistence: float = field(
-        default=0.6,
-        metadata={"help": "share of the remaining layers in which the channel must stay high"},
+    relative_height: float = setting(
+        0.05, "least height as a share of the highest channel's", group="Detection"
     )
-    layers: tuple[int, int] | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "A:B, look for writers in layers A to B-1; none above is run, and persistence is"
-                " judged up to B"
-            )
-        },
+    persistence: float = setting(
+        0.6,
+        "share of the remaining layers in which the channel must stay high",
+        low=0,
+        high=1,
+        group="Detection",
     )
 
     def span(self, depth: int) -> tuple[int, int]:
@@ -60,32 +75,38 @@ class DetectConfig:
         low, high = self.layers or (0, depth)
         if not 0 <= low < high <= depth:
             raise BadInput(
-                f"--layers {low}:{high} is no range of this model's {depth} layers; the widest is"
+                f"‹layers› {low}:{high} is no range of this model's {depth} layers; the widest is"
                 f" 0:{depth}."
             )
         return low, high
 
 
-@dataclass(frozen=True)
+@record
 class Contribution:
-    """One entry and its share of what its channel receives from this layer: mean over tokens, and
-    at the peak tokens.
+    """One entry and its share of what its channel receives from this layer.
+
+    mean_share, peak_share: over all tokens, and at the peak tokens. magnitude: |w x| at the peaks,
+    in units of the residual stream.
     """
 
     entry: Entry
     mean_share: float
     peak_share: float
-    magnitude: float  # |w x| at the peaks, in units of the residual stream
+    magnitude: float
 
-    @property
+    @derived
     def share(self) -> float:
-        return self.mean_share if abs(self.mean_share) >= abs(self.peak_share) else self.peak_share
+        """The larger of the two shares."""
+        larger_mean = abs(self.mean_share) >= abs(self.peak_share)
+        return self.mean_share if larger_mean else self.peak_share
 
 
-@dataclass(frozen=True)
+@record
 class Candidate:
-    """A channel that rose at `layer` and stayed: its height, by layer and at most, in how many
-    windows, and the entries that write it.
+    """A channel that rose at `layer` and stayed.
+
+    height: the highest of `heights`, which are by layer. agreement: in what share of the windows it
+    is high. contributions: the entries that write it, strongest first.
     """
 
     channel: int
@@ -96,51 +117,60 @@ class Candidate:
     agreement: float
     contributions: tuple[Contribution, ...]
 
-    def to_json(self, most: int = 16) -> dict[str, Any]:
-        """With the `most` strongest entries."""
-        return {
-            "channel": self.channel,
-            "layer": self.layer,
-            "height": self.height,
-            "heights": self.heights,
-            "persistence": self.persistence,
-            "agreement": self.agreement,
-            "entries": [
-                {"entry": str(c.entry), "share": c.share} for c in self.contributions[:most]
-            ],
-        }
 
-
-@dataclass(frozen=True)
+@record
 class Rejection:
-    """A channel that was high, and why it is no candidate."""
+    """Something that stood out, why it is no critical set, and the numbers that decided it.
 
-    where: str
-    reason: str
-    numbers: dict[str, float]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"entry": self.where, "reason": self.reason, **self.numbers}
-
-
-@dataclass(frozen=True)
-class Detection:
-    """What one pass saw.
-
-    `bar` is the height a channel needed; heights are per layer, the tallest channel's.
+    entry: the channel or entry. height: of its channel, over the median channel's. entries: how
+    many write it.
     """
 
-    candidates: list[Candidate]
-    rejected: list[Rejection]
+    entry: str
+    reason: str
+    height: float | None = None
+    persistence: float | None = None
+    entries: int | None = None
+    joint_nats: float | None = None
+    control_max_nats: float | None = None
+    control_median_nats: float | None = None
+
+
+@record
+class Heights:
+    """What detection saw of the channels: the tallest of each layer, and the bar for candidates."""
+
     bar: float
     heights: list[float]
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "candidates": [c.to_json() for c in self.candidates],
-            "rejected": [r.to_json() for r in self.rejected],
-            "detection": {"bar": self.bar, "heights": self.heights},
-        }
+
+@result("detect")
+class Detection(Result):
+    """What one detection pass saw; no damage is measured, so nothing is called vital."""
+
+    candidates: list[Candidate]
+    rejected: list[Rejection]
+    detection: Heights
+    experts: list[ExpertProfile] = field(default_factory=list)
+
+    @derived
+    def verdict(self) -> None:
+        """None: only damage decides."""
+        return
+
+    def rows(self) -> list[dict[str, object]]:
+        return [
+            {
+                "channel": one.channel,
+                "layer": one.layer,
+                "height": one.height,
+                "persistence": one.persistence,
+                "agreement": one.agreement,
+                "entry": one.contributions[0].entry,
+                "share": one.contributions[0].share,
+            }
+            for one in self.candidates
+        ]
 
 
 @torch.no_grad()
@@ -160,7 +190,7 @@ def detect(
     if not bool(torch.isfinite(height).all()):
         raise SurgeonError(
             "the model's residual stream is not finite on this text (inf or NaN), so nothing can be"
-            " found; try --dtype float32."
+            " found; try ‹dtype› float32."
         )
     if bar is None:
         bar = max(config.min_height, config.relative_height * float(height.max()))
@@ -178,7 +208,7 @@ def detect(
                 Rejection(
                     where,
                     "the channel rose below the layers that were to be searched",
-                    {"height": top},
+                    height=top,
                 )
             )
             continue
@@ -187,7 +217,8 @@ def detect(
                 Rejection(
                     where,
                     "the channel does not stay high over the remaining depth",
-                    {"height": top, "persistence": stays},
+                    height=top,
+                    persistence=stays,
                 )
             )
             continue
@@ -197,7 +228,7 @@ def detect(
                 "the channel is high but the MLP of its onset layer does not write it (embedding or"
                 " attention does)"
             )
-            rejected.append(Rejection(where, reason, {"height": top}))
+            rejected.append(Rejection(where, reason, height=top))
             continue
         contributions = watch.contributions(channel)
         agreement = float((watch.window_height[:, channel] >= bar / 2).float().mean())
@@ -213,7 +244,7 @@ def detect(
             )
         )
     candidates.sort(key=lambda c: -c.height)
-    return Detection(candidates, rejected, bar, height.amax(1).tolist())
+    return Detection(candidates, rejected, Heights(bar, height.amax(1).tolist()))
 
 
 def _run(anatomy: Anatomy, windows: Tensor, end: int) -> list[_Watch]:

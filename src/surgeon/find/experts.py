@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,13 +11,14 @@ from torch import Tensor, nn
 
 from ..anatomy import Anatomy
 from ..errors import BadInput
+from ..result import record
 from ..tap import Tap
 
 QUANTILE = 0.995  # of the peaks of all experts
 FRACTION = 0.1  # of the highest peak
 
 
-@dataclass(frozen=True)
+@record
 class ExpertProfile:
     """One expert on a text. peak: the largest |output| of its mlp.down, before the router's weight,
     and `channel` where; 0 without tokens.
@@ -35,17 +35,6 @@ class ExpertProfile:
     routed: float
     share: float
     is_super: bool
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "layer": self.layer,
-            "expert": self.expert,
-            "peak": self.peak,
-            "channel": self.channel,
-            "routed": self.routed,
-            "share": self.share,
-            "super": self.is_super,
-        }
 
 
 @torch.no_grad()

@@ -11,118 +11,160 @@ from typing import Any
 from ..anatomy import Anatomy, Entry, Region
 from ..corpus import Corpus
 from ..errors import BadInput
+from ..measure import Controls
+from ..result import Result, derived, record, result
+from ..settings import nested, setting
 from .damage import Damage, Variant, zeroed
-from .detect import Candidate, Contribution, DetectConfig, Detection, Rejection, detect
+from .detect import Candidate, Contribution, DetectConfig, Detection, Heights, Rejection, detect
+from .experts import ExpertProfile
 from .stream import damage_on
-from .verify import Progress, Verification, VerifyConfig, verify
+from .verify import Progress, VerifyConfig, verify
 
 
 @dataclass(frozen=True)
 class FindConfig:
     """Settings of the search."""
 
-    detect: DetectConfig = field(default_factory=DetectConfig)
-    verify: VerifyConfig = field(default_factory=VerifyConfig)
-    probe_windows: int = field(
-        default=8,
-        metadata={"help": "windows for detection and for choosing the set; the others verify it"},
+    detect: DetectConfig = nested(DetectConfig)
+    verify: VerifyConfig = nested(VerifyConfig)
+    probe_windows: int = setting(
+        8,
+        "windows for detection and for choosing the set; the others verify it",
+        low=1,
+        group="Search",
     )
-    rounds: int = field(
-        default=4, metadata={"help": "how often to zero what was accepted and look again"}
+    rounds: int = setting(
+        4, "how often to zero what was accepted and look again", low=1, group="Search"
     )
-    channels: int = field(default=6, metadata={"help": "most channels examined"})
-    cover: float = field(
-        default=0.8, metadata={"help": "share of the effect that the smallest set must keep"}
+    channels: int = setting(6, "most channels examined", low=1, group="Search")
+    cover: float = setting(
+        0.8, "share of the effect that the smallest set must keep", low=0, high=1, group="Search"
     )
-    listed: int = field(
-        default=16,
-        metadata={
-            "help": "entries, strongest first, whose single and leave-one-out damage is measured"
-        },
+    listed: int = setting(
+        16,
+        "entries, strongest first, whose single and leave-one-out damage is measured",
+        low=1,
+        group="Search",
     )
 
 
-@dataclass(frozen=True)
-class CriticalSet:
-    """Entries that are vital together.
+@record
+class CriticalEntry:
+    """One entry of a critical set.
 
-    `full_nats` is the damage of every entry that writes the channels, on the probe windows.
+    share: of what its channel receives from its layer. rank_abs: its rank by |w| in its matrix, 1
+    for the largest.
     """
 
-    entries: list[Contribution]
-    weights: list[float]
-    ranks: list[int]
-    channels: list[int]
-    heights: list[list[float]]  # of each channel, by layer
-    layer: int
-    agreement: float
-    verification: Verification
+    entry: Entry
+    weight: float
+    share: float
+    rank_abs: int
+
+    @derived
+    def layer(self) -> int | None:
+        return self.entry.site.layer
+
+    @derived
+    def row(self) -> int:
+        return self.entry.row
+
+    @derived
+    def col(self) -> int:
+        return self.entry.col
+
+    @derived
+    def expert(self) -> int | None:
+        return self.entry.site.expert
+
+
+@record
+class SetDamage:
+    """Damage of a set in nats per token, on windows that neither detection nor the choice saw.
+
+    single_nats, leave_one_out_nats: of the strongest entries. restored_nats: what is left after
+    restoring the super activation alone. full_nats: of all `full_size` entries that write the
+    channels, on the probe windows.
+    """
+
+    joint_nats: float
+    single_nats: list[float]
+    leave_one_out_nats: list[float]
+    ci95: tuple[float, float]
+    p_value: float
+    restored_nats: float | None
+    tokens: int
     full_nats: float
     full_size: int
 
-    @property
+
+@record
+class CriticalSet:
+    """Entries that are vital together.
+
+    channels: the residual channels that they write; heights: of each, by layer. agreement: in what
+    share of the windows the first is high.
+    """
+
+    channels: list[int]
+    heights: list[list[float]]
+    agreement: float
+    entries: list[CriticalEntry]
+    damage: SetDamage
+    controls: Controls
+    vital: bool
+    criteria: str
+
+    @derived
     def geometry(self) -> str:
-        return geometry([c.entry for c in self.entries])
+        return geometry([one.entry for one in self.entries])
 
-    def to_json(self) -> dict[str, Any]:
-        v = self.verification
-        return {
-            "geometry": self.geometry,
-            "channels": self.channels,
-            "heights": self.heights,
-            "agreement": self.agreement,
-            "entries": [
-                {
-                    "entry": str(c.entry),
-                    "layer": c.entry.site.layer,
-                    "row": c.entry.row,
-                    "col": c.entry.col,
-                    "expert": c.entry.site.expert,
-                    "weight": weight,
-                    "share": c.share,
-                    "rank_abs": rank,
-                }
-                for c, weight, rank in zip(self.entries, self.weights, self.ranks, strict=True)
-            ],
-            "damage": {
-                "joint_nats": v.joint,
-                "single_nats": v.single,
-                "leave_one_out_nats": v.leave_one_out,
-                "ci95": list(v.ci95),
-                "p_value": v.p_value,
-                "restored_nats": v.restored,
-                "full_nats": self.full_nats,
-                "full_size": self.full_size,
-            },
-            "controls": v.controls.to_json(),
-            "vital": v.vital,
-            "criteria": v.criteria,
-        }
+    @derived
+    def parts(self) -> list[Region]:
+        """The set as regions."""
+        return [_region(one.entry) for one in self.entries]
 
 
-@dataclass(frozen=True)
-class FindResult:
+@record
+class SearchedHeights(Heights):
+    """What detection saw of the channels, and the NLL of the intact model on all windows."""
+
+    base_nll: float
+
+
+@result("find")
+class FindResult(Result):
     """What was found, and with what numbers the rest was rejected."""
 
     sets: list[CriticalSet]
     rejected: list[Rejection]
-    bar: float
-    heights: list[float]
-    base_nll: float
-    corpus: Corpus
+    detection: SearchedHeights
+    experts: list[ExpertProfile] = field(default_factory=list)
+    bytes_read: int | None = None
 
-    @property
+    @derived
     def verdict(self) -> str:
-        return "found" if any(s.verification.vital for s in self.sets) else "none"
+        return "found" if any(one.vital for one in self.sets) else "none"
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "corpus": self.corpus.to_json(),
-            "verdict": self.verdict,
-            "sets": [s.to_json() for s in self.sets],
-            "rejected": [r.to_json() for r in self.rejected],
-            "detection": {"bar": self.bar, "heights": self.heights, "base_nll": self.base_nll},
-        }
+    def rows(self) -> list[dict[str, object]]:
+        return [
+            {
+                "set": number,
+                "geometry": one.geometry,
+                "entries": len(one.entries),
+                "strongest": one.entries[0].entry,
+                "layer": one.entries[0].layer,
+                "joint_nats": one.damage.joint_nats,
+                "single_max_nats": max(one.damage.single_nats),
+                "ci95_low": one.damage.ci95[0],
+                "ci95_high": one.damage.ci95[1],
+                "p_value": one.damage.p_value,
+                "controls_median_nats": one.controls.median_nats,
+                "controls_max_nats": one.controls.max_nats,
+                "vital": one.vital,
+            }
+            for number, one in enumerate(self.sets, 1)
+        ]
 
 
 def find(
@@ -142,7 +184,7 @@ def find(
     if n < 2:
         raise BadInput(
             f"{corpus.name} gives {n} window; find needs at least 2, one to look and one to verify."
-            " Use more text or a smaller --window."
+            " Use more text or a smaller ‹window›."
         )
     cut = min(config.probe_windows, n // 2)
     probe, held_out = corpus.windows[:cut], Corpus(corpus.name, corpus.windows[cut:], corpus.bos)
@@ -164,9 +206,10 @@ def find(
             sets.append(outcome)
         else:
             rejected.append(outcome)
-    sets.sort(key=lambda s: -s.verification.joint)
+    sets.sort(key=lambda one: -one.damage.joint_nats)
     base = float(damage_on(anatomy, corpus.windows, 0).base.mean())
-    return FindResult(sets, rejected, first.bar, first.heights, base, corpus)
+    seen = first.detection
+    return FindResult(sets, rejected, SearchedHeights(seen.bar, seen.heights, base))
 
 
 @dataclass
@@ -195,7 +238,7 @@ def _chains(
         if progress:
             progress("detect", number + 1, config.rounds)
         with zeroed(anatomy, gone):
-            seen = detect(anatomy, probe, config.detect, bar=first.bar if first else None)
+            seen = detect(anatomy, probe, config.detect, bar=first.detection.bar if first else None)
         first = first or seen
         grown = False
         for candidate in seen.candidates:
@@ -237,54 +280,56 @@ def _examine(
     critical set.
     """
     ordered = _writers(group, damage, config.cover)
-    channels = [chain.first.channel for chain in group]
+    first = group[0].first
     where = ", ".join(f"L{chain.first.layer} channel {chain.first.channel}" for chain in group)
-    numbers: dict[str, float] = {
-        "height": max(chain.first.height for chain in group),
-        "entries": len(ordered),
-    }
+    height = max(chain.first.height for chain in group)
     if not ordered:
-        return Rejection(
-            where, "no entry contributes a measurable share of the channel's write", numbers
-        )
+        why = "no entry contributes a measurable share of the channel's write"
+        return Rejection(where, why, height=height, entries=0)
+
     curve = _Curve(damage, ordered)
     size, full = curve.smallest(config.cover)
-    numbers["joint_nats"] = full
     if full < config.verify.min_nats:
-        strongest = ordered[0].entry
         return Rejection(
-            f"{where} ({strongest})",
+            f"{where} ({ordered[0].entry})",
             f"zeroing every entry that writes it costs less than {config.verify.min_nats:g} nats",
-            numbers,
+            height=height,
+            entries=len(ordered),
+            joint_nats=full,
         )
+
     chosen = sorted(ordered[:size], key=lambda c: -c.magnitude)
     parts = [_region(c.entry) for c in chosen]
-    verification = verify(anatomy, parts, held_out, config.verify, progress, listed=config.listed)
-    if not verification.vital:
-        numbers |= {
-            "joint_nats": verification.joint,
-            "control_max_nats": verification.controls.max,
-            "control_median_nats": verification.controls.median,
-        }
+    verified = verify(anatomy, parts, held_out, config.verify, progress, listed=config.listed)
+    if not verified.vital:
         return Rejection(
             f"{where} ({chosen[0].entry})",
             "the damage does not stand out from its matched controls",
-            numbers,
+            height=height,
+            entries=len(ordered),
+            joint_nats=verified.joint_nats,
+            control_max_nats=verified.controls.max_nats,
+            control_median_nats=verified.controls.median_nats,
         )
-    weights, ranks = zip(*(_weight_and_rank(anatomy, c.entry) for c in chosen), strict=True)
-    heights = [chain.first.heights for chain in group]
-    first = group[0].first
     return CriticalSet(
-        chosen,
-        list(weights),
-        list(ranks),
-        channels,
-        heights,
-        first.layer,
-        first.agreement,
-        verification,
-        full,
-        len(ordered),
+        channels=[chain.first.channel for chain in group],
+        heights=[chain.first.heights for chain in group],
+        agreement=first.agreement,
+        entries=[_critical_entry(anatomy, c) for c in chosen],
+        damage=SetDamage(
+            joint_nats=verified.joint_nats,
+            single_nats=verified.single_nats,
+            leave_one_out_nats=verified.leave_one_out_nats,
+            ci95=verified.ci95,
+            p_value=verified.p_value,
+            restored_nats=verified.restored_nats,
+            tokens=verified.tokens,
+            full_nats=full,
+            full_size=len(ordered),
+        ),
+        controls=verified.controls,
+        vital=verified.vital,
+        criteria=verified.criteria,
     )
 
 
@@ -355,8 +400,9 @@ def _region(entry: Entry) -> Region:
     return Region(entry.site, entry.row, entry.col)
 
 
-def _weight_and_rank(anatomy: Anatomy, entry: Entry) -> tuple[float, int]:
-    """The weight, and its rank by |w| in its matrix, 1 for the largest."""
+def _critical_entry(anatomy: Anatomy, contribution: Contribution) -> CriticalEntry:
+    entry = contribution.entry
     matrix = anatomy.view(entry.site).read()
     value = matrix[entry.row, entry.col]
-    return float(value), int((matrix.abs() > value.abs()).sum()) + 1
+    rank = int((matrix.abs() > value.abs()).sum()) + 1
+    return CriticalEntry(entry, float(value), contribution.share, rank)

@@ -5,129 +5,58 @@ against matched controls.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
-
-import torch
+from dataclasses import dataclass
 
 from ..anatomy import Anatomy, Entry, Region
 from ..corpus import Corpus
 from ..errors import BadInput
-from ..measure.bootstrap import interval
+from ..measure import Behaviours, Controls, VitalConfig, interval, is_vital, p_value
+from ..result import Result, result
+from ..settings import setting
 from .causal import written_channels
 from .controls import matched_controls
-from .damage import Variant
+from .damage import Tell, Variant
 from .stream import damage_on
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class VerifyConfig:
+class VerifyConfig(VitalConfig):
     """Settings of verification, and what `vital` demands."""
 
-    controls: int = field(
-        default=20, metadata={"help": "number of matched control sets, at least 20"}
-    )
-    min_nats: float = field(
-        default=0.1, metadata={"help": "least joint damage, in nats per token, to be called vital"}
-    )
-    min_ratio: float = field(
-        default=3.0, metadata={"help": "least joint damage as a multiple of the worst control's"}
-    )
-    seed: int = field(default=0, metadata={"help": "seed of the controls and of the bootstrap"})
-
-    def __post_init__(self) -> None:
-        if self.controls < 20:
-            raise BadInput(
-                f"{self.controls} controls cannot show anything at the 5% level; use at least 20."
-            )
+    seed: int = setting(0, "seed of the controls and of the bootstrap", low=0, high=2**32 - 1)
 
 
-@dataclass(frozen=True)
-class Controls:
-    """Damage, in nats, of the matched control sets."""
+@result("verify")
+class Verification(Result):
+    """Damage in nats per token on the same tokens.
 
-    nats: list[float]
-    kind: str
-
-    @property
-    def max(self) -> float:
-        return max(self.nats)
-
-    @property
-    def median(self) -> float:
-        return float(torch.tensor(self.nats, dtype=torch.float64).quantile(0.5))
-
-    def __str__(self) -> str:
-        return f"{self.median:+.4f} median, {self.max:+.4f} worst of {len(self.nats)} ({self.kind})"
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "n": len(self.nats),
-            "max_nats": self.max,
-            "median_nats": self.median,
-            "nats": self.nats,
-            "kind": self.kind,
-        }
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Damage in nats per token on the same tokens. `single` and `leave_one_out` follow the order of
-    the parts given.
-
-    `restored` is the damage that stays when the super activation alone is put back (see causal.py);
-    None if there is none.
+    at: the parts given, in whose order `single_nats` and `leave_one_out_nats` stand; those may be
+    of the first parts only. restored_nats: the damage left after restoring the super activation
+    alone (see causal.py), None where there is none to restore.
     """
 
+    at: list[Region]
     base_nll: float
     tokens: int
-    single: list[float]
-    joint: float
-    leave_one_out: list[float]
+    single_nats: list[float]
+    joint_nats: float
+    leave_one_out_nats: list[float]
     ci95: tuple[float, float]
     p_value: float
-    restored: float | None
+    restored_nats: float | None
     controls: Controls
-    config: VerifyConfig
+    vital: bool
+    criteria: str
+    behaviour: Behaviours | None = None
 
-    @property
-    def vital(self) -> bool:
-        """Significant and large: the interval lies above 0, no control does as much, and the effect
-        is big enough.
-        """
-        c = self.config
-        significant = self.ci95[0] > 0 and self.p_value <= 0.05
-        return (
-            significant
-            and self.joint >= c.min_nats
-            and self.joint >= c.min_ratio * max(self.controls.max, 0.0)
-        )
-
-    @property
-    def criteria(self) -> str:
-        c = self.config
-        return (
-            f"vital: joint damage at least {c.min_nats:g} nats and {c.min_ratio:g} times the worst"
-            f" of {len(self.controls.nats)} matched controls, p <= 0.05 against them, and a 95%"
-            " interval over windows above 0"
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "base_nll": self.base_nll,
-            "tokens": self.tokens,
-            "single_nats": self.single,
-            "joint_nats": self.joint,
-            "leave_one_out_nats": self.leave_one_out,
-            "ci95": list(self.ci95),
-            "p_value": self.p_value,
-            "restored_nats": self.restored,
-            "controls": self.controls.to_json(),
-            "vital": self.vital,
-            "criteria": self.criteria,
-        }
+    def rows(self) -> list[dict[str, object]]:
+        each = zip(self.at, self.single_nats, self.leave_one_out_nats, strict=False)
+        return [
+            {"part": part, "single_nats": alone, "leave_one_out_nats": rest}
+            for part, alone, rest in each
+        ]
 
 
 def verify(
@@ -146,43 +75,54 @@ def verify(
     """
     if not parts:
         raise BadInput(
-            "no entry was given to verify; name at least one with --at 'L0.mlp.down[88, 165]'."
+            "no entry was given to verify; name at least one, like 'L0.mlp.down[88, 165]'."
         )
     entries = [e for part in parts for e in entries_of(anatomy, part)]
-    layers = [part.site.layer for part in parts]
-    lowest = min((n for n in layers if n is not None), default=0) if None not in layers else 0
     alone = parts[:listed] if len(parts) > 1 else []
-    controls = matched_controls(anatomy, entries, config.controls, config.seed)
-    sets = [parts, *([p] for p in alone), *([q for q in parts if q is not p] for p in alone)]
-    sets += [[Region(e.site, e.row, e.col) for e in control] for control in controls]
-    variants = [Variant(regions) for regions in sets] + [Variant(parts, restored=True)] * bool(
-        written_channels(parts)
-    )
-    damage = damage_on(anatomy, corpus.windows, lowest)
-    joint, *others = damage.of(
-        variants, (lambda done, total: progress("verify", done, total)) if progress else None
-    )
-    nats = [float(nll.mean()) for nll in others]
-    n = len(alone)
-    mean = float(joint.mean())
-    single, leave, nats, restored = (
-        nats[:n],
-        nats[n : 2 * n],
-        nats[2 * n : 2 * n + config.controls],
-        nats[2 * n + config.controls :],
-    )
+    drawn = matched_controls(anatomy, entries, config.controls, config.seed)
+
+    joint = Variant(parts)
+    singles = [Variant([part]) for part in alone]
+    left_out = [Variant([other for other in parts if other is not part]) for part in alone]
+    controls = [Variant([Region(e.site, e.row, e.col) for e in control]) for control in drawn]
+    restored = [Variant(parts, restored=True)] if written_channels(parts) else []
+
+    damage = damage_on(anatomy, corpus.windows, lowest_layer(parts))
+    variants = [joint, *singles, *left_out, *controls, *restored]
+    by_window = dict(zip(map(id, variants), damage.of(variants, _telling(progress)), strict=True))
+
+    def nats(group: Sequence[Variant]) -> list[float]:
+        return [float(by_window[id(variant)].mean()) for variant in group]
+
+    (joint_nats,) = nats([joint])
+    ci95 = interval(by_window[id(joint)], config.seed)
+    beside = Controls(nats(controls), control_kind(parts))
     return Verification(
+        at=list(parts),
         base_nll=float(damage.base.mean()),
         tokens=corpus.predicted,
-        single=single or [mean],
-        joint=mean,
-        leave_one_out=leave or [0.0],
-        ci95=interval(joint, config.seed),
-        p_value=(1 + sum(n >= mean for n in nats)) / (1 + len(nats)),
-        restored=restored[0] if restored else None,
-        controls=Controls(nats, control_kind(parts)),
-        config=config,
+        single_nats=nats(singles) or [joint_nats],
+        joint_nats=joint_nats,
+        leave_one_out_nats=nats(left_out) or [0.0],
+        ci95=ci95,
+        p_value=p_value(joint_nats, beside.nats),
+        restored_nats=next(iter(nats(restored)), None),
+        controls=beside,
+        vital=is_vital(joint_nats, ci95, beside, config),
+        criteria=config.criteria,
     )
+
+
+def lowest_layer(parts: Sequence[Region]) -> int:
+    """The lowest layer that parts lie in; 0 where one lies outside the layers."""
+    layers = [part.site.layer for part in parts]
+    return 0 if None in layers else min(layer for layer in layers if layer is not None)
+
+
+def _telling(progress: Progress | None) -> Tell | None:
+    if progress is None:
+        return None
+    return lambda done, total: progress("verify", done, total)
 
 
 def entries_of(anatomy: Anatomy, part: Region) -> list[Entry]:

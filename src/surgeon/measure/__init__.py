@@ -1,32 +1,49 @@
 """What a change did to a model: likelihood, divergence, behaviour, each with its uncertainty."""
 
-from .behaviour import STOP_WORDS, Behaviour, generate, loop_rate, stop_word_ids, stop_word_share
+from .behaviour import (
+    STOP_WORDS,
+    Behaviour,
+    Behaviours,
+    BehaviourState,
+    behaviour_state,
+    generate,
+    loop_rate,
+    stop_word_ids,
+    stop_word_share,
+)
 from .bootstrap import interval
+from .compare import Comparison, Reference
 from .continuation import continuations, next_tokens
 from .decoder import Decoder
-from .divergence import Divergence, Reference, divergence
 from .likelihood import ResumedNLL, mean_nll, require_causal, window_nll
 from .scorecard import Examination, Scorecard, ScoreConfig, examine, with_neighbours
 from .tasks import task_accuracy
+from .verdict import Controls, VitalConfig, is_vital, p_value
 
 __all__ = [
     "STOP_WORDS",
     "Behaviour",
+    "BehaviourState",
+    "Behaviours",
+    "Comparison",
+    "Controls",
     "Decoder",
-    "Divergence",
     "Examination",
     "Reference",
     "ResumedNLL",
     "ScoreConfig",
     "Scorecard",
+    "VitalConfig",
+    "behaviour_state",
     "continuations",
-    "divergence",
     "examine",
     "generate",
     "interval",
+    "is_vital",
     "loop_rate",
     "mean_nll",
     "next_tokens",
+    "p_value",
     "require_causal",
     "stop_word_ids",
     "stop_word_share",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..corpus import prompt_ids
+from ..result import record
 from .decoder import Decoder
 from .likelihood import batches, logits_of
 
@@ -39,7 +39,7 @@ STOP_WORDS = (
 LOOP_NGRAM = 3
 
 
-@dataclass(frozen=True)
+@record
 class Behaviour:
     """One prompt and what the model wrote after it, greedily.
 
@@ -79,6 +79,40 @@ def generate(
             Behaviour(prompt, str(tokenizer.decode(new, skip_special_tokens=True)), loop_rate(new))
         )
     return results
+
+
+@record
+class BehaviourState:
+    """What a model writes in one state: stop words' mean probability, loops, texts."""
+
+    stop_word_probability: float
+    loop_rate: float
+    generations: list[Behaviour]
+
+
+@record
+class Behaviours:
+    """The base beside the changed model: KL in nats, top-1 agreement, and what each writes."""
+
+    kl_from_base: float
+    top1_agreement: float
+    base: BehaviourState
+    ablated: BehaviourState
+
+
+@torch.no_grad()
+def behaviour_state(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: Int64[Tensor, "n window"],
+    prompts: Sequence[str],
+    stop_words: Sequence[str] = STOP_WORDS,
+    bos: str = "auto",
+) -> BehaviourState:
+    """The behaviour of the model as it is now, on a text and after prompts."""
+    texts = generate(model, tokenizer, prompts, bos=bos)
+    share = stop_word_share(model, windows, stop_word_ids(tokenizer, stop_words))
+    return BehaviourState(share, sum(text.loop for text in texts) / len(texts), texts)
 
 
 def loop_rate(tokens: Sequence[int]) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..anatomy import Anatomy
 from ..corpus import Corpus
 from ..errors import BadInput, SurgeonError
-from ..measure import divergence, mean_nll, require_causal
+from ..measure import Reference, mean_nll, require_causal
 from ..patch import Patch
 from ..patch.file import to_bytes
 from .distil import DistilConfig, Progress, distil
@@ -206,8 +206,8 @@ def repair(
         patch=patch,
         nll=nll,
         kl={
-            "broken": divergence(anatomy.model, judge, lambda: injury.applied(anatomy)).kl,
-            "patched": divergence(anatomy.model, judge, healed).kl,
+            "broken": Reference(anatomy.model, judge).compare(lambda: injury.applied(anatomy)).kl,
+            "patched": Reference(anatomy.model, judge).compare(healed).kl,
         },
         steps=int(details.get("steps", 0)),
         seconds=seconds,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
 
 from .charts import Chart
 
@@ -47,20 +46,42 @@ class Picture:
     """One section. kind: what it shows. headline: what is seen, computed from the data. about: how
     to read it, with units.
 
-    command: what measures it again; exact: it is the command that was recorded, all options with
-    it. shown: a table that is the picture; table: the data behind it, folded.
+    shown: a table that is the picture; table: the data behind it, folded. file, command: where the
+    result lies and what measures it again; the page fills them in.
     """
 
     kind: str
     headline: str
     about: str
-    file: str
-    command: str
     chart: Chart | None = None
     shown: Table | None = None
     table: Table | None = None
     generations: Sequence[Generations] = field(default=())
-    exact: bool = False
+    file: str = ""
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A number of the headline, and beneath it the control it stands beside. kind: its colour."""
+
+    kind: str
+    value: str
+    what: str
+    control: str
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The sentence at the top of a page, as one result would have it, and its numbers."""
+
+    sentence: str
+    claims: Sequence[Claim] = ()
+
+
+def model_name(model: str) -> str:
+    """A model as a headline has it: a folder by its own name, not by where it lies."""
+    return Path(model).name or model if model.startswith(("/", ".", "~")) else model
 
 
 def compare(prompt: str, texts: Sequence[tuple[str, str]]) -> Generations:
@@ -103,15 +124,3 @@ def many(n: int, what: str) -> str:
         if n == 1
         else f"{n:,} {what.removesuffix('y') + 'ies' if what.endswith('y') else what + 's'}"
     )
-
-
-def command(verb: str, *arguments: str, corpus: dict[str, Any] | None = None) -> str:
-    """The command line as a shell takes it; the corpus only names its file, not the folder it was
-    in.
-    """
-    words = ["surgeon", verb, *arguments]
-    if corpus is not None:
-        if corpus["name"] != "patient-heldout":
-            words += ["--text", str(corpus["name"])]
-        words += ["--window", str(corpus["window"]), "--windows", str(corpus["windows"])]
-    return shlex.join(words)

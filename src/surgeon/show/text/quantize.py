@@ -8,8 +8,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from ..console import out, print_table
 from .activations import print_activations
-from .console import out, print_table
 
 
 def print_quantize(document: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..errors import BadInput, MissingExtra
+from ...errors import BadInput, MissingExtra
 
 NAME = "report.html"
 

@@ -17,7 +17,7 @@ KEPT = 2**28  # numbers of the intact predictions that are kept between changes:
 
 
 @dataclass(frozen=True)
-class Divergence:
+class Comparison:
     """Means over all predicted positions: NLL of the changed model and KL(base || changed), in
     nats; how often the likeliest token agrees.
 
@@ -44,7 +44,7 @@ class Reference:
         self._kept: list[Tensor] = []
 
     @torch.no_grad()
-    def compare(self, change: Callable[[], AbstractContextManager[object]]) -> Divergence:
+    def compare(self, change: Callable[[], AbstractContextManager[object]]) -> Comparison:
         """The model inside `change()`, batch by batch."""
         losses: list[Tensor] = []
         kl = agree = count = 0.0
@@ -62,7 +62,7 @@ class Reference:
             agree += float((base.argmax(-1) == changed.argmax(-1)).sum())
             count += base.shape[0] * base.shape[1]
         nll = float((torch.cat(losses) / (self.windows.shape[1] - 1)).mean())
-        return Divergence(nll, kl / count, agree / count)
+        return Comparison(nll, kl / count, agree / count)
 
     def _predictions(self, ids: Int64[Tensor, "batch pos"]) -> Tensor:
         """Log-probabilities of the next token, (batch, pos - 1, d_vocab)."""
@@ -78,14 +78,3 @@ class Reference:
         ):
             self._kept.append(base)
         return base
-
-
-def divergence(
-    model: nn.Module,
-    windows: Int64[Tensor, "n window"],
-    change: Callable[[], AbstractContextManager[object]],
-) -> Divergence:
-    """Compare the model with itself inside `change()`; only one batch of logits is kept at a
-    time.
-    """
-    return Reference(model, windows, keep=0).compare(change)

@@ -8,8 +8,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from ..edit.preflight import PUBLISHED_RATIOS, REFUSE, WARN
-from .console import one_line, out, print_table
+from ...edit.preflight import PUBLISHED_RATIOS, REFUSE, WARN
+from ..console import one_line, out, print_table
 
 
 def print_edit(model: str, document: dict[str, Any]) -> None:

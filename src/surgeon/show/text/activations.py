@@ -7,7 +7,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from .console import out, print_table
+from ..console import out, print_table
 
 
 def print_activations(document: dict[str, Any]) -> None:

@@ -1,0 +1,133 @@
+"""Settings as options of a command, and its help in groups."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, Union, get_args, get_origin
+
+import click
+
+from ..settings import Setting, settings_of
+
+
+def flag(one: Setting) -> str:
+    """How a setting is spelled on the command line."""
+    return "--" + (one.declaration.spelled or one.name).replace("_", "-")
+
+
+def options_of(config: Any, positional: Sequence[str] = ()) -> list[click.Parameter]:
+    """An option for each setting of a settings class, or an argument for the `positional` ones."""
+    return [
+        _argument(one) if one.name in positional else _option(one) for one in settings_of(config)
+    ]
+
+
+def given_by(context: click.Context, names: Iterable[str]) -> dict[str, Any]:
+    """What the caller gave of these settings: nothing that is a default."""
+    default = click.core.ParameterSource.DEFAULT
+    return {
+        name: context.params[name]
+        for name in names
+        if name in context.params and context.get_parameter_source(name) is not default
+    }
+
+
+def _argument(one: Setting) -> click.Argument:
+    return click.Argument(
+        [one.name],
+        metavar=one.declaration.metavar or one.name.upper(),
+        required=one.required,
+        nargs=-1 if one.declaration.many else 1,
+    )
+
+
+class GroupedOption(click.Option):
+    """An option that knows the heading it stands under."""
+
+    group = ""
+
+
+def _option(one: Setting) -> click.Option:
+    declared = one.declaration
+    kind = _plain_kind(one)
+    names = [one.name, flag(one)]
+    if declared.short:
+        names.append(declared.short)
+    if kind is bool:
+        switch = [one.name, _switch(one)]
+        option = GroupedOption(switch, is_flag=True, default=one.default, help=_sentence(one))
+    else:
+        many = declared.many or _is_list(one)
+        option = GroupedOption(
+            names,
+            type=click.Choice(declared.choices) if declared.choices else _CLICK.get(kind, str),
+            default=None if one.required or many or one.default is None else one.default,
+            required=one.required,
+            multiple=many,
+            metavar=declared.metavar,
+            show_default=not (one.required or many or one.default is None),
+            help=_sentence(one),
+        )
+    option.group = declared.group
+    return option
+
+
+def _switch(one: Setting) -> str:
+    """A switch that is on by default is turned off by --no-NAME."""
+    name = flag(one)[2:]
+    return f"--{name}/--no-{name}" if one.default else f"--{name}"
+
+
+_CLICK: dict[Any, Any] = {int: int, float: float, str: str}
+
+
+def _options(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _plain_kind(one: Setting) -> Any:
+    """bool, int, float or str: what click reads; a setting with a `parse` is read as text."""
+    if one.declaration.parse is not None:
+        return str
+    options = [option for option in _options(one.kind) if option is not types.NoneType]
+    if len(options) > 1:
+        return str
+    (option,) = options
+    if get_origin(option) is tuple:
+        option = get_args(option)[0]
+    if get_origin(option) is Literal:
+        return str
+    return option
+
+
+def _is_list(one: Setting) -> bool:
+    if one.declaration.parse is not None:
+        return False
+    return any(get_origin(option) is tuple for option in _options(one.kind))
+
+
+def _sentence(one: Setting) -> str:
+    """The help of a setting as a sentence; that it can be given again, where it can."""
+    text = one.declaration.help
+    first = text[:1] if text.startswith(("auto", "lm-")) else text[:1].upper()
+    text = first + text[1:]
+    again = "; again for several" if one.declaration.many or _is_list(one) else ""
+    return text.removesuffix(".") + again + "."
+
+
+class GroupedCommand(click.Command):
+    """A command whose options stand under headings."""
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(context):
+            line = (
+                parameter.get_help_record(context) if isinstance(parameter, click.Option) else None
+            )
+            if line is not None:
+                groups.setdefault(getattr(parameter, "group", "Output"), []).append(line)
+        # what people need first has no heading of its own; what every verb has comes last
+        for name in sorted(groups, key=lambda name: (name != "", name == "Output")):
+            with formatter.section(name or "Options"):
+                formatter.write_dl(groups[name])

@@ -1,0 +1,96 @@
+"""A study as a command: its settings as options, a model opened, the result delivered."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import BadInput, SurgeonError
+from ..progress import progress_bar
+from ..settings import settings_of
+from ..show.console import err
+from ..studies.registry import Study
+from .deliver import command_line, deliver, folder_option, json_option, run_folder
+from .options import GroupedCommand, GroupedOption, flag, given_by, options_of
+
+
+def command_of(study: Study) -> click.Command:
+    """The command that runs a study."""
+    parameters: list[click.Parameter] = []
+    if study.opens:
+        parameters.append(click.Argument(["model"]))
+    parameters += options_of(study.settings, study.positional)
+    if study.opens:
+        parameters += options_of(_opening(study))
+    if study.output:
+        parameters.append(_output_option(study))
+    if study.folder:
+        parameters.append(folder_option())
+    parameters.append(json_option())
+    return GroupedCommand(
+        study.name.rpartition(" ")[2],
+        params=parameters,
+        callback=click.pass_context(functools.partial(_run, study)),
+        help=study.settings.__doc__,
+        short_help=study.summary,
+    )
+
+
+def _run(study: Study, context: click.Context, /, **values: Any) -> None:
+    with _spelled(study):
+        folder = run_folder(values.get("folder"))
+        output = values.get("output")
+        _check_place(output)
+        given = given_by(context, [one.name for one in settings_of(study.settings)])
+        with progress_bar(err) as tell:
+            lab = None
+            if study.opens:
+                lab = _open(study, context, values["model"], bool(given.get("detect_only")))
+                lab.listen(tell)
+            result = study.run(lab, given, command_line())
+        deliver(result, values["as_json"], folder, None if output is None else Path(output))
+
+
+def _open(study: Study, context: click.Context, model: str, detect_only: bool) -> Any:
+    from ..studies.lab import open_lab
+
+    opening = given_by(context, [one.name for one in settings_of(_opening(study))])
+    return open_lab(model, whole=not detect_only, **opening)
+
+
+def _opening(study: Study) -> Any:
+    from ..studies.lab import ModelSettings, StreamSettings
+
+    return StreamSettings if study.opens == "stream" else ModelSettings
+
+
+def _output_option(study: Study) -> click.Option:
+    option = GroupedOption(
+        ["output", "-o"], metavar="P", required=True, help=f"The {study.output} to write."
+    )
+    option.group = ""
+    return option
+
+
+def _check_place(output: str | None) -> None:
+    """Raises: BadInput if a patch cannot be written there, before any work is done."""
+    if output is not None and not Path(output).parent.is_dir():
+        raise BadInput(
+            f"there is no folder {Path(output).parent} for {output}; make it first, or choose"
+            " another place."
+        )
+
+
+@contextmanager
+def _spelled(study: Study) -> Iterator[None]:
+    """Errors inside know how this command spells its settings."""
+    try:
+        yield
+    except SurgeonError as error:
+        error.spelled = {one.name: flag(one) for one in settings_of(study.settings)}
+        raise

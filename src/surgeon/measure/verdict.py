@@ -1,0 +1,75 @@
+"""The only place that says "vital": the rule, and what a damage is held against.
+
+A small p-value is not enough: with enough text every weight matters a little. So a set is vital if
+its damage is large in nats, large beside matched controls, unlike all of them, and above zero for
+nearly every resampling of the windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..result import derived, record
+from ..settings import setting
+
+LEAST_CONTROLS = 20  # with fewer, no damage can be unlike the controls at the 5% level
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class VitalConfig:
+    """What `vital` demands."""
+
+    controls: int = setting(20, "number of matched control sets, at least 20", low=LEAST_CONTROLS)
+    min_nats: float = setting(0.1, "least joint damage to be called vital, in nats per token")
+    min_ratio: float = setting(
+        3.0, "least joint damage as a multiple of the worst control's", group="Verdict"
+    )
+
+    @property
+    def criteria(self) -> str:
+        """The rule, in words."""
+        return (
+            f"joint damage at least {self.min_nats:g} nats and {self.min_ratio:g} times the worst"
+            f" of {self.controls} matched controls, p <= {ALPHA:g} against them, and a 95% interval"
+            " over windows above 0"
+        )
+
+
+@record
+class Controls:
+    """Damage of the matched control sets, in nats per token, and how they were matched."""
+
+    nats: list[float]
+    matched: str
+
+    @derived
+    def n(self) -> int:
+        return len(self.nats)
+
+    @derived
+    def max_nats(self) -> float:
+        return max(self.nats)
+
+    @derived
+    def median_nats(self) -> float:
+        return float(torch.tensor(self.nats, dtype=torch.float64).quantile(0.5))
+
+
+def p_value(joint_nats: float, controls: Sequence[float]) -> float:
+    """How likely a control does as much damage: (1 + those that do) / (1 + all)."""
+    as_bad = sum(nats >= joint_nats for nats in controls)
+    return (1 + as_bad) / (1 + len(controls))
+
+
+def is_vital(
+    joint_nats: float, ci95: tuple[float, float], controls: Controls, config: VitalConfig
+) -> bool:
+    """Whether this damage, with its 95% interval over windows, meets `config.criteria`."""
+    significant = ci95[0] > 0 and p_value(joint_nats, controls.nats) <= ALPHA
+    large = joint_nats >= config.min_nats
+    beside_controls = joint_nats >= config.min_ratio * max(controls.max_nats, 0.0)
+    return significant and large and beside_controls

@@ -1,0 +1,48 @@
+"""A result in a notebook: the pictures that the report has of it, in a frame of its own.
+
+The page is the report's, with its policy against scripts; the frame is sandboxed, so that nothing a
+model wrote can reach the notebook.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from html import escape
+
+from ..errors import MissingExtra
+from ..result import Result
+
+HEIGHT = 640  # pixels of the frame
+
+
+def html(result: Result) -> str:
+    """The result as HTML: its pictures; its fields where it has none, or an extra is missing."""
+    plain = f"<pre>{escape(repr(result))}</pre>"
+    try:
+        page = _page(result)
+    except MissingExtra:
+        return plain
+    if page is None:
+        return plain
+    return (
+        f'<iframe sandbox srcdoc="{escape(page)}" width="100%" height="{HEIGHT}"'
+        ' style="border: 0"></iframe>'
+    )
+
+
+def _page(result: Result) -> str | None:
+    try:
+        from .page.page import page
+        from .pictures import headline_of, pictures_of
+    except ImportError as error:
+        raise MissingExtra("a picture", "report") from error
+    from .page.folder import visible
+
+    columns = {name: value for name, value in vars(result).items() if isinstance(value, dict)}
+    shown = type(result).from_json(visible(result.to_json()))
+    shown = replace(shown, **{n: v for n, v in columns.items() if getattr(shown, n) is None})
+    pictures = pictures_of(shown)
+    if not pictures:
+        return None
+    command = shown.provenance.command or ""
+    return page([headline_of(shown)], [replace(one, command=command) for one in pictures])

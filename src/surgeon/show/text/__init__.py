@@ -1,0 +1,27 @@
+"""A result as text for a terminal, by its kind."""
+
+from __future__ import annotations
+
+import importlib
+
+from ...result import Result
+from ..console import out
+
+# the module of this package that shows each kind, and the function in it
+KINDS = {
+    "find": "critical:print_find",
+    "detect": "critical:print_detection",
+    "verify": "critical:print_verify",
+    "ablate": "models:print_injury",
+    "sites": "models:print_sites",
+    "measure": "models:print_measure",
+}
+
+
+def print_result(result: Result) -> None:
+    """Print a result; one of a kind that has no text of its own by its fields."""
+    if result.kind not in KINDS:
+        out.print(repr(result), markup=False)
+        return
+    module, _, function = KINDS[result.kind].partition(":")
+    getattr(importlib.import_module(f".{module}", __package__), function)(result)

@@ -1,0 +1,162 @@
+"""Critical sets, detection and verification as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from ...find import CriticalSet, Detection, ExpertProfile, FindResult, Rejection, Verification
+from ...measure import Behaviours, Controls
+from ...result import Provenance
+from ..console import out, print_table
+
+MOST_EXPERTS = 8
+MOST_ENTRIES = 3
+
+
+def print_find(result: FindResult) -> None:
+    """Sets with their damage beside the controls, then what was rejected and why."""
+    seen = result.detection
+    out.print(f"{_model(result.provenance)}: NLL {seen.base_nll:.3f} on {_text(result.provenance)}")
+    if result.verdict == "none":
+        tallest = max(range(len(seen.heights)), key=lambda i: seen.heights[i])
+        out.print(
+            f"None found: the tallest channel is {seen.heights[tallest]:.1f} times the median"
+            f" (layer {tallest}; the bar is {seen.bar:.1f})."
+        )
+    for number, one in enumerate(result.sets, 1):
+        _print_set(number, one)
+    _print_rejected(result.rejected)
+    _print_experts(result.experts)
+
+
+def _print_set(number: int, one: CriticalSet) -> None:
+    names = [str(entry.entry) for entry in one.entries]
+    more = f" and {len(names) - MOST_ENTRIES} more" if len(names) > MOST_ENTRIES else ""
+    shown = escape(", ".join(names[:MOST_ENTRIES]) + more)
+    damage, (low, high) = one.damage, one.damage.ci95
+    out.print(f"set {number}: [bold]{one.geometry}[/bold] of {len(names)}: {shown}")
+    out.print(
+        f"  zeroed together     [bold]{damage.joint_nats:+.3f} nats[/bold] per token  (95%"
+        f" {low:+.3f} to {high:+.3f}, {damage.tokens} tokens)"
+    )
+    out.print(f"  strongest alone     {max(damage.single_nats):+.3f} nats")
+    if damage.restored_nats is not None:
+        out.print(
+            f"  peak restored       {damage.restored_nats:+.3f} nats are left after restoring the"
+            " super activation alone"
+        )
+    out.print(f"  controls            {_controls(one.controls)}")
+    channels = ", ".join(map(str, one.channels))
+    out.print(
+        f"  the whole channel   {damage.full_nats:+.3f} nats for all {damage.full_size} entries"
+        f" that write channel {channels}, on the probe windows"
+    )
+    _print_verdict(one.vital, one.criteria)
+
+
+def print_detection(result: Detection) -> None:
+    """What detection alone saw."""
+    out.print(
+        f"{_model(result.provenance)}: {len(result.candidates)} candidates; no damage was measured"
+        f" (the bar is {result.detection.bar:.1f})"
+    )
+    for candidate in result.candidates:
+        strongest = candidate.contributions[0]
+        out.print(
+            f"  L{candidate.layer} channel {candidate.channel}, {candidate.height:.1f} times the"
+            f" median: strongest {escape(str(strongest.entry))}, {strongest.share:.0%} of its write"
+        )
+    _print_rejected(result.rejected)
+    _print_experts(result.experts)
+
+
+def print_verify(result: Verification) -> None:
+    """Damage of each part, of all together, and of the controls."""
+    out.print(
+        f"{_model(result.provenance)}: NLL {result.base_nll:.4f} on {_text(result.provenance)}"
+    )
+    table = Table("zeroed", "alone", "all but this", box=None, header_style="bold")
+    each = zip(result.at, result.single_nats, result.leave_one_out_nats, strict=False)
+    for part, alone, rest in each:
+        table.add_row(escape(str(part)), f"{alone:+.4f}", f"{rest:+.4f}")
+    print_table(table)
+    low, high = result.ci95
+    out.print(
+        f"together       [bold]{result.joint_nats:+.4f} nats[/bold] per token  (95% {low:+.4f} to"
+        f" {high:+.4f})"
+    )
+    if result.restored_nats is not None:
+        out.print(
+            f"peak restored  {result.restored_nats:+.4f} nats are left after restoring the super"
+            " activation alone"
+        )
+    out.print(f"controls       {_controls(result.controls)}")
+    _print_verdict(result.vital, result.criteria)
+    if result.behaviour is not None:
+        _print_behaviours(result.behaviour)
+
+
+def _print_behaviours(behaviours: Behaviours) -> None:
+    out.print(
+        f"KL from base {behaviours.kl_from_base:.4f} nats, top-1 agreement"
+        f" {behaviours.top1_agreement:.3f}"
+    )
+    for name, state in (("base", behaviours.base), ("ablated", behaviours.ablated)):
+        out.print(
+            f"{name}: stop-word probability {state.stop_word_probability:.3f}, loop rate"
+            f" {state.loop_rate:.3f}"
+        )
+        for text in state.generations:
+            out.print(f"  {escape(text.prompt)}|{escape(text.text)}")
+
+
+def _print_experts(profile: Sequence[ExpertProfile]) -> None:
+    """The experts with the highest peaks."""
+    for one in profile[:MOST_EXPERTS]:
+        what = "[bold]super expert[/bold]" if one.is_super else "expert"
+        out.print(
+            f"{what} L{one.layer} e{one.expert}: peak {one.peak:.1f} at channel {one.channel},"
+            f" {one.share:.0%} of what its layer's experts write, {one.routed:.0%} of the tokens"
+        )
+    if len(profile) > MOST_EXPERTS:
+        out.print(f"and {len(profile) - MOST_EXPERTS} more experts, none with a higher peak")
+
+
+def _print_rejected(rejected: Sequence[Rejection]) -> None:
+    for one in rejected:
+        numbers = {
+            "height": one.height,
+            "persistence": one.persistence,
+            "entries": one.entries,
+            "damage in nats": one.joint_nats,
+            "worst control in nats": one.control_max_nats,
+        }
+        known = [f"{name} {value:.3g}" for name, value in numbers.items() if value is not None]
+        out.print(f"rejected {escape(one.entry)}: {one.reason} ({', '.join(known)})")
+
+
+def _print_verdict(vital: bool, criteria: str) -> None:
+    verdict = "vital" if vital else "not vital"
+    out.print(f"Verdict: [bold]{verdict}[/bold]. The rule: {criteria}.")
+
+
+def _controls(controls: Controls) -> str:
+    return (
+        f"{controls.median_nats:+.4f} median, {controls.max_nats:+.4f} worst of {controls.n}"
+        f" ({controls.matched})"
+    )
+
+
+def _model(about: Provenance) -> str:
+    return f"[bold]{escape(about.model)}[/bold]"
+
+
+def _text(about: Provenance) -> str:
+    if about.corpus is None:
+        return "no text"
+    corpus = about.corpus
+    bos = "with" if corpus.bos else "without"
+    return f"{escape(corpus.name)}, {corpus.windows} windows, {bos} BOS, {corpus.tokens} tokens"

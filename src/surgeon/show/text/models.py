@@ -1,0 +1,55 @@
+"""Sites, injuries and measurements as text."""
+
+from __future__ import annotations
+
+from rich.markup import escape
+from rich.table import Table
+
+from ...studies.ablate import Injury
+from ...studies.measure import Measurement
+from ...studies.sites import SiteList
+from ..console import out, print_table
+
+
+def print_sites(result: SiteList) -> None:
+    """One line a site."""
+    table = Table("site", "out", "in", "stored", "parameter", "", box=None, header_style="bold")
+    for one in result.sites:
+        tied = ", ".join(map(str, one.tied_to))
+        note = f"tied to {tied}" if tied else one.part
+        n_out, n_in = map(str, one.shape)
+        table.add_row(str(one.site), n_out, n_in, one.stored, escape(one.parameter), note)
+    print_table(table)
+    out.print(
+        f"{len(result.sites)} sites in {result.layers} layers; the map was found by"
+        f" {result.source} and proved by experiment."
+    )
+
+
+def print_injury(result: Injury) -> None:
+    """What the patch changes."""
+    entries = "1 entry" if result.entries == 1 else f"{result.entries} entries"
+    out.print(escape(f"{entries} of {', '.join(result.sites)} changed ({result.mode})"))
+
+
+def print_measure(result: Measurement) -> None:
+    """Likelihood, tasks and generations, with the patches and without."""
+    about = result.provenance
+    where = "" if about.corpus is None else f" on {escape(about.corpus.name)}"
+    patches = f" with {escape(', '.join(result.patches))}" if result.patches else ""
+    out.print(f"[bold]{escape(about.model)}[/bold]{patches}{where}, {result.tokens} tokens")
+    away = ""
+    if result.kl_from_base is not None and result.top1_agreement is not None:
+        away = (
+            f"  KL from base {result.kl_from_base:.4f}  top-1 agreement {result.top1_agreement:.3f}"
+        )
+    out.print(f"NLL {result.nll:.4f}  perplexity {result.ppl:.2f}{away}")
+    for name, accuracy in result.tasks.items():
+        out.print(
+            f"{escape(name)}: accuracy {accuracy.base:.3f} base, {accuracy.patched:.3f} patched"
+        )
+    for text in result.generations:
+        out.print(f"[bold]{escape(text.prompt)}[/bold]")
+        out.print(f"  base: {escape(text.base)}")
+        if result.patches:
+            out.print(f"  patched: {escape(text.patched)}")

@@ -1,0 +1,125 @@
+"""What names weights, and what is a patch: a text, an address, a set, a result, a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..anatomy import Anatomy, Entry, Region
+from ..errors import BadInput, SurgeonError
+from ..find import CriticalSet, FindConfig, FindResult, Verification, VerifyConfig, find
+from ..patch import Patch, load
+from .lab import Lab, TextSettings
+
+VITAL = "vital"
+AT_HELP = (
+    "entry like 'L0.mlp.down[88, 165]', row [88, :] or column [:, 165]; or `vital`, the first set"
+    " that find returns"
+)
+
+
+def regions_of(lab: Lab, at: Any, text: TextSettings, seed: int = 0) -> list[Region]:
+    """The regions that `at` names: texts, entries, regions, a critical set, a result, or several.
+
+    A FindResult stands for its first set. The text `vital` stands for the first set that `find`
+    returns on this text.
+    Raises: BadInput, UnknownSite; BadInput if two share an entry, which would be counted twice, or
+    if nothing is named.
+    """
+    named = list(_named(lab, at, text, seed))
+    if not named:
+        raise BadInput("no weights are named; name at least one with ‹at›, like L0.mlp.down[8, 5].")
+    _check_apart(named)
+    return named
+
+
+def _named(lab: Lab, at: Any, text: TextSettings, seed: int) -> Iterator[Region]:
+    if at == VITAL:
+        yield from vital_set(lab, text, seed).parts
+    elif isinstance(at, str | Entry | Region):
+        yield lab.anatomy.region(str(at))
+    elif isinstance(at, CriticalSet):
+        yield from at.parts
+    elif isinstance(at, Verification):
+        yield from at.at
+    elif isinstance(at, FindResult):
+        if not at.sets:
+            raise BadInput("this finding holds no set; name weights instead.")
+        yield from at.sets[0].parts
+    elif isinstance(at, Sequence):
+        for one in at:
+            yield from _named(lab, one, text, seed)
+    else:
+        raise BadInput(
+            f"{type(at).__name__} names no weights; give an address, a set or a finding."
+        )
+
+
+def vital_set(lab: Lab, text: TextSettings, seed: int = 0) -> CriticalSet:
+    """The first set that `find` returns on this text. Raises: SurgeonError if it finds none."""
+    result = vital_sets(lab, text, seed)
+    if not result.sets:
+        raise SurgeonError(
+            f"nothing vital was found in {lab.name}, so there is nothing to name; give entries with"
+            " ‹at› instead."
+        )
+    return result.sets[0]
+
+
+def vital_sets(lab: Lab, text: TextSettings, seed: int = 0) -> FindResult:
+    """What `find` finds on this text, at its defaults; found once for each lab and text."""
+    corpus = lab.corpus(text)
+    config = FindConfig(verify=VerifyConfig(seed=seed))
+    return lab.once(("find", text, seed), partial(find, lab.anatomy, corpus, config, lab.tell))
+
+
+def _check_apart(regions: Sequence[Region]) -> None:
+    """Raises: BadInput if two regions share an entry."""
+    for i, one in enumerate(regions):
+        for other in regions[:i]:
+            if one.site == other.site and _meet(one, other):
+                both = f"{one} is given twice" if one == other else f"{other} and {one} share one"
+                raise BadInput(f"‹at›: {both}; name each entry once.")
+
+
+def _meet(one: Region, other: Region) -> bool:
+    rows, cols = {one.row, other.row}, {one.col, other.col}
+    return all(None in lines or len(lines) == 1 for lines in (rows, cols))
+
+
+# -- patches --------------------------------------------------------------------------------------
+
+
+def patch_of(source: Any) -> Patch:
+    """A patch: itself, the file of one, or what a result holds. Raises: BadInput, BadPatch."""
+    if isinstance(source, Patch):
+        return source
+    if isinstance(source, str | Path):
+        return load(source)
+    if any(one.name == "patch" for one in fields(source)) and source.patch is not None:
+        patch: Patch = source.patch
+        return patch
+    raise BadInput(f"{type(source).__name__} holds no patch; give a patch or the file of one.")
+
+
+def patches_of(sources: Any) -> list[Patch]:
+    """Several patches, or one."""
+    several = sources if isinstance(sources, list | tuple) else [sources]
+    return [patch_of(source) for source in several]
+
+
+@contextmanager
+def _stack(anatomy: Anatomy, patches: Sequence[Patch]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch.applied(anatomy))
+        yield
+
+
+def stacked(anatomy: Anatomy, patches: Sequence[Patch]) -> AbstractContextManager[None]:
+    """Within the block all of `patches` are applied, in order."""
+    return _stack(anatomy, patches)

@@ -1,0 +1,103 @@
+"""Every study by its name: where it lies, what it needs, and how it is called.
+
+The table is light: names and sentences, so that a list of verbs costs no import. A study's module
+has `Settings`, a frozen dataclass; `run(lab, settings)`, which gives a Result; it is imported when
+the study is looked into.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import BadInput
+from ..result import Result
+from ..settings import configured
+
+
+@dataclass(frozen=True)
+class Study:
+    """One verb.
+
+    name: as it is typed. summary: its line in the help. opens: whether it works on a model, on one
+    that may be streamed, or on none. leading: the setting that a method's first argument gives.
+    positional: settings that are arguments on the command line, in order. output: what `-o` names
+    there: the file of a patch, or nothing. folder: whether it writes a run folder. seeded: whether
+    its seed changes anything.
+    """
+
+    name: str
+    summary: str
+    opens: str = "model"
+    leading: str = "at"
+    positional: tuple[str, ...] = ()
+    output: str = ""
+    folder: bool = True
+    seeded: bool = True
+
+    @property
+    def module(self) -> Any:
+        name = self.name.replace(" ", "_").replace("-", "_")
+        return importlib.import_module(f".{name}", __package__)
+
+    @property
+    def settings(self) -> type[Any]:
+        kind: type[Any] = self.module.Settings
+        return kind
+
+    def run(self, lab: Any, given: Mapping[str, Any], command: str | None = None) -> Any:
+        """The study's result, with how it was made.
+
+        given: settings by name. command: the command line; not given: the call in Python.
+        Raises: BadInput for settings that it does not have, or that cannot be.
+        """
+        settings = configured(self.settings, given, self.name)
+        result = self.module.run(lab, settings)
+        return result.made(command=command or self._call(result.provenance.settings, given))
+
+    def _call(self, settings: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+        """The call that makes the result again; its settings as the result records them."""
+        words = [f"{name}={settings.get(name, given[name])!r}" for name in given]
+        return f"lab.{self.name.replace(' ', '_')}({', '.join(words)})"
+
+
+_ALL = (
+    Study("sites", "List every addressable weight matrix.", folder=True, seeded=False),
+    Study("find", "Find critical weights, verified against matched controls.", opens="stream"),
+    Study("verify", "Measure what the model loses without given weights."),
+    Study("ablate", "Write an injury as a patch.", output="patch", folder=False),
+    Study(
+        "measure",
+        "Measure likelihood and behaviour, with patches or without.",
+        leading="patches",
+        seeded=False,
+    ),
+)
+STUDIES = {study.name: study for study in _ALL}
+
+# where the class of each kind of result is, from the package's root
+RESULTS = {
+    "sites": "studies.sites:SiteList",
+    "find": "find:FindResult",
+    "detect": "find:Detection",
+    "verify": "find:Verification",
+    "ablate": "studies.ablate:Injury",
+    "measure": "studies.measure:Measurement",
+}
+
+
+def result_class(kind: str) -> type[Result]:
+    """The class of the results of a kind."""
+    module, _, name = RESULTS[kind].partition(":")
+    found: type[Result] = getattr(importlib.import_module(f"...{module}", __name__), name)
+    return found
+
+
+def read_result(document: Mapping[str, Any]) -> Result:
+    """The result that a JSON document holds. Raises: BadInput if it holds none, or is damaged."""
+    kind = document.get("kind")
+    if kind not in RESULTS:
+        raise BadInput(f"this document is no result of Surgeon: its kind is {kind!r}.")
+    return result_class(kind).from_json(document)

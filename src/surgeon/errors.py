@@ -1,13 +1,35 @@
-"""One tree of exceptions. Each class carries the exit status the command line ends with."""
+"""One tree of exceptions. Each class carries the exit status the command line ends with.
+
+A message names a setting as ‹name›, since Python, YAML and the command line spell it differently.
+"""
+
+import re
+from collections.abc import Callable
+
+_SETTING = re.compile(r"‹(\w+)›")
 
 
 class SurgeonError(Exception):
     """The operation failed.
 
     Every message says what was asked, what is there instead, and what to do.
+
+    >>> str(BadInput("‹windows› 0 leaves no text; use at least 1."))
+    'windows 0 leaves no text; use at least 1.'
     """
 
     exit_status = 1
+
+    def said(self, spelling: Callable[[str], str]) -> str:
+        """The message, with every setting as its caller spells it.
+
+        >>> BadInput("‹new_tokens› is 0; use at least 1.").said(lambda name: f"the field {name}")
+        'the field new_tokens is 0; use at least 1.'
+        """
+        return _SETTING.sub(lambda setting: spelling(setting[1]), super().__str__())
+
+    def __str__(self) -> str:
+        return self.said(lambda name: name)
 
 
 class BadInput(SurgeonError):
@@ -47,8 +69,8 @@ class MissingExtra(BadInput):
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(
-            f"{what} needs a package that is not installed; install it with: pip install"
-            f" 'weight-surgeon[{extra}]'"
+            f"{what} needs a package that is not installed; install it with:"
+            f" pip install 'weight-surgeon[{extra}]'"
         )
 
 

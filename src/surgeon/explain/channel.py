@@ -184,18 +184,19 @@ def _channels(
     channels = []
     for i, (channel, site) in enumerate(writers.items()):
         at = 0 if site.layer is None else site.layer + 1
-        peaks = {state: float(size[at, ..., i].amax(1).mean()) for state, size in sizes.items()}
-        described = {
-            state: ChannelState(
-                rest=size[:, :, 1:, i].mean((1, 2)).tolist(),
-                first=size[:, :, 0, i].mean(1).tolist(),
-                largest=size[..., i].amax((1, 2)).tolist(),
-                positions=size[at, :, :positions, i].mean(0).tolist(),
-                peak=peaks[state],
-                ratio=peaks[state] / peaks["base"] if peaks["base"] else 0.0,
+        described: dict[str, ChannelState] = {}
+        for state, of_all in sizes.items():
+            size = of_all[..., i]  # (layers, n, window)
+            peak = float(size[at].amax(1).mean())
+            base = described["base"].peak if described else peak
+            described[state] = ChannelState(
+                rest=size[:, :, 1:].mean((1, 2)).tolist(),
+                first=size[:, :, 0].mean(1).tolist(),
+                largest=size.amax((1, 2)).tolist(),
+                positions=size[at, :, :positions].mean(0).tolist(),
+                peak=peak,
+                ratio=peak / base if base else 0.0,
             )
-            for state, size in sizes.items()
-        }
         channels.append(Channel(channel, site, at, described))
     return channels
 

@@ -191,10 +191,9 @@ def topk_curve(
     points = _changed_points(below, merged)
     if not points:
         raise BadInput("the last patch changes no entry, so there is no top-k curve.")
-    sizes = torch.stack(
-        [(merged[s][r, c].double() - below[s][r, c].double()) for s, r, c in points]
-    )
-    largest_first = sizes.abs().argsort(descending=True, stable=True).tolist()
+    before = torch.stack([below[site][row, col].double() for site, row, col in points])
+    after = torch.stack([merged[site][row, col].double() for site, row, col in points])
+    largest_first = (after - before).abs().argsort(descending=True, stable=True).tolist()
 
     changed = [site for patch in [*patches, *(p for _, p in trained)] for site in patch.sites]
     lowest = min(0 if site.layer is None else site.layer for site in changed)

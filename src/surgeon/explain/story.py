@@ -192,7 +192,8 @@ class Tests:
                 test["p_corrected"] = corrected
         strata_tested = []
         for i, test in zip(listed, tests, strict=True):
-            mean, expected = float(sums[i] / tokens[i]), self._beside(label == i, strata)
+            mean = float(sums[i] / tokens[i])
+            expected = self._beside(label == i, strata)
             strata_tested.append(Stratum(names[i], int(tokens[i]), mean, expected, **test))
         return strata_tested
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import log
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..corpus import Corpus
@@ -138,7 +137,8 @@ def label_tokens(tokenizer: PreTrainedTokenizerBase, text: str, corpus: Corpus) 
         return "".join(pieces[max(window_start, i - CONTEXT_TOKENS) : i])
 
     # without BOS the first token of a window is not predicted
-    at = torch.arange(n * step).view(n, step)[:, int(not corpus.bos) :].flatten().tolist()
+    first = int(not corpus.bos)
+    at = [i for i in range(n * step) if i % step >= first]
     return Tokens(
         ids=[ids[i] for i in at],
         windows=[i // step for i in at],
@@ -162,7 +162,11 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     def decode(some: list[int]) -> str:
         return str(tokenizer.decode(some, clean_up_tokenization_spaces=False))
 
-    return [decode(ids[:1])] + [decode([a, b])[len(decode([a])) :] for a, b in pairwise(ids)]
+    pieces = [decode(ids[:1])]
+    for before, own in pairwise(ids):
+        both = decode([before, own])
+        pieces.append(both[len(decode([before])) :])
+    return pieces
 
 
 def _words(pieces: list[str]) -> list[str]:

@@ -243,12 +243,13 @@ class LowRankDelta:
 
     def check(self, shape: tuple[int, int]) -> None:
         """Raises: ValueError if this cannot be a delta of a matrix (out, in) = `shape`."""
+        left, right = self.left.shape, self.right.shape
         _need(
-            self.left.dim() == self.right.dim() == 2 and self.left.shape[1] == self.right.shape[0],
+            len(left) == len(right) == 2 and left[1] == right[0],
             "the factors do not fit each other",
         )
         _need(
-            (self.left.shape[0], self.right.shape[1]) == shape,
+            (left[0], right[1]) == shape,
             f"the factors do not make a matrix of shape {shape}",
         )
         _need(

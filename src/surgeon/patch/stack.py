@@ -148,10 +148,13 @@ def take_off_(
 
 def overlap(p: Content, q: Content) -> list[Site]:
     """The sites where both patches touch an entry."""
-    common = [
-        site for site in p.base if site in q.base and p.base[site].shape == q.base[site].shape
-    ]
-    return [site for site in common if bool((p.touched(site) & q.touched(site)).any())]
+    sites = []
+    for site in p.base:
+        if site not in q.base or p.base[site].shape != q.base[site].shape:
+            continue
+        if bool((p.touched(site) & q.touched(site)).any()):
+            sites.append(site)
+    return sites
 
 
 def _depth(patch: Content, stack: Stack) -> int | None:

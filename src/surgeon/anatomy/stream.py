@@ -60,7 +60,7 @@ def open_stream(
     if kind not in TABLE:
         raise UnknownArchitecture(
             f"{name} is a {kind} model, which is not in Surgeon's table of architectures, and only"
-            " those can be streamed; find reads it without --stream, if it fits into memory."
+            " those can be streamed; find reads it without ‹stream›, if it fits into memory."
         )
     if getattr(config, "quantization_config", None) is not None:
         raise PackedWeight(

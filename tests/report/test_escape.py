@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from report_documents import documents
 
-from surgeon.report import write_report
+from surgeon.show.page import write_report
 
 HOSTILE = (
     "<script>document.title='x'</script>",

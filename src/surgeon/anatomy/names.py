@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import PreTrainedModel
+import transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ..errors import BadCheckpoint
@@ -57,7 +57,7 @@ class TensorNames:
         }
         conversions: list[Any] = (
             get_model_conversion_mapping(anatomy.model)
-            if isinstance(anatomy.model, PreTrainedModel)
+            if isinstance(anatomy.model, transformers.PreTrainedModel)
             else []
         )
         for name in self.names:

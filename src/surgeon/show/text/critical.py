@@ -82,6 +82,9 @@ def print_verify(result: Verification) -> None:
     each = zip(result.at, result.single_nats, result.leave_one_out_nats, strict=False)
     for part, alone, rest in each:
         table.add_row(escape(str(part)), f"{alone:+.4f}", f"{rest:+.4f}")
+    unlisted = len(result.at) - len(result.single_nats)
+    if unlisted > 0:
+        table.add_row(f"and {unlisted} more")
     print_table(table)
     low, high = result.ci95
     out.print(

@@ -82,8 +82,10 @@ def _check_apart(regions: Sequence[Region]) -> None:
     for i, one in enumerate(regions):
         for other in regions[:i]:
             if one.site == other.site and _meet(one, other):
-                both = f"{one} is given twice" if one == other else f"{other} and {one} share one"
-                raise BadInput(f"‹at›: {both}; name each entry once.")
+                shared = f"{one} is given twice"
+                if one != other:
+                    shared = f"{other} and {one} share an entry"
+                raise BadInput(f"‹at›: {shared}; name each entry once.")
 
 
 def _meet(one: Region, other: Region) -> bool:

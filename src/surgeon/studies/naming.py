@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,8 +101,8 @@ def patch_of(source: Any) -> Patch:
         return source
     if isinstance(source, str | Path):
         return load(source)
-    if any(one.name == "patch" for one in fields(source)) and source.patch is not None:
-        patch: Patch = source.patch
+    patch = getattr(source, "patch", None)
+    if isinstance(patch, Patch):
         return patch
     raise BadInput(f"{type(source).__name__} holds no patch; give a patch or the file of one.")
 

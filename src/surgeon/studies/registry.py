@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import BadInput
 from ..result import Result
-from ..settings import configured
+from ..settings import configured, nearest
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,15 @@ _ALL = (
     ),
 )
 STUDIES = {study.name: study for study in _ALL}
+
+
+
+def study_named(name: str) -> Study:
+    """The study of this name. Raises: BadInput, with the nearest."""
+    if name not in STUDIES:
+        raise BadInput(f"{name} is no verb{nearest(name, STUDIES)}")
+    return STUDIES[name]
+
 
 # where the class of each kind of result is, from the package's root
 RESULTS = {

@@ -376,7 +376,7 @@ def test_a_corruption_that_does_no_harm_is_said(words: PreTrainedTokenizerBase) 
         ({"subject": "house"}, "is not in the prompt"),
         ({"subject": ""}, "the subject is empty"),
         ({"answer": " "}, "target is empty"),
-        ({"versus": "red"}, "--metric logit"),
+        ({"versus": "red"}, "is for metric logit"),
         ({"prompt": "New York " * 60}, "the model reads 64"),
         ({"config": TraceConfig(replace="red")}, "has 1 tokens there"),
         ({"config": TraceConfig(replace="New York")}, "nothing would be corrupted"),
@@ -403,15 +403,15 @@ def test_a_masked_model_has_no_answer(words: PreTrainedTokenizerBase) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"samples": 0}, "--samples 0"),
-        ({"window": 0}, "--window 0"),
+        ({"samples": 0}, "samples 0 leaves"),
+        ({"window": 0}, "window 0 restores"),
         ({"noise": 0.0}, "above 0"),
         ({"noise": float("nan")}, "above 0"),
         ({"replace": " "}, "are empty"),
         ({"kinds": ("head",)}, "head cannot be restored"),
         ({"kinds": ()}, "nothing cannot be restored"),
-        ({"sever": "state"}, "--sever state"),
-        ({"metric": "rank"}, "--metric rank"),
+        ({"sever": "state"}, "sever state is"),
+        ({"metric": "rank"}, "metric rank is"),
     ],
 )
 def test_settings_that_make_no_trace(settings: dict[str, Any], message: str) -> None:

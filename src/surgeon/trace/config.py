@@ -17,6 +17,7 @@ class TraceConfig:
     """Settings of a trace.
 
     Source of the defaults: Meng et al. 2022, arXiv:2202.05262, section 2 and appendix B.
+    Raises: BadInput for a setting that leaves nothing to trace.
     """
 
     noise: float = field(
@@ -55,9 +56,9 @@ class TraceConfig:
 
     def __post_init__(self) -> None:
         if self.samples < 1:
-            raise BadInput(f"--samples {self.samples} leaves nothing to average; use at least 1.")
+            raise BadInput(f"‹samples› {self.samples} leaves nothing to average; use at least 1.")
         if self.window is not None and self.window < 1:
-            raise BadInput(f"--window {self.window} restores nothing; use at least 1 layer.")
+            raise BadInput(f"‹window› {self.window} restores nothing; use at least 1 layer.")
         if not (self.noise > 0 and isfinite(self.noise)):
             raise BadInput(
                 f"noise of {self.noise:g} standard deviations corrupts nothing; use a number above"
@@ -68,26 +69,27 @@ class TraceConfig:
                 "the words to put in the subject's place are empty; give as many tokens as the"
                 " subject has."
             )
-        unknown = [k for k in self.kinds if k not in KINDS]
+        unknown = [kind for kind in self.kinds if kind not in KINDS]
         if unknown or not self.kinds:
             raise BadInput(
                 f"{', '.join(unknown) or 'nothing'} cannot be restored; use {', '.join(KINDS)}."
             )
         if self.sever not in (None, "mlp", "attn"):
-            raise BadInput(f"--sever {self.sever} is not known; use mlp or attn.")
+            raise BadInput(f"‹sever› {self.sever} is not known; use mlp or attn.")
         if self.metric not in METRICS:
-            raise BadInput(f"--metric {self.metric} is not known; use {' or '.join(METRICS)}.")
+            raise BadInput(f"‹metric› {self.metric} is not known; use {' or '.join(METRICS)}.")
 
     def window_of(self, n_layers: int) -> int:
         """The window on a model of this depth.
 
         Ten layers are a fifth of GPT-2 XL and would be all of a shallow model.
+
+        >>> [TraceConfig().window_of(depth) for depth in (2, 12, 48)]
+        [1, 4, 10]
         """
-        return (
-            min(PUBLISHED_WINDOW, ceil(n_layers / 3))
-            if self.window is None
-            else min(self.window, n_layers)
-        )
+        if self.window is not None:
+            return min(self.window, n_layers)
+        return min(PUBLISHED_WINDOW, ceil(n_layers / 3))
 
 
 DEFAULTS = TraceConfig()

@@ -47,6 +47,7 @@ def _run(study: Study, context: click.Context, /, **values: Any) -> None:
         output = values.get("output")
         _check_place(output)
         given = given_by(context, [one.name for one in settings_of(study.settings)])
+        study.configured(given)  # what cannot be is said before a model is opened
         with progress_bar(err) as tell:
             lab = None
             if study.opens:

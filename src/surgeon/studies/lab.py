@@ -183,9 +183,9 @@ class Lab:
         """The result of a verb, by its name, with its settings by theirs.
 
         leading: the setting that the verb is about, like the weights to ablate.
-        Raises: BadInput for a setting the verb does not have.
+        Raises: BadInput for a verb that there is not, or a setting it does not have.
         """
-        study = registry.STUDIES[verb]
+        study = registry.study_named(verb)
         if leading is not None:
             settings = {study.leading: leading, **settings}
         return study.run(self, settings)
@@ -194,15 +194,15 @@ class Lab:
         """Critical sets, verified against matched controls; a `FindResult`."""
         return self.run("find", **settings)
 
-    def verify(self, at: Any = None, /, **settings: Any) -> Any:
+    def verify(self, at: Any = None, **settings: Any) -> Any:
         """Damage of given weights alone, together and all but one; a `Verification`."""
         return self.run("verify", at, **settings)
 
-    def ablate(self, at: Any = None, /, **settings: Any) -> Any:
+    def ablate(self, at: Any = None, **settings: Any) -> Any:
         """The patch that takes weights out, as an `Injury`; the model stays as it is."""
         return self.run("ablate", at, **settings)
 
-    def measure(self, patches: Any = None, /, **settings: Any) -> Any:
+    def measure(self, patches: Any = None, **settings: Any) -> Any:
         """Likelihood and behaviour, with patches or without; a `Measurement`."""
         return self.run("measure", patches, **settings)
 

@@ -16,9 +16,12 @@ from typing import Any
 # the module that each name comes from
 _FACE = {
     "Anatomy": "anatomy",
+    "Audit": "audit",
+    "AuditConfig": "audit",
     "BadInput": "errors",
     "Corpus": "corpus",
     "CriticalSet": "find",
+    "CriticalWeights": "audit",
     "Detection": "find",
     "Entry": "anatomy",
     "FindConfig": "find",

@@ -38,8 +38,9 @@ def test_find_says_the_verdict_and_its_rule(printed):
 
 def test_none_found_names_the_tallest_channel_and_the_bar(printed):
     text = printed(replace(find_result("model"), sets=[]))
-    assert "None found: the tallest channel is 12.0 times the median (layer 1; the bar is 4.0)." in (
-        text
+    assert (
+        "None found: the tallest channel is 12.0 times the median (layer 1; the bar is 4.0)."
+        in (text)
     )
     assert "Verdict" not in text
 

@@ -24,7 +24,6 @@ OTHERS = {
     "trace": ("trace", "Find which states carry a fact."),
     "edit": ("edit", "Rewrite a fact, as a patch."),
     "quantize": ("quantize", "Round to few bits with the critical weights held out."),
-    "audit": ("audit", "Compare the critical weights of two checkpoints."),
     "cells": ("cells", "The same for models of gene expression."),
     "apply": ("apply", "Write a checkpoint with patches applied."),
     "undo": ("undo", "Write a checkpoint with a patch taken off."),

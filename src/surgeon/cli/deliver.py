@@ -16,10 +16,23 @@ from ..errors import BadInput, MissingExtra
 from ..result import Result
 from .options import GroupedOption
 
+FORMATS = ("text", "json", "github")
+
 
 def json_option() -> click.Option:
     return _option(
         "as_json", "--json", "Print one JSON document on stdout and nothing else.", is_flag=True
+    )
+
+
+def format_option() -> click.Option:
+    return _option(
+        "form",
+        "--format",
+        "The result as text, as JSON like --json, or as annotations of a GitHub workflow.",
+        type=click.Choice(FORMATS),
+        default=FORMATS[0],
+        show_default=True,
     )
 
 
@@ -72,8 +85,10 @@ def run_folder(output: str | None) -> Path | None:
     return folder
 
 
-def deliver(result: Result, as_json: bool, folder: Path | None, output: Path | None = None) -> None:
+def deliver(result: Result, form: str, folder: Path | None, output: Path | None = None) -> None:
     """Write the patch to `output`, everything to the run folder, and the result to stdout.
+
+    form: one of FORMATS.
 
     An extra that is missing costs only what needs it, and a sentence on stderr; so does a folder
     that no report can be made of. Raises: OSError where the folder cannot be written to any more.
@@ -84,8 +99,12 @@ def deliver(result: Result, as_json: bool, folder: Path | None, output: Path | N
         document |= {"patch": str(output), "patch_bytes": output.stat().st_size}
     if folder is not None:
         _write_folder(result, document, folder)
-    if as_json:
+    if form == "json":
         click.echo(to_text(document))
+    elif form == "github":
+        from ..show.github import annotate
+
+        click.echo(annotate(result))
     else:
         from ..show.text import print_result
 

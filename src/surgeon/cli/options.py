@@ -17,10 +17,10 @@ def flag(one: Setting) -> str:
 
 
 def options_of(config: Any, positional: Sequence[str] = ()) -> list[click.Parameter]:
-    """An option for each setting of a settings class, or an argument for the `positional` ones."""
-    return [
-        _argument(one) if one.name in positional else _option(one) for one in settings_of(config)
-    ]
+    """The `positional` settings of a class as arguments, in that order, all others as options."""
+    known = {one.name: one for one in settings_of(config)}
+    arguments = [_argument(known[name]) for name in positional]
+    return arguments + [_option(one) for one in known.values() if one.name not in positional]
 
 
 def given_by(context: click.Context, names: Iterable[str]) -> dict[str, Any]:
@@ -34,11 +34,13 @@ def given_by(context: click.Context, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _argument(one: Setting) -> click.Argument:
+    """An argument must be given, also where a lab has a default for it."""
+    many = one.declaration.many
     return click.Argument(
         [one.name],
         metavar=one.declaration.metavar or one.name.upper(),
-        required=one.required,
-        nargs=-1 if one.declaration.many else 1,
+        required=one.required or not many,
+        nargs=-1 if many else 1,
     )
 
 

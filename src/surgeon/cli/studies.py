@@ -14,8 +14,9 @@ from ..errors import BadInput, SurgeonError
 from ..progress import progress_bar
 from ..settings import settings_of
 from ..show.console import err
+from ..show.github import ANNOTATED
 from ..studies.registry import Study
-from .deliver import command_line, deliver, folder_option, json_option, run_folder
+from .deliver import command_line, deliver, folder_option, format_option, json_option, run_folder
 from .options import GroupedCommand, GroupedOption, flag, given_by, options_of
 
 
@@ -31,6 +32,8 @@ def command_of(study: Study) -> click.Command:
         parameters.append(_output_option(study))
     if study.folder:
         parameters.append(folder_option())
+    if study.name in ANNOTATED:
+        parameters.append(format_option())
     parameters.append(json_option())
     return GroupedCommand(
         study.name.rpartition(" ")[2],
@@ -49,17 +52,22 @@ def _run(study: Study, context: click.Context, /, **values: Any) -> None:
         given = given_by(context, [one.name for one in settings_of(study.settings)])
         study.configured(given)  # what cannot be is said before a model is opened
         with progress_bar(err) as tell:
-            lab = None
-            if study.opens:
-                lab = _open(study, context, values["model"], bool(given.get("detect_only")))
-                lab.listen(tell)
+            lab = _open(study, context, values.get("model"), bool(given.get("detect_only")))
+            lab.listen(tell)
             result = study.run(lab, given, command_line())
-        deliver(result, values["as_json"], folder, None if output is None else Path(output))
+        form = "json" if values["as_json"] else values.get("form", "text")
+        deliver(result, form, folder, None if output is None else Path(output))
+        failure = study.failure(result, given)
+        if failure is not None:
+            raise SurgeonError(failure)
 
 
-def _open(study: Study, context: click.Context, model: str, detect_only: bool) -> Any:
-    from ..studies.lab import open_lab
+def _open(study: Study, context: click.Context, model: str | None, detect_only: bool) -> Any:
+    """The lab of the model; a desk without one for a study that opens none, or its own."""
+    from ..studies.lab import Desk, open_lab
 
+    if model is None:
+        return Desk()
     opening = given_by(context, [one.name for one in settings_of(_opening(study))])
     return open_lab(model, whole=not detect_only, **opening)
 

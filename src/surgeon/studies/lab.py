@@ -80,7 +80,43 @@ class TextSettings:
     )
 
 
-class Lab:
+class Desk:
+    """Where a study works that opens no model, or opens its own: it tells where it is, and says how
+    its results were made.
+
+    opened_by: the name that a model was opened by; None where there is none.
+    """
+
+    def __init__(self, opened_by: str | None = None) -> None:
+        self.opened_by = opened_by
+        self.tell: Tell = silent
+
+    def listen(self, tell: Tell) -> None:
+        """Have all that follows tell where it is."""
+        self.tell = tell
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def fingerprint(self) -> str | None:
+        return None
+
+    def provenance(self, settings: Any, corpus: CorpusRecord | None = None) -> Provenance:
+        """Of what a result with these settings is."""
+        values = values_of(settings)
+        return Provenance(
+            model=self.name,
+            fingerprint=self.fingerprint,
+            corpus=corpus,
+            settings=values,
+            seed=values.get("seed"),
+            surgeon=version("weight-surgeon"),
+        )
+
+
+class Lab(Desk):
     """A model to operate on; make one with `surgeon.open`.
 
     >>> import surgeon
@@ -89,14 +125,13 @@ class Lab:
     True
     """
 
-    def __init__(self, loaded: Loaded, anatomy: Anatomy) -> None:
+    def __init__(self, loaded: Loaded, anatomy: Anatomy, opened_by: str | None = None) -> None:
+        super().__init__(opened_by)
         self.loaded, self.anatomy = loaded, anatomy
-        self.tell: Tell = silent
         self._kept: dict[Hashable, Any] = {}
 
     def listen(self, tell: Tell) -> None:
-        """Have all that follows tell where it is."""
-        self.tell = tell
+        super().listen(tell)
         if isinstance(self.anatomy, StreamedAnatomy):
             self.anatomy.tell = partial(tell, "block")
 
@@ -168,17 +203,6 @@ class Lab:
             )
         return corpus
 
-    def provenance(self, settings: Any, corpus: CorpusRecord | None = None) -> Provenance:
-        """Of what a result with these settings is."""
-        return Provenance(
-            model=self.name,
-            fingerprint=self.fingerprint,
-            corpus=corpus,
-            settings=values_of(settings),
-            seed=values_of(settings).get("seed"),
-            surgeon=version("weight-surgeon"),
-        )
-
     def run(self, verb: str, leading: Any = None, /, **settings: Any) -> Any:
         """The result of a verb, by its name, with its settings by theirs.
 
@@ -205,6 +229,12 @@ class Lab:
     def measure(self, patches: Any = None, **settings: Any) -> Any:
         """Likelihood and behaviour, with patches or without; a `Measurement`."""
         return self.run("measure", patches, **settings)
+
+    def audit(self, other: str | Path, /, **settings: Any) -> Any:
+        """What became of the critical weights in `other`, made from this model's files; an
+        `Audit`.
+        """
+        return self.run("audit", str(other), **settings)
 
     def sites(self) -> Any:
         """Every addressable weight matrix; a `SiteList`."""
@@ -246,7 +276,7 @@ def open_lab(
         prove(anatomy)
     except UnknownArchitecture as error:
         raise _not_finite(loaded, anatomy) or error from error
-    return Lab(loaded, anatomy)
+    return Lab(loaded, anatomy, None if isinstance(model, nn.Module) else str(model))
 
 
 def _cells(folder: str, dtype: str, device: str) -> tuple[Loaded, Anatomy]:

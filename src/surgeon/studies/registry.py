@@ -2,7 +2,7 @@
 
 The table is light: names and sentences, so that a list of verbs costs no import. A study's module
 has `Settings`, a frozen dataclass; `run(lab, settings)`, which gives a Result; it is imported when
-the study is looked into.
+the study is looked into. It may have `failed(result, settings)`, see `Study.failure`.
 """
 
 from __future__ import annotations
@@ -61,6 +61,16 @@ class Study:
         result = self.module.run(lab, settings)
         return result.made(command=command or self._call(result.provenance.settings, given))
 
+    def failure(self, result: Any, given: Mapping[str, Any]) -> str | None:
+        """A sentence about a result that is a failure to the command line, which then ends with
+        status 1: that of the module's `failed(result, settings)`, where it has one.
+        """
+        failed = getattr(self.module, "failed", None)
+        if failed is None:
+            return None
+        sentence: str | None = failed(result, configured(self.settings, given, self.name))
+        return sentence
+
     def _call(self, settings: Mapping[str, Any], given: Mapping[str, Any]) -> str:
         """The call that makes the result again; its settings as the result records them."""
         words = [f"{name}={settings.get(name, given[name])!r}" for name in given]
@@ -78,9 +88,16 @@ _ALL = (
         leading="patches",
         seeded=False,
     ),
+    Study(
+        "audit",
+        "Compare the critical weights of two checkpoints.",
+        opens="",
+        leading="other",
+        positional=("base", "other"),
+        seeded=False,
+    ),
 )
 STUDIES = {study.name: study for study in _ALL}
-
 
 
 def study_named(name: str) -> Study:
@@ -98,6 +115,7 @@ RESULTS = {
     "verify": "find:Verification",
     "ablate": "studies.ablate:Injury",
     "measure": "studies.measure:Measurement",
+    "audit": "audit:Audit",
 }
 
 

@@ -22,6 +22,7 @@ KINDS = {
     "verify": "critical:verify",
     "ablate": "models:injury",
     "measure": "models:measure",
+    "audit": "audit:audit",
     "sites": "models:sites",
 }
 

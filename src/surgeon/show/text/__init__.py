@@ -15,6 +15,7 @@ KINDS = {
     "ablate": "models:print_injury",
     "sites": "models:print_sites",
     "measure": "models:print_measure",
+    "audit": "audit:print_audit",
 }
 
 

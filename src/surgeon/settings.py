@@ -41,8 +41,8 @@ class Declaration:
 
     help: str
     choices: tuple[str, ...] = ()
-    low: float | None = None
-    high: float | None = None
+    low: int | float | None = None
+    high: int | float | None = None
     metavar: str | None = None
     group: str = ""
     short: str | None = None
@@ -57,8 +57,8 @@ def setting(
     help: str = "",
     *,
     choices: Iterable[str] = (),
-    low: float | None = None,
-    high: float | None = None,
+    low: int | float | None = None,
+    high: int | float | None = None,
     metavar: str | None = None,
     group: str = "",
     short: str | None = None,

@@ -12,9 +12,9 @@ import click
 
 from ..errors import BadInput, SurgeonError
 from ..progress import progress_bar
-from ..settings import settings_of
+from ..settings import configured, settings_of
 from ..show.console import err
-from ..studies.registry import Study
+from ..studies.registry import Study, branches_of
 from .deliver import command_line, deliver, folder_option, json_option, run_folder
 from .options import GroupedCommand, GroupedOption, flag, given_by, options_of
 
@@ -38,6 +38,7 @@ def command_of(study: Study) -> click.Command:
         callback=click.pass_context(functools.partial(_run, study)),
         help=study.settings.__doc__,
         short_help=study.summary,
+        branches=[command_of(one) for one in branches_of(study)],
     )
 
 
@@ -47,6 +48,7 @@ def _run(study: Study, context: click.Context, /, **values: Any) -> None:
         output = values.get("output")
         _check_place(output)
         given = given_by(context, [one.name for one in settings_of(study.settings)])
+        configured(study.settings, given, study.name)  # said before a model is opened
         with progress_bar(err) as tell:
             lab = None
             if study.opens:

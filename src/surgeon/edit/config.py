@@ -29,18 +29,18 @@ class EditConfig:
     value: ValueConfig = nested(ValueConfig, prefix="value")
     rounds: int = setting(
         2,
-        "rome: times the value is optimised, each with the edit in place, until the bare prompt has"
-        " the probability at which a value stops",
+        "of rome: times the value is optimised, each with the edit in place, until the bare prompt"
+        " has the probability at which a value stops",
         low=1,
         group="Value",
     )
     fine_tune: FineTuneConfig = nested(FineTuneConfig, prefix="ft")
     weight: float = setting(
-        400.0, "memit: how many usual keys the covariance stands for", group="Covariance"
+        400.0, "of memit: how many usual keys the covariance stands for", group="Covariance"
     )
     energy: float = setting(
         0.1,
-        "alphaedit: share of the keys' energy in the directions that may change",
+        "of alphaedit: share of the keys' energy in the directions that may change",
         group="Covariance",
     )
 
@@ -50,16 +50,14 @@ class EditConfig:
                 "the ‹weight› of the usual keys must lie above 0, and the share of ‹energy› between"
                 " 0 and 1."
             )
-        if len(self.layers) > 1 and self.method not in SEVERAL_LAYERS:
-            raise BadInput(
-                f"{self.method} changes one layer, and {len(self.layers)} were named; use"
-                f" ‹method› {' or '.join(SEVERAL_LAYERS)} for several."
-            )
 
     @property
     def settled_value(self) -> ValueConfig:
         """The settings of the value, with what was left open as the method needs it."""
         return self.value.settled(self.method in TOGETHER)
+
+
+DEFAULTS = EditConfig()
 
 
 def layers_by_depth(n: int, method: str) -> tuple[int, ...]:

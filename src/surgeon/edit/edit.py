@@ -26,7 +26,7 @@ from functools import reduce
 from ..errors import BadInput, Refused
 from ..facts import Fact
 from ..patch import Patch, compose
-from .config import SEVERAL_LAYERS, EditConfig, layers_by_depth
+from .config import DEFAULTS, SEVERAL_LAYERS, EditConfig, layers_by_depth
 from .editors import Change, exactly, fine_tuned, one_by_one, spread
 from .keys import dense_down
 from .preflight import Preflight
@@ -44,9 +44,7 @@ class Edit:
     seconds: float
 
 
-def edit(
-    preparation: Preparation, facts: Sequence[Fact], config: EditConfig = EditConfig()
-) -> Edit:
+def edit(preparation: Preparation, facts: Sequence[Fact], config: EditConfig = DEFAULTS) -> Edit:
     """Make the patch with which the model says each fact's target. Nothing is written: apply the
     patch to have the edit.
 
@@ -107,13 +105,16 @@ def _require_consistent(facts: Sequence[Fact]) -> None:
             )
 
 
-def _layers(
-    preparation: Preparation, requests: Sequence[Request], config: EditConfig
-) -> list[int]:
+def _layers(preparation: Preparation, requests: Sequence[Request], config: EditConfig) -> list[int]:
     """The layers to change, in order. Raises: BadInput for one that cannot be edited."""
     anatomy = preparation.anatomy
     depth = len(anatomy.layers)
     layers = sorted(set(config.layers)) or list(layers_by_depth(depth, config.method))
+    if len(layers) > 1 and config.method not in SEVERAL_LAYERS:
+        raise BadInput(
+            f"{config.method} changes one layer, and {len(layers)} were named; use ‹method›"
+            f" {' or '.join(SEVERAL_LAYERS)} for several."
+        )
     for layer in layers:
         dense_down(anatomy, layer)
     if layers[-1] == depth - 1:

@@ -130,9 +130,7 @@ def spread(
     what is still missing there.
     """
     anatomy, last = preparation.anatomy, layers[-1]
-    values = optimise(
-        anatomy, requests, last, config.settled_value, "state", preparation.progress
-    )
+    values = optimise(anatomy, requests, last, config.settled_value, "state", preparation.progress)
     bare = PromptBatch.of([request.bare for request in requests])
     wanted = _states(anatomy, bare, last) + values.delta.double()
     unreached = torch.zeros(len(requests), dtype=torch.float64)

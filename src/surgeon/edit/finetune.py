@@ -17,7 +17,6 @@ from ..settings import setting
 from .adam import Adam
 from .value import Request, frozen
 
-
 MASKED = -100  # the label of a position that is not asked for
 
 
@@ -25,10 +24,12 @@ MASKED = -100  # the label of a position that is not asked for
 class FineTuneConfig:
     """Settings of the fine-tuning."""
 
-    steps: int = setting(60, "ft: most steps", low=1, group="Value")
-    lr: float = setting(0.05, "ft: learning rate, as a share of the RMS weight", group="Value")
+    steps: int = setting(60, "most steps", low=1, group="Fine-tuning")
+    lr: float = setting(0.05, "learning rate, as a share of the RMS weight", group="Fine-tuning")
     stop: float = setting(
-        0.98, "ft: end when every target has this probability at the bare prompt", group="Value"
+        0.98,
+        "end when every target has this probability at the bare prompt",
+        group="Fine-tuning",
     )
 
     def __post_init__(self) -> None:

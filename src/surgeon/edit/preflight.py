@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import sqrt
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float64
 from torch import Tensor
@@ -114,7 +113,8 @@ class Preflight:
     @derived
     def verdict(self) -> str:
         """ok, warn or refuse, as the worst matrix has it."""
-        return self.worst.verdict
+        verdict: str = self.worst.verdict
+        return verdict
 
     @derived
     def update_norm_ratio(self) -> float:
@@ -127,7 +127,8 @@ class Preflight:
 
     @derived
     def relative_damage(self) -> float:
-        return self.worst.relative_damage
+        damage: float = self.worst.relative_damage
+        return damage
 
     @derived
     def position_zero(self) -> bool:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 import transformers
 from jaxtyping import Int64
 from torch import Tensor
@@ -143,8 +142,8 @@ class Preparation:
         if layer not in self._moments and self.cache is not None:
             cached = self.cache.read(self._key([layer]))
             if cached is not None:
-                tensors, numbers = cached
-                self._moments[layer] = KeyMoments(**tensors, **numbers)
+                parts: dict[str, Any] = {**cached[0], **cached[1]}
+                self._moments[layer] = KeyMoments(**parts)
         return layer in self._moments
 
     def moments(self, layer: int) -> KeyMoments:
@@ -224,7 +223,8 @@ def _keep(
     cache: CovarianceCache, key: Mapping[str, Any], done: int, sums: Mapping[int, Sums]
 ) -> None:
     """Keep the sums of an unfinished pass."""
-    tensors, numbers = {}, {}
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[int, dict[str, int | float]] = {}
     for layer, one in sums.items():
         own, numbers[layer] = _parts(one)
         tensors |= {f"{layer}.{name}": tensor for name, tensor in own.items()}

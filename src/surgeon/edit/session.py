@@ -21,7 +21,7 @@ from ..patch import Patch, compose
 from ..progress import Tell, silent
 from ..result import record
 from ..settings import setting
-from .config import EditConfig
+from .config import DEFAULTS, EditConfig
 from .edit import Edit, edit
 from .preflight import REFUSE
 from .prepare import Preparation
@@ -46,9 +46,7 @@ class SessionConfig:
     min_kept: float = setting(
         0.5, "least share of earlier edits that must still hold", low=0, high=1, group="Limits"
     )
-    force: bool = setting(
-        False, "also make edits whose forecast says refuse", group="Limits"
-    )
+    force: bool = setting(False, "also make edits whose forecast says refuse", group="Limits")
 
     def __post_init__(self) -> None:
         if self.max_nll_rise <= 0 or self.max_norm <= 0:
@@ -92,7 +90,7 @@ def session(
     preparation: Preparation,
     facts: Sequence[Fact],
     windows: Int64[Tensor, "n window"],
-    config: EditConfig = EditConfig(),
+    config: EditConfig = DEFAULTS,
     rails: SessionConfig = RAILS,
     progress: Tell = silent,
 ) -> Session:
@@ -164,8 +162,9 @@ class _Watch:
         )
 
     def _moved(self, site: Site) -> float:
-        old = self.intact[site].float()
-        return float((self.anatomy.view(site).read() - self.intact[site]).float().norm() / old.norm())
+        old = self.intact[site]
+        moved = self.anatomy.view(site).read() - old
+        return float(moved.float().norm() / old.float().norm())
 
 
 def _broken(rails: SessionConfig, step: Step, start_nll: float, earlier: int) -> str | None:

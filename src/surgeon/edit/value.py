@@ -64,9 +64,7 @@ class ValueConfig:
         low=0,
         group="Value",
     )
-    clamp: float = setting(
-        4.0, "largest norm, relative to the residual stream's", group="Value"
-    )
+    clamp: float = setting(4.0, "largest norm, relative to the residual stream's", group="Value")
     stop: float | None = setting(
         None,
         "end when the target has this probability after every context, at 0 when it is the argmax;"
@@ -82,7 +80,7 @@ class ValueConfig:
             raise BadInput(f"‹value_stop› is {self.stop:g}; no probability gets there, use 0.98.")
 
     def settled(self, together: bool = False) -> ValueConfig:
-        """The same with what was left to the method. together: several facts are written at once."""
+        """The same with what was left to the method; together: several facts at once."""
         usual = TOGETHER if together else ALONE
         lr = usual["lr"] if self.lr is None else self.lr
         return replace(self, lr=lr, stop=usual["stop"] if self.stop is None else self.stop)

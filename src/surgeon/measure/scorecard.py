@@ -388,9 +388,7 @@ def with_neighbours(
     right = [f for f, (_, says) in zip(related, said, strict=True) if says]
     completed = []
     for fact in facts:
-        others = [
-            f for f in right if f.relation == fact.relation and f.subject != fact.subject
-        ]
+        others = [f for f in right if f.relation == fact.relation and f.subject != fact.subject]
         neighbours = fact.neighbours or tuple((f.text, f.true) for f in others[:limit])
         completed.append(replace(fact, neighbours=neighbours))
     return completed

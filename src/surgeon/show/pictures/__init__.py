@@ -21,6 +21,11 @@ KINDS = {
     "detect": "critical:detect",
     "verify": "critical:verify",
     "ablate": "models:injury",
+    "edit layers": "editing:layers",
+    "edit": "editing:edit",
+    "edit many": "editing:edits",
+    "trace": "editing:trace",
+    "trace average": "editing:average",
     "measure": "models:measure",
     "sites": "models:sites",
 }

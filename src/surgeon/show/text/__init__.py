@@ -15,6 +15,11 @@ KINDS = {
     "ablate": "models:print_injury",
     "sites": "models:print_sites",
     "measure": "models:print_measure",
+    "edit": "editing:print_edit",
+    "edit many": "editing:print_edits",
+    "edit layers": "editing:print_layers",
+    "trace": "editing:print_trace",
+    "trace average": "editing:print_average",
 }
 
 

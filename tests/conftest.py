@@ -6,6 +6,7 @@ absent.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,21 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"the trained models and texts beside the project are not here ({SHARED})")
     return SHARED
+
+
+class _Deprecated(logging.Handler):
+    """transformers logs some of its deprecations instead of warning; here they are errors, too."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecated" in record.getMessage():
+            raise DeprecationWarning(record.getMessage())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _deprecations_are_errors():
+    handler = _Deprecated(logging.WARNING)
+    for name in ("transformers", "peft"):
+        logging.getLogger(name).addHandler(handler)
+    yield
+    for name in ("transformers", "peft"):
+        logging.getLogger(name).removeHandler(handler)

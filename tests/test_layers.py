@@ -23,6 +23,58 @@ FLOORS = [
     {"cli"},
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
+# circles of modules that need one another for annotations only; dissolve them, add none
+CIRCLES_OF_TYPES = [["surgeon.repair.distil", "surgeon.repair.run"]]
+
+
+def module_name(file: Path) -> str:
+    parts = ("surgeon", *file.relative_to(SOURCE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file): file for file in SOURCE.rglob("*.py")}
+
+
+def imported_modules(name: str, types: bool) -> set[str]:
+    """The modules of the package that one imports, also inside functions.
+
+    types: with those that it imports for annotations only, in a `TYPE_CHECKING` block.
+    """
+    parts = name.split(".")
+    package = parts if MODULES[name].name == "__init__.py" else parts[:-1]
+    names: set[str] = set()
+    unread: list[ast.AST] = [ast.parse(MODULES[name].read_text())]
+    while unread:
+        node = unread.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and not types:
+            unread += node.orelse
+            continue
+        unread += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            # `from .x import y` means the module x.y where there is one, else a name in x
+            names |= {
+                member if (member := f"{base}.{alias.name}") in MODULES else base
+                for alias in node.names
+            }
+    return (names & set(MODULES)) - {name}
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The sets of modules that all reach one another."""
+    reached: dict[str, set[str]] = {}
+    for start in graph:
+        reached[start] = set()
+        unread = [start]
+        while unread:
+            further = graph[unread.pop()] - reached[start]
+            reached[start] |= further
+            unread += further
+    sets = {frozenset(b for b in reached[a] if a in reached[b]) for a in graph}
+    return sorted(sorted(circle) for circle in sets if circle)
 
 
 def imports(file: Path) -> set[str]:
@@ -50,6 +102,23 @@ def test_imports_only_go_down():
             if FLOOR[other] >= FLOOR[part]:
                 wrong.append(f"{file.relative_to(SOURCE)} imports {other}")
     assert not wrong
+
+
+def test_circles_are_seen():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": {"e"}, "e": {"e"}, "f": {"a"}}
+    assert circles(graph) == [["a", "b", "c"], ["e"]]
+    assert "surgeon.errors" in imported_modules("surgeon.corpus", types=False)
+    # inside a function, and of a module where the name could be a member of the package
+    assert "surgeon.patch.patch" in imported_modules("surgeon.patch", types=False)
+
+
+def test_modules_do_not_import_in_circles():
+    assert circles({name: imported_modules(name, types=False) for name in MODULES}) == []
+
+
+def test_modules_do_not_need_one_another_for_annotations():
+    graph = {name: imported_modules(name, types=True) for name in MODULES}
+    assert circles(graph) == CIRCLES_OF_TYPES
 
 
 def test_every_part_stands_on_a_floor():

@@ -104,7 +104,8 @@ def locate(
         )
     first, last = inside[0], inside[-1]
     texts = _texts(tokenizer, text, ids, offsets)
-    before, after = text[offsets[first][0] : begin], text[end : offsets[last][1]]
+    before = text[offsets[first][0] : begin]
+    after = text[end : offsets[last][1]]
     for place, characters in ((first, before), (last, after)):
         if characters.strip():
             warnings.append(

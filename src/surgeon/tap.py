@@ -1,16 +1,32 @@
 """Look into a forward pass, or change it: the only place that registers hooks.
 
     with Tap() as tap:
-        tap.on_input(down, lambda x: ...)          # see it; return a tensor to replace it, None to
-        leave it tap.on_output(block, lambda y: ...) tap.stop_after(block)                      #
-        the pass ends here tap.run(model, input_ids=ids)
+        tap.on_input(down, lambda x: ...)      # see it; return a tensor to replace it, or None
+        tap.on_output(block, lambda y: ...)
+        tap.stop_after(block)                  # the pass ends here
+        tap.run(model, input_ids=ids)
 
     entry = capture(model, layers, 3, input_ids=ids)
-    with resume(layers, entry):                    # layers 0..2 are skipped
+    with resume(layers, entry):                # layers 0 to 2 are skipped
         model(input_ids=ids, use_cache=False)
 
-On any exit, also by exception, the hooks are gone and the model is as it was.
+On any exit, also by an exception, the hooks are gone and the model is as it was.
 """
+
+# How this works.
+#
+# Watching is done with PyTorch's forward hooks. `_Stop`, raised by a hook, ends a pass early; only
+# `Tap.run` catches it.
+#
+# Resuming needs layers that do nothing. No layer is taken out of the model: a function is put in
+# the `__dict__` of each skipped layer under the name `forward`, where Python finds it before the
+# method of the class. The model itself still embeds the tokens, builds masks and position
+# embeddings, and calls every layer. So nothing here knows how an architecture does these things,
+# and a resumed pass gives the same bits as a whole one.
+#
+# A layer is handed its hidden states by position or by keyword, and returns a tensor or a tuple
+# that begins with one, both depending on the model and on the version of transformers. Every
+# function below copes with all four.
 
 from __future__ import annotations
 
@@ -31,10 +47,12 @@ class _Stop(Exception):
 
 
 def first_tensor(value: Any) -> Tensor:
-    """The hidden states in what a module returned: the tensor itself, or the first tensor of a
-    tuple.
+    """The hidden states in what a module returned: a tensor, or the first tensor of a tuple.
 
-    Decoder layers return either, by version and model.
+    Raises: TypeError for anything else.
+
+    >>> first_tensor((torch.ones(2), None))
+    tensor([1., 1.])
     """
     if isinstance(value, Tensor):
         return value
@@ -46,8 +64,12 @@ def first_tensor(value: Any) -> Tensor:
 
 
 def by_position(value: Tensor, batch: int) -> Tensor:
-    """Hidden states as (batch, pos, channels), a view; some architectures (OPT) hand them to their
-    MLP as (batch * pos, channels).
+    """Hidden states as (batch, pos, channels), a view of `value`.
+
+    Some architectures (OPT) hand them to their MLP as (batch * pos, channels).
+
+    >>> by_position(torch.zeros(6, 4), batch=2).shape
+    torch.Size([2, 3, 4])
     """
     return value.view(batch, -1, value.shape[-1])
 
@@ -57,7 +79,16 @@ def _with_first(value: Any, new: Tensor) -> Any:
 
 
 class Tap:
-    """Hooks with a lifetime. Register inside the `with` block; they end with it."""
+    """Hooks with a lifetime: registered inside the `with` block, gone after it.
+
+    >>> layer = nn.Linear(2, 2, bias=False)
+    >>> with Tap() as tap:
+    ...     tap.on_output(layer, torch.zeros_like)
+    ...     layer(torch.ones(1, 2)).tolist()
+    [[0.0, 0.0]]
+    >>> len(layer._forward_hooks)
+    0
+    """
 
     def __init__(self) -> None:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -76,13 +107,12 @@ class Tap:
         self._handles.clear()
 
     def on_input(self, module: nn.Module, watch: Watcher) -> None:
-        """Call `watch(x)` with the hidden states that enter `module`; a tensor it returns takes
-        their place.
+        """Call `watch(x)` with the hidden states that enter `module`.
+
+        A tensor that `watch` returns takes their place.
         """
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            # decoder layers receive their hidden states by position or by keyword, depending on the
-            # model
             if args:
                 new = watch(first_tensor(args[0]))
                 return None if new is None else ((new, *args[1:]), kwargs)
@@ -92,8 +122,9 @@ class Tap:
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def on_output(self, module: nn.Module, watch: Watcher) -> None:
-        """Call `watch(y)` with the hidden states that leave `module`; a tensor it returns takes
-        their place.
+        """Call `watch(y)` with the hidden states that leave `module`.
+
+        A tensor that `watch` returns takes their place.
         """
 
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -103,8 +134,9 @@ class Tap:
         self._handles.append(module.register_forward_hook(hook))
 
     def on_call(self, module: nn.Module, watch: Callable[[tuple[Any, ...]], None]) -> None:
-        """Call `watch(args)` with all positional arguments of `module`; for modules that take more
-        than hidden states.
+        """Call `watch(args)` with all positional arguments of `module`.
+
+        For modules that take more than hidden states.
         """
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -113,8 +145,9 @@ class Tap:
         self._handles.append(module.register_forward_pre_hook(hook))
 
     def stop_after(self, module: nn.Module) -> None:
-        """End the pass once `module` has returned; its other watchers, if registered before, still
-        see the output.
+        """End the pass once `module` has returned.
+
+        Watchers of the module that were registered before still see its output.
         """
 
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -123,7 +156,7 @@ class Tap:
         self._handles.append(module.register_forward_hook(hook))
 
     def run(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Call the model; None if the pass was stopped early."""
+        """Call the model. None if the pass was stopped early."""
         try:
             return model(*args, **kwargs)
         except _Stop:
@@ -132,11 +165,9 @@ class Tap:
 
 @dataclass(frozen=True)
 class LayerInput:
-    """The residual stream that entered one decoder layer, kept so that later passes can begin
-    there.
+    """The residual stream that entered layer `start`, kept so that later passes can begin there.
 
-    Shapes: states (batch, pos, d_model). `as_tuple` tells how this model's layers return their
-    states.
+    Shapes: states (batch, pos, d_model). as_tuple: whether this model's layers return a tuple.
     """
 
     start: int
@@ -145,8 +176,22 @@ class LayerInput:
 
 
 def capture(model: nn.Module, layers: Sequence[nn.Module], start: int, **inputs: Any) -> LayerInput:
-    """Run `model(**inputs)` up to layer `start` (at least 1) and keep what that layer would have
-    received.
+    """Run `model(**inputs)` up to layer `start` and keep what that layer would have received.
+
+    start: at least 1, since layer 0 has no layer below it to stop after.
+    Raises: ValueError for a `start` outside 1 to the last layer.
+
+    >>> import surgeon
+    >>> model = surgeon.load_model("patient").model
+    >>> layers = surgeon.Anatomy.of(model).layers
+    >>> ids = torch.tensor([[0, 17, 42]])
+    >>> entry = capture(model, layers, 1, input_ids=ids)
+    >>> entry.states.shape
+    torch.Size([1, 3, 128])
+    >>> with resume(layers, entry), torch.no_grad():
+    ...     resumed = model(input_ids=ids, use_cache=False).logits
+    >>> torch.equal(resumed, model(input_ids=ids).logits)
+    True
     """
     if not 1 <= start < len(layers):
         raise ValueError(f"start must lie in 1..{len(layers) - 1}, got {start}")
@@ -155,37 +200,33 @@ def capture(model: nn.Module, layers: Sequence[nn.Module], start: int, **inputs:
 
 
 def returns_tuple(model: nn.Module, layers: Sequence[nn.Module], **inputs: Any) -> bool:
-    """How this model's layers return their states; only the first is run, on `inputs`."""
+    """Whether this model's layers return a tuple. Only the first layer is run, on `inputs`."""
     return isinstance(_output(model, layers[0], inputs), tuple)
 
 
 def _output(model: nn.Module, module: nn.Module, inputs: dict[str, Any]) -> Any:
     """What `module` returns when `model(**inputs)` runs; the pass ends there."""
-    kept: list[Any] = []
+    outputs: list[Any] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        kept.append(output)
+        outputs.append(output)
         raise _Stop
 
+    # not `Tap.on_output`, which shows the hidden states only: here it matters what they come in
     handle = module.register_forward_hook(keep)
     try:
         Tap().run(model, **inputs, use_cache=False)
     finally:
         handle.remove()
-    return kept[0]
+    return outputs[0]
 
 
 @contextmanager
 def resume(layers: Sequence[nn.Module], entry: LayerInput) -> Iterator[None]:
-    """Within the context a forward pass skips `layers[:entry.start]` and hands the kept states to
-    the next one.
+    """Within the block a forward pass skips `layers[:entry.start]` and begins with the kept states.
 
-    With `start` one past the last layer, all are skipped and the states go to what follows the
-    layers.
-
-    The model itself still builds masks and positions and runs all that follows the layers, so this
-    holds for every architecture. Call it with the inputs that were given to `capture`, and with
-    `use_cache=False`.
+    With `start` one past the last layer all are skipped, and the states go to what follows them.
+    Call the model with the inputs that were given to `capture`, and with `use_cache=False`.
     """
 
     def skip(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -200,9 +241,7 @@ def resume(layers: Sequence[nn.Module], entry: LayerInput) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """All that a model calls one decoder layer with besides the hidden states: masks, positions,
-    switches.
-    """
+    """What a model gives one decoder layer besides hidden states: masks, positions, switches."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -215,11 +254,11 @@ class LayerCall:
 def layer_calls(
     model: nn.Module, layers: Sequence[nn.Module], as_tuple: bool, **inputs: Any
 ) -> tuple[Tensor, list[LayerCall]]:
-    """The states (batch, pos, d_model) that would enter the first layer, and how `model(**inputs)`
-    would call every layer.
+    """The states that would enter the first layer, and how `model(**inputs)` would call each layer.
 
-    No layer is run, so nothing but the embedding is computed. as_tuple: how this model's layers
-    return their states, see LayerInput.
+    No layer is run, so nothing but the embedding is computed.
+    as_tuple: whether this model's layers return a tuple, see `returns_tuple`.
+    Shapes: states (batch, pos, d_model).
     """
     entering: list[Tensor] = []
     calls: list[LayerCall] = []
@@ -239,18 +278,16 @@ def layer_calls(
 
 @contextmanager
 def _replaced(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Within the context `forward` runs in the place of every one of `layers`."""
-    skipped = list(layers)
-    own = [
-        layer.__dict__.get("forward") for layer in skipped
-    ]  # accelerate sets one on the instance
-    for layer in skipped:
+    """Within the block `forward` runs in the place of every one of `layers`."""
+    # accelerate sets a `forward` on the instance itself; that one has to come back
+    before = [layer.__dict__.get("forward") for layer in layers]
+    for layer in layers:
         layer.__dict__["forward"] = forward
     try:
         yield
     finally:
-        for layer, before in zip(skipped, own, strict=True):
-            if before is None:
+        for layer, own in zip(layers, before, strict=True):
+            if own is None:
                 del layer.__dict__["forward"]
             else:
-                layer.__dict__["forward"] = before
+                layer.__dict__["forward"] = own

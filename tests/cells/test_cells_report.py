@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from cells_tiny import GENES, tiny
 
-from surgeon.cells.check import CheckConfig, check
+from surgeon.anatomy import Region
 from surgeon.cells.enrich import EnrichConfig
 from surgeon.cells.map import Groups, MapConfig, map_damage
 from surgeon.cells.planted import plant
-from surgeon.cells.screen import ScreenConfig, screen
 from surgeon.errors import BadInput
 from surgeon.report import write_report
+from surgeon.studies.cells import CheckConfig, ScreenConfig, check, screen
 
 HOSTILE = "<script>alert(1)</script>\" onload='x'"
 
@@ -45,14 +45,14 @@ def mapped() -> str:
         made.model,
         t.batch,
         t.masked[:1],
-        [made.part],
+        [Region.parse(made.address)],
         {HOSTILE: GENES[::2], "odd": GENES[1::2]},
         t.types,
         Groups(HOSTILE, t.types, HOSTILE, donors),
         MapConfig(null=2, enrich=EnrichConfig(permutations=50)),
     )
     points = [
-        {"x": float(i), "y": float(-i), "nats": v} for i, v in enumerate(result.cells.values())
+        {"x": float(i), "y": float(-i), "nats": v} for i, v in enumerate(result.by_cell.values())
     ]
     return json.dumps(
         {"model": HOSTILE, **result.to_json(), "embedding": {"name": HOSTILE, "points": points}}

@@ -1,6 +1,16 @@
-"""The map of one model: its layers, its sites, their orientation and sizes; found by table, then by
-structure, then proved.
-"""
+"""The map of one model: its layers, its sites, their orientation and sizes."""
+
+# How this works.
+#
+# A `Layout` says where an architecture keeps its parts. It comes from the table of known ones, by
+# `config.model_type`; else it is read off a running model (structure.py). Walking the model with
+# the layout gives each site its address: the parameter that stores it, the module that owns the
+# parameter, and the packing, which tells how the matrix lies in it. A role that a layer does not
+# have is left out, so one layout serves layers of several kinds, as in a mixture of experts with
+# some dense layers; a layer without any `mlp.down` is an error.
+#
+# A map can be wrong in ways that shapes cannot show (a square matrix taken for its transpose).
+# Commands therefore prove it by experiment before they use it (probe.py).
 
 from __future__ import annotations
 
@@ -23,9 +33,7 @@ from .view import Packing, Rows, WeightView
 
 @dataclass(frozen=True)
 class Address:
-    """Where a site lives: the parameter's full name, the module that owns it, and how it is
-    packed.
-    """
+    """Where a site lives: the parameter's full name, its module's path, and how it is packed."""
 
     parameter: str
     module: str
@@ -33,10 +41,10 @@ class Address:
 
 
 class Anatomy:
-    """Every addressable site of `model`.
+    """Every addressable site of `model`; built with `Anatomy.of(model)`.
 
-    Built with `Anatomy.of(model)`; `layout` overrides the table for an architecture of your own.
-    `source` tells how the layout was found: "table", "structure" or "user".
+    layout: where this architecture keeps its parts. source: how the layout was found, "table",
+    "structure" or "user".
     """
 
     def __init__(self, model: nn.Module, layout: Layout, source: str) -> None:
@@ -46,12 +54,27 @@ class Anatomy:
         self.config = text_config(model)
         self.layers_path = _find_layers(model, layout, self.config)
         self.addresses: dict[Site, Address] = dict(self._walk())
+        self.addresses |= dict(self._walk_norms_outside())
 
     @classmethod
     def of(cls, model: nn.Module, layout: Layout | None = None) -> Anatomy:
-        """Find the sites of `model`.
+        """Find the sites of `model`: by `layout`, else by the table, else by structure.
 
-        Raises: UnknownArchitecture, which lists the nearest module names.
+        Raises: UnknownArchitecture, which lists what the model has instead.
+
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=9,
+        ...     hidden_size=8,
+        ...     intermediate_size=12,
+        ...     num_hidden_layers=2,
+        ...     num_attention_heads=2,
+        ... )
+        >>> anatomy = Anatomy.of(LlamaForCausalLM(config))
+        >>> anatomy.source, anatomy.d_model
+        ('table', 8)
+        >>> anatomy.view("L1.mlp.down").shape
+        (8, 12)
         """
         if layout is not None:
             return cls(model, layout, "user")
@@ -66,6 +89,7 @@ class Anatomy:
 
     @property
     def layers(self) -> list[nn.Module]:
+        """The decoder layers, from the first to the last."""
         layers: Any = self.model.get_submodule(self.layers_path)
         return list(layers)
 
@@ -83,16 +107,15 @@ class Anatomy:
         ]
 
     def has_experts(self, layer: int) -> bool:
+        """Whether the MLP of that layer is a mixture of experts."""
         return any(s.expert is not None for s in self.downs(layer))
 
     def module(self, site: Site) -> nn.Module:
-        """The module that owns the site's parameter; for fused experts the module that holds all of
-        them.
-        """
+        """The module that owns the site's parameter; of a fused expert, that of all experts."""
         return self.model.get_submodule(self.addresses[self.resolve(site)].module)
 
     def resolve(self, site: Site | str) -> Site:
-        """The site of that name. Raises: UnknownSite with the nearest names."""
+        """The site of that name. Raises: UnknownSite with the nearest names, if there is none."""
         wanted = Site.parse(site) if isinstance(site, str) else site
         if wanted in self.addresses:
             return wanted
@@ -109,21 +132,25 @@ class Anatomy:
         )
 
     def region(self, text: str) -> Region:
-        """Parse an address and check it against this model. Raises: BadInput, UnknownSite."""
+        """Parse the address of an entry, row, column or matrix, and check it against this model.
+
+        Raises: BadInput if it has no such form or lies outside the matrix; UnknownSite.
+        """
         region = Region.parse(text)
         self.resolve(region.site)
         region.rows_cols(self.view(region.site).shape)
         return region
 
     def view(self, site: Site | str) -> WeightView:
-        """The site's weight as (out, in), sharing memory with the model."""
+        """The site's weight as (out, in), sharing memory with the model. Raises: UnknownSite."""
         site = self.resolve(site)
         address = self.addresses[site]
         return WeightView(site, self.model.get_parameter(address.parameter), address.packing)
 
     def holding(self, layer: int) -> AbstractContextManager[None]:
-        """Within the block the weights of that layer are in memory, where they are always unless
-        the model is streamed.
+        """Within the block the weights of that layer are in memory.
+
+        Here they always are; a streamed model reads them from disk for the block.
         """
         return nullcontext()
 
@@ -149,17 +176,35 @@ class Anatomy:
         ):
             if module is not None and getattr(module, "weight", None) is not None:
                 path = _path_of(model, module)
-                # a lookup table is stored (token, channel), so its rows are inputs; an output head
-                # is a Linear
+                # an embedding is stored (token, channel), so it is (in, out); an output head is
+                # an ordinary Linear
                 yield (
                     Site(None, role),
                     Address(f"{path}.weight", path, Packing(transposed=role == "embed")),
                 )
         for index, layer in enumerate(self.layers):
             yield from self._walk_layer(index, layer)
-        norm = self._final_norm()
-        if norm is not None:
-            yield Site(None, "final_norm"), Address(f"{norm}.weight", norm, Packing())
+        final = self._final_norm()
+        if final is not None:
+            yield from _norm_sites(None, "final_norm", final, self.model.get_submodule(final))
+
+    def _walk_norms_outside(self) -> Iterator[tuple[Site, Address]]:
+        """The norms that act on the residual stream before the layers or beside them, under their
+        full names.
+        """
+        # of the model as it is built: a streamed one cannot be read yet
+        width = Anatomy.view(self, self.downs()[0]).shape[0]
+        known = {address.module for address in self.addresses.values()}
+        for path, module in self.model.named_modules():
+            weight = getattr(module, "weight", None)
+            if (
+                "norm" in type(module).__name__.lower()
+                and path not in known
+                and not path.startswith(f"{self.layers_path}.")
+                and isinstance(weight, Tensor)
+                and weight.shape == (width,)
+            ):
+                yield from _norm_sites(None, f"norm.{path}", path, module)
 
     def _walk_layer(self, index: int, layer: nn.Module) -> Iterator[tuple[Site, Address]]:
         found = False
@@ -206,10 +251,7 @@ class Anatomy:
         for name, module in layer.named_modules():
             weight = getattr(module, "weight", None)
             if isinstance(weight, Tensor) and weight.dim() == 1:
-                yield (
-                    Site(index, f"norm.{name}"),
-                    Address(f"{prefix}.{name}.weight", f"{prefix}.{name}", Packing()),
-                )
+                yield from _norm_sites(index, f"norm.{name}", f"{prefix}.{name}", module)
 
     def _final_norm(self) -> str | None:
         parent = self.layers_path.rpartition(".")[0]
@@ -220,17 +262,29 @@ class Anatomy:
         return path if getattr(_submodule(self.model, path), "weight", None) is not None else None
 
 
+def _norm_sites(
+    layer: int | None, role: str, path: str, module: nn.Module
+) -> Iterator[tuple[Site, Address]]:
+    """The scale of a norm, and the bias where it has one, each as a matrix of one column."""
+    for kind, name in (("", "weight"), (".bias", "bias")):
+        if getattr(module, name, None) is not None:
+            yield Site(layer, f"{role}{kind}"), Address(f"{path}.{name}", path, Packing())
+
+
 def text_config(model: nn.Module) -> Any:
-    """The configuration of the language model, also where it is nested in a multimodal one; None
-    for a plain module.
+    """The configuration of the language model, also where a multimodal one nests it.
+
+    None for a plain module.
     """
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _find_layers(model: nn.Module, layout: Layout, config: Any) -> str:
-    """The path of the ModuleList of decoder layers: as written in the layout, or ending in the same
-    name.
+    """The path of the ModuleList of decoder layers.
+
+    It is the one written in the layout, or the only one of that length that ends in the same name:
+    a model without a head, or one inside a multimodal model, has another prefix.
     """
     lists = module_lists(model)
     if layout.layers in lists:
@@ -247,9 +301,7 @@ def _find_layers(model: nn.Module, layout: Layout, config: Any) -> str:
 
 
 def _rows(part: str, n_out: int, config: Any) -> Rows:
-    """Which of `n_out` stored output channels a part of a fused weight means; the parts are
-    explained in table.py.
-    """
+    """Which of `n_out` stored output channels a part of a fused weight means, see table.py."""
     kind, _, number = part.partition(":")
     if not kind:
         return None
@@ -269,6 +321,7 @@ def _rows(part: str, n_out: int, config: Any) -> Rows:
         groups = _kv_groups(config, heads)
         queries = heads // groups
         d_head = n_out // (heads + 2 * groups)
+        # each group is laid out as its queries, one key, one value
         channels = torch.arange(n_out).view(groups, queries + 2, d_head)
         return (channels[:, :queries], channels[:, queries], channels[:, queries + 1])[
             index
@@ -280,6 +333,7 @@ def _rows(part: str, n_out: int, config: Any) -> Rows:
 
 
 def _kv_groups(config: Any, heads: int) -> int:
+    """How many groups of heads share a key and a value, where q, k and v are interleaved."""
     if getattr(config, "new_decoder_architecture", False):  # falcon 40B and later
         return int(config.num_kv_heads)
     return 1 if getattr(config, "multi_query", False) else heads

@@ -1,5 +1,4 @@
-"""Addresses: a `Site` is a weight matrix, an `Entry` one scalar of it, a `Region` an entry, a row,
-a column or all of it.
+"""Addresses of weights: a `Site` is a matrix, an `Entry` one scalar, a `Region` a part of a matrix.
 
 Row = output channel, column = input neuron, always, however the model stores the matrix.
 """
@@ -17,8 +16,14 @@ _REGION = re.compile(r"\s*(?P<site>[^\[\]\s]+)\s*\[\s*(?P<row>\d+|:)\s*,\s*(?P<c
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """The address of a weight matrix, written `L2.mlp.down`, `L4.mlp.down.e17` (expert 17),
-    `embed`, `final_norm`.
+    """The address of a weight matrix: which layer, which role, which expert.
+
+    Written `L2.mlp.down`, `L4.mlp.down.e17` (expert 17), `embed`, `final_norm`.
+
+    >>> Site.parse("L4.mlp.down.e17")
+    Site(layer=4, role='mlp.down', expert=17)
+    >>> str(Site(2, "mlp.down"))
+    'L2.mlp.down'
     """
 
     layer: int | None
@@ -48,8 +53,11 @@ class Site:
 
 @dataclass(frozen=True, order=True)
 class Entry:
-    """One scalar of a site, written `L2.mlp.down[3968, 7003]` as [row, column] = [output channel,
-    input neuron].
+    """One scalar of a site: [row, column] = [output channel, input neuron], counted from 0.
+
+    >>> entry = Entry.parse("L2.mlp.down[3968, 7003]")
+    >>> entry.site.layer, entry.row, entry.col
+    (2, 3968, 7003)
     """
 
     site: Site
@@ -61,6 +69,10 @@ class Entry:
 
     @classmethod
     def parse(cls, text: str) -> Entry:
+        """Read `L2.mlp.down[3968, 7003]`.
+
+        Raises: BadInput if the text has not that form, or names a whole row or column.
+        """
         region = Region.parse(text)
         if region.row is None or region.col is None:
             raise BadInput(f"{text!r} names a whole row or column where a single entry is needed.")
@@ -69,8 +81,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Region:
-    """Part of a site: one entry, a row `[88, :]`, a column `[:, 165]`, or the whole matrix `[:,
-    :]`.
+    """Part of a site: an entry `[88, 165]`, a row `[88, :]`, a column `[:, 165]` or all `[:, :]`.
+
+    row, col: counted from 0; None where the text has a colon.
+
+    >>> region = Region.parse("L0.mlp.down[88, :]")
+    >>> region.geometry, region.rows_cols((128, 3))
+    ('row', ([88, 88, 88], [0, 1, 2]))
     """
 
     site: Site
@@ -98,6 +115,7 @@ class Region:
 
     @property
     def geometry(self) -> str:
+        """ "single", "row", "column" or "matrix"."""
         return {
             (False, False): "single",
             (False, True): "row",
@@ -106,9 +124,9 @@ class Region:
         }[(self.row is None, self.col is None)]
 
     def rows_cols(self, shape: tuple[int, int]) -> tuple[list[int], list[int]]:
-        """Row and column index of every entry, row by row.
+        """The row and the column of every entry, in two lists, row by row.
 
-        Raises: BadInput if the region leaves (out, in) = `shape`.
+        shape: (out, in) of the site. Raises: BadInput if the region does not lie in it.
         """
         for name, index, size in (("row", self.row, shape[0]), ("column", self.col, shape[1])):
             if index is not None and index >= size:

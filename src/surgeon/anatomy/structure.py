@@ -1,14 +1,26 @@
-"""Find the parts of an unknown decoder by what feeds what: no names, no shapes.
+"""Find the parts of an unknown decoder by what feeds what: no names, no shapes."""
 
-One decoder layer is run on random states and every linear map in it is watched. The map whose input
-mixes positions is `attn.out`; those that feed it are q, k, v; the last map that does not mix is
-`mlp.down`; those that feed it are `mlp.up` and `mlp.gate`. Each conclusion is drawn from gradients
-or from scaling one output and looking at the next input.
-"""
+# How this works.
+#
+# One decoder layer is run on four tokens, and the input and the output of every linear map in it
+# are kept, with the graph of gradients between them. Two questions then tell the maps apart.
+# "Does the input of B at a position depend on the output of A?" is a gradient that is not zero.
+# "Is it linear in it?" is a second run with the output of A doubled.
+#
+# * The parents of a map are those that feed it without another in between.
+# * A map mixes if its input at the last position depends on a parent's output at the first one.
+#   The first map that mixes is `attn.out`; its parents are q, k, v. Only k and v carry the mixing,
+#   since a query acts at its own position, and the attention's output is linear in v, not in k.
+# * The last map outside the attention that has such maps among its parents is `mlp.down`. A single
+#   parent of the same width is `mlp.up`; of two, the hidden state is linear in `mlp.up` and not in
+#   `mlp.gate`.
+#
+# What cannot be told in this way (fused q, k, v; fused up and gate) stays without a site. The
+# result is proved afterwards like any other map (probe.py).
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -27,23 +39,28 @@ def module_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 def layout_by_structure(model: nn.Module, num_layers: int | None) -> Layout:
     """A layout read off the running model.
 
-    Raises: UnknownArchitecture with what was found instead.
+    num_layers: how many decoder layers there are; None if that is not known, which will do for a
+    model with a single ModuleList.
+    Raises: UnknownArchitecture with what the model has instead.
+
+    >>> import surgeon
+    >>> layout = layout_by_structure(surgeon.load_model("patient").model, 2)
+    >>> layout.layers, layout.roles["mlp.down"], layout.roles["attn.v"]
+    ('model.layers', 'mlp.down_proj', 'self_attn.v_proj')
     """
-    lists = module_lists(model)
-    fitting = [p for p, m in lists.items() if len(m) == num_layers] or (
-        [] if num_layers else list(lists)
-    )
     kind = type(model).__name__
+    lists = module_lists(model)
+    fitting = [p for p, modules in lists.items() if not num_layers or len(modules) == num_layers]
     if len(fitting) != 1:
+        lengths = ", ".join(f"{path} ({len(modules)})" for path, modules in lists.items())
         raise UnknownArchitecture(
-            f"{kind} has no single list of {num_layers or 'its'} layers; its module lists are"
-            f" {', '.join(f'{p} ({len(m)})' for p, m in lists.items()) or 'none'}. Pass a Layout of"
-            " your own to Anatomy.of."
+            f"{kind} has no single list of {num_layers or 'its'} layers;"
+            f" its module lists are {lengths or 'none'}. Pass a Layout of your own to Anatomy.of."
         )
     path = fitting[0]
     layer = lists[path][0]
     linears: dict[str, nn.Module] = {
-        n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)
+        name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)
     }
     roles = _classify(model, layer, linears)
     if "mlp.down" not in roles:
@@ -55,52 +72,65 @@ def layout_by_structure(model: nn.Module, num_layers: int | None) -> Layout:
 
 
 def _classify(model: nn.Module, layer: nn.Module, linears: dict[str, nn.Module]) -> dict[str, str]:
+    """The role of each linear map of the layer that can be told, role to name."""
     calls = _Calls(model, layer, linears)
-    if not calls.order:
-        return {}
     parents = {name: calls.parents(name) for name in calls.order}
-    mixing = [n for n in calls.order if any(calls.mixes(p, n) for p in parents[n])]
+    attention = _attention_roles(calls, parents)
+    rest = [name for name in calls.order if name not in attention.values()]
+    return attention | _mlp_roles(calls, parents, rest)
+
+
+def _attention_roles(calls: _Calls, parents: dict[str, list[str]]) -> dict[str, str]:
+    mixing = [name for name in calls.order if any(calls.mixes(p, name) for p in parents[name])]
     roles: dict[str, str] = {}
     for out in mixing:
-        # later maps inherit the mixing through the residual; attn.out is fed by maps that nothing
-        # mixed before
-        feeders = parents[out]
-        if any(f in mixing for f in feeders):
+        # maps after the attention inherit its mixing through the residual stream
+        if any(parent in mixing for parent in parents[out]):
             continue
         roles["attn.out"] = out
-        keys_values = [f for f in feeders if calls.mixes(f, out)]
-        if len(feeders) == 3 and len(keys_values) == 2:
-            roles["attn.q"] = next(f for f in feeders if f not in keys_values)
-            linear = [f for f in keys_values if calls.is_linear_in(f, out)]
-            if len(linear) == 1:
-                roles["attn.v"] = linear[0]
-                roles["attn.k"] = next(f for f in keys_values if f != linear[0])
-    attention = set(roles.values())
-    rest = [n for n in calls.order if n not in attention]
-    for down in reversed(rest):
-        feeders = [p for p in parents[down] if p in rest]
-        if not feeders:
-            continue
-        roles["mlp.down"] = down
-        if (
-            len(feeders) == 1
-            and calls.outputs[feeders[0]].shape[-1] == calls.inputs[down].shape[-1]
-        ):
-            roles["mlp.up"] = feeders[
-                0
-            ]  # a wider one is up and gate fused, in an order that cannot be seen from here
-        elif len(feeders) == 2:
-            ups = [f for f in feeders if calls.is_linear_in(f, down)]
-            if len(ups) == 1:
-                roles["mlp.up"] = ups[0]
-                roles["mlp.gate"] = next(f for f in feeders if f != ups[0])
-        break
+        roles |= _query_key_value(calls, parents[out], out)
     return roles
 
 
+def _query_key_value(calls: _Calls, feeders: list[str], out: str) -> dict[str, str]:
+    keys_values = [name for name in feeders if calls.mixes(name, out)]
+    queries = [name for name in feeders if name not in keys_values]
+    if len(queries) != 1 or len(keys_values) != 2:
+        return {}
+    values = [name for name in keys_values if calls.is_linear_in(name, out)]
+    if len(values) != 1:
+        return {"attn.q": queries[0]}
+    keys = [name for name in keys_values if name not in values]
+    return {"attn.q": queries[0], "attn.v": values[0], "attn.k": keys[0]}
+
+
+def _mlp_roles(calls: _Calls, parents: dict[str, list[str]], rest: list[str]) -> dict[str, str]:
+    for down in reversed(rest):
+        feeders = [name for name in parents[down] if name in rest]
+        if feeders:
+            return {"mlp.down": down} | _up_gate(calls, feeders, down)
+    return {}
+
+
+def _up_gate(calls: _Calls, feeders: list[str], down: str) -> dict[str, str]:
+    if len(feeders) == 1:
+        (up,) = feeders
+        same_width = calls.outputs[up].shape[-1] == calls.inputs[down].shape[-1]
+        # a wider one is up and gate fused, in an order that cannot be seen from here
+        return {"mlp.up": up} if same_width else {}
+    if len(feeders) != 2:
+        return {}
+    ups = [name for name in feeders if calls.is_linear_in(name, down)]
+    if len(ups) != 1:
+        return {}
+    gates = [name for name in feeders if name not in ups]
+    return {"mlp.up": ups[0], "mlp.gate": gates[0]}
+
+
 class _Calls:
-    """The linear maps of one layer in the order they run, and how each input depends on earlier
-    outputs.
+    """The linear maps of one layer as they run: their order, and what each input depends on.
+
+    Shapes: inputs[name] (batch, pos, in), outputs[name] (batch, pos, out).
     """
 
     def __init__(self, model: nn.Module, layer: nn.Module, linears: dict[str, nn.Module]) -> None:
@@ -108,25 +138,26 @@ class _Calls:
         self.order: list[str] = []
         self.inputs, self.outputs = self._run()
 
-    def _run(self, scale: str | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One pass over four tokens; with `scale`, the output of that map is doubled."""
+    def _run(self, doubled: str | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """One pass over four tokens, with the output of the map `doubled` times two."""
         inputs: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}
         order: list[str] = []
 
-        def seen(name: str) -> Any:
+        def keep_input(name: str) -> Callable[[Tensor], None]:
             def watch(x: Tensor) -> None:
                 inputs[name] = x
                 order.append(name)
 
             return watch
 
-        def left(name: str) -> Any:
+        def keep_output(name: str) -> Callable[[Tensor], Tensor]:
             def watch(y: Tensor) -> Tensor:
-                y = y * 2 if name == scale else y
-                # a leaf copy would cut the graph; a fresh non-leaf keeps it and can be
-                # differentiated against
-                outputs[name] = y + 0 if y.requires_grad else (y + 0).requires_grad_()
+                y = y * 2 if name == doubled else y
+                # a new tensor in the graph, to take gradients by: a detached copy would cut the
+                # graph here, and a frozen weight may not have begun one
+                y = y + 0
+                outputs[name] = y if y.requires_grad else y.requires_grad_()
                 return outputs[name]
 
             return watch
@@ -134,59 +165,60 @@ class _Calls:
         device = next(self.model.parameters()).device
         with torch.enable_grad(), Tap() as tap:
             for name, module in self.linears.items():
-                tap.on_input(module, seen(name))
-                tap.on_output(module, left(name))
+                tap.on_input(module, keep_input(name))
+                tap.on_output(module, keep_output(name))
             tap.stop_after(self.layer)
             tap.run(self.model, torch.tensor([[1, 2, 3, 4]], device=device))
         self.order = order
         return inputs, outputs
 
-    def _slope(self, source: str, target: str, source_pos: int | None, target_pos: int) -> bool:
-        """Does target's input at target_pos depend on source's output (at source_pos)?"""
+    def _depends(self, target: str, source: str, at_first: bool) -> bool:
+        """Does the input of `target` at the last position depend on the output of `source`?
+
+        at_first: on its output at the first position; else at any.
+        """
+        last = self.inputs[target][..., -1, :]
         generator = torch.Generator().manual_seed(0)
-        probe = torch.randn(self.inputs[target][..., target_pos, :].shape, generator=generator).to(
-            self.inputs[target].device
-        )
+        # a random combination, so that slopes of opposite sign do not cancel
+        weights = torch.randn(last.shape, generator=generator).to(last.device)
         (grad,) = torch.autograd.grad(
-            (self.inputs[target][..., target_pos, :] * probe).sum(),
-            self.outputs[source],
-            retain_graph=True,
-            allow_unused=True,
+            (last * weights).sum(), self.outputs[source], retain_graph=True, allow_unused=True
         )
         if grad is None:
             return False
-        return bool((grad if source_pos is None else grad[..., source_pos, :]).abs().sum() > 0)
+        slope = grad[..., 0, :] if at_first else grad
+        return bool(slope.abs().sum() > 0)
 
     def ancestors(self, name: str) -> set[str]:
+        """The maps that feed this one, by whatever way."""
         earlier = self.order[: self.order.index(name)]
         if not self.inputs[name].requires_grad:
             return set()
-        return {e for e in earlier if self._slope(e, name, None, -1)}
+        return {other for other in earlier if self._depends(name, other, at_first=False)}
 
     def parents(self, name: str) -> list[str]:
-        """The maps that feed this one without another in between."""
+        """The maps that feed this one without another in between, in the order they run."""
         above = self.ancestors(name)
-        indirect = {a for b in above for a in self.ancestors(b)}
-        return [e for e in self.order if e in above and e not in indirect]
+        indirect = {further for other in above for further in self.ancestors(other)}
+        return [other for other in self.order if other in above and other not in indirect]
 
     def mixes(self, source: str, target: str) -> bool:
-        return self._slope(source, target, source_pos=0, target_pos=-1)
+        """Whether what `source` puts out at the first position reaches `target` at the last."""
+        return self._depends(target, source, at_first=True)
 
     def is_linear_in(self, source: str, target: str) -> bool:
-        """Doubling the output of `source` doubles the input of `target`."""
-        doubled, _ = self._run(scale=source)
-        return torch.allclose(doubled[target], 2 * self.inputs[target], rtol=1e-3, atol=1e-6)
+        """Whether doubling the output of `source` doubles the input of `target`."""
+        inputs, _ = self._run(doubled=source)
+        return torch.allclose(inputs[target], 2 * self.inputs[target], rtol=1e-3, atol=1e-6)
 
 
 def _norm_after(model: nn.Module, layers: str) -> str | None:
-    """The norm that follows the layers: the last sibling of the list whose only weight is a
-    vector.
-    """
+    """The norm after the layers: the last sibling of their list whose only weight is a vector."""
     parent = layers.rpartition(".")[0]
-    siblings = list((model.get_submodule(parent) if parent else model).named_children())
-    vectors = [
-        name
-        for name, m in siblings
-        if [p.dim() for n, p in m.named_parameters() if n.endswith("weight")] == [1]
-    ]
-    return f"{parent}.{vectors[-1]}".lstrip(".") if vectors else None
+    owner = model.get_submodule(parent) if parent else model
+    norms = []
+    for name, module in owner.named_children():
+        weights = [p for n, p in module.named_parameters() if n.endswith("weight")]
+        if [weight.dim() for weight in weights] == [1]:
+            norms.append(name)
+    return f"{parent}.{norms[-1]}".lstrip(".") if norms else None

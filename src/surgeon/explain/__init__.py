@@ -1,6 +1,4 @@
-"""How a patch works: where it points, what it writes, which tokens it changes, tested against the
-documents they stand in.
-"""
+"""How a patch works: where it points, what it writes, which tokens it changes."""
 
 from .behaviour import PROMPTS, Continuation, SideBySide, distinct, side_by_side
 from .channel import (

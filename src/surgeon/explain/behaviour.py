@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..anatomy import Anatomy
-from ..measure import generate, require_causal
+from ..measure import Behaviour, generate, require_causal
 from ..patch import Patch
 from .states import require_stack, stacked, states
 
@@ -48,28 +48,23 @@ class SideBySide:
     states: dict[str, list[Continuation]]
 
     def loop_rate(self, state: str) -> float:
+        """Mean share of repeated 3-grams of tokens."""
         return _mean([c.loop for c in self.states[state]])
 
     def distinct(self, state: str, n: int) -> float:
+        """Mean share of different n-grams of words."""
         return _mean([c.distinct[n] for c in self.states[state]])
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "summary": {
-                state: {
-                    "loop_rate": self.loop_rate(state),
-                    **{f"distinct_{n}": self.distinct(state, n) for n in DISTINCT_N},
-                }
-                for state in self.states
-            },
-            "generations": [
-                {
-                    "prompt": prompt,
-                    **{state: written[i].text for state, written in self.states.items()},
-                }
-                for i, prompt in enumerate(self.prompts)
-            ],
-        }
+        summary: dict[str, dict[str, float]] = {}
+        for state in self.states:
+            summary[state] = {"loop_rate": self.loop_rate(state)}
+            summary[state] |= {f"distinct_{n}": self.distinct(state, n) for n in DISTINCT_N}
+        generations = []
+        for i, prompt in enumerate(self.prompts):
+            texts = {state: written[i].text for state, written in self.states.items()}
+            generations.append({"prompt": prompt, **texts})
+        return {"summary": summary, "generations": generations}
 
 
 def side_by_side(
@@ -90,18 +85,24 @@ def side_by_side(
     written = {}
     for state, some in states(patches).items():
         with stacked(anatomy, some):
-            made = generate(anatomy.model, tokenizer, asked, new_tokens, bos)
-        written[state] = [
-            Continuation(b.text, b.loop, {n: distinct(b.text.split(), n) for n in DISTINCT_N})
-            for b in made
-        ]
+            continued = generate(anatomy.model, tokenizer, asked, new_tokens, bos)
+        written[state] = [_continuation(behaviour) for behaviour in continued]
     return SideBySide(asked, written)
+
+
+def _continuation(behaviour: Behaviour) -> Continuation:
+    words = behaviour.text.split()
+    share = {n: distinct(words, n) for n in DISTINCT_N}
+    return Continuation(behaviour.text, behaviour.loop, share)
 
 
 def distinct(words: Sequence[str], n: int) -> float:
     """Different n-grams over all n-grams; 0 for a text too short to have one.
 
     Source: Li et al. 2016, arXiv:1510.03055.
+
+    >>> distinct("the cat and the cat".split(), 2)
+    0.75
     """
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0

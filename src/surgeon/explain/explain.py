@@ -1,6 +1,4 @@
-"""Everything there is to say about a stack of patches: geometry, top-k curve, channel, influence,
-behaviour.
-"""
+"""All there is to say about a stack of patches: geometry, curve, channel, influence, behaviour."""
 
 from __future__ import annotations
 
@@ -34,7 +32,10 @@ class ExplainConfig:
 
 @dataclass(frozen=True)
 class Explanation:
-    """`curve` is None without a repair, or where the injury does no damage; `no_curve` says why."""
+    """All parts of an explanation.
+
+    `curve` is None without a repair, or where the injury does no damage; `no_curve` says why.
+    """
 
     geometry: Geometry
     curve: Curve | None
@@ -67,11 +68,11 @@ def explain(
     config: ExplainConfig = ExplainConfig(),
     progress: Progress | None = None,
 ) -> Explanation:
-    """Explain `patches`, the injury first, the repair after it, on `corpus`, which was cut from
-    `text`. The model is left as it was.
+    """Explain `patches`, the injury first, the repair after it. The model is left as it was.
 
-    groups: words to be tested, by name. trained: patches made with k entries, for the top-k curve.
-    bos: the policy for prompts.
+    corpus: what damage and influence are measured on; it was cut from `text`. groups: words to be
+    tested, by name. prompts: to be continued, besides the reference prompts. trained: patches made
+    with k entries, for the top-k curve. bos: the policy for prompts.
     Raises: BadInput; as `Patch.apply_` if the patches do not stack.
     """
     shape = geometry(anatomy, patches, config.geometry)

@@ -1,9 +1,16 @@
-"""Which tokens an injury changes, position by position, and a test of any story told from such a
-ranking.
+"""Which tokens an injury changes, and a test of any story told from such a ranking."""
 
-Every ranking on a few lines is about what these lines are about, so a story about words has to
-survive the comparison with words of the same documents and the same frequency (story.py).
-"""
+# How this works.
+#
+# Every token is scored by KL(base || changed) of the distribution that predicts it. The ranking by
+# this score invites stories: "words of the sea are hit hardest". But a ranking on a few lines is
+# always about what these lines are about. (The first article of the WikiText-2 validation split is
+# about lobsters, and every per-token ranking on it is marine.)
+#
+# So each token is labelled with its word, its document and how frequent the word is (tokens.py). A
+# story about words has to survive the comparison with other words of the same documents and the
+# same frequency, by permutation of words within those strata; and documents are compared with each
+# other at equal frequency (story.py, permutation.py).
 
 from __future__ import annotations
 
@@ -14,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float64, Int64
+from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -27,14 +34,15 @@ from .states import Progress, require_stack, stacked, states
 from .story import DEFAULTS, InfluenceConfig, Stratum, Tests, WordGroup
 from .tokens import Tokens, label_tokens
 
+PerToken = dict[str, Float64[Tensor, " predicted"]]  # by state
+
 
 @dataclass(frozen=True, eq=False)
 class Influence:
-    """KL(base || changed) of every predicted token, in nats, with what is known of the token, and
-    the tests.
+    """KL(base || changed) of every predicted token, in nats, what the token is, and the tests.
 
-    Shapes: kl[state], nll[state] (n,) in the order of `tokens`; states are "broken" and maybe
-    "patched", for nll also "base".
+    Shapes: kl[state], nll[state] (n,) in the order of `tokens`. States are "broken" and maybe
+    "patched"; for nll also "base".
     """
 
     corpus: Corpus
@@ -49,7 +57,8 @@ class Influence:
     @property
     def top(self) -> list[int]:
         """The tokens that change most, as indices."""
-        return self.kl["broken"].argsort(descending=True, stable=True)[: self.config.top].tolist()
+        order = self.kl["broken"].argsort(descending=True, stable=True)
+        return order[: self.config.top].tolist()
 
     def columns(self) -> dict[str, list[Any]]:
         """One row a token, as plain columns of one length, for a table."""
@@ -70,23 +79,23 @@ class Influence:
         }
 
     def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Some rows of the table."""
         columns = self.columns()
         return [{name: values[i] for name, values in columns.items()} for i in indices]
 
     def to_json(self) -> dict[str, Any]:
         titles = self.tokens.source.names
+        of_top = Counter(titles[self.tokens.documents[i]] for i in self.top)
         return {
             "mean_kl": {state: float(values.mean()) for state, values in self.kl.items()},
             "documents_rule": self.tokens.source.rule,
             "documents_seen": len(set(self.tokens.documents)),
             "top": self.rows(self.top),
-            "top_by_document": dict(
-                Counter(titles[self.tokens.documents[i]] for i in self.top).most_common()
-            ),
+            "top_by_document": dict(of_top.most_common()),
             "permutations": self.config.permutations,
-            "groups": [g.to_json() for g in self.words],
-            "documents": [d.to_json() for d in self.documents],
-            "frequencies": [c.to_json() for c in self.frequencies],
+            "groups": [group.to_json() for group in self.words],
+            "documents": [document.to_json() for document in self.documents],
+            "frequencies": [each.to_json() for each in self.frequencies],
         }
 
 
@@ -100,10 +109,10 @@ def influence(
     config: InfluenceConfig = DEFAULTS,
     progress: Progress | None = None,
 ) -> Influence:
-    """Per-token KL of the patched states on `corpus`, which was cut from `text`, and tests by
-    document, by frequency and of `groups`.
+    """Per-token KL of the patched states, and tests by document, by frequency and of `groups`.
 
-    groups: name and words, each word as it stands in the text, in any case.
+    corpus: it was cut from `text`. groups: name and words, each word as it stands in the text, in
+    any case.
     Raises: BadInput without patches, for a group none of whose words is there, or a corpus of
     another text; as `Patch.apply_`.
     """
@@ -134,9 +143,10 @@ def token_kl(
     windows: Int64[Tensor, "n window"],
     named: Mapping[str, Sequence[Patch]],
     progress: Progress | None = None,
-) -> tuple[dict[str, Float64[Tensor, " predicted"]], dict[str, Float64[Tensor, " predicted"]]]:
-    """KL(base || state) and NLL of each predicted token, in nats, window by window; the states are
-    patches by name, "base" first.
+) -> tuple[PerToken, PerToken]:
+    """KL(base || state) and NLL of each predicted token, in nats, window by window.
+
+    named: the patches of each state, "base" first.
     """
     kl: dict[str, list[Tensor]] = {state: [] for state in named if state != "base"}
     nll: dict[str, list[Tensor]] = {state: [] for state in named}
@@ -145,27 +155,32 @@ def token_kl(
         base = torch.empty(0)
         for state, patches in named.items():
             with stacked(anatomy, patches):
-                log_p = F.log_softmax(logits_of(anatomy.model, ids)[:, :-1].float(), -1)
-            nll[state].append(
-                -log_p.gather(-1, ids[:, 1:, None].to(log_p.device)).flatten().double().cpu()
-            )
+                logits = logits_of(anatomy.model, ids)[:, :-1].float()
+            log_p = F.log_softmax(logits, -1)
+            next_ids = ids[:, 1:, None].to(log_p.device)
+            nll[state].append(-log_p.gather(-1, next_ids).flatten().double().cpu())
             if state == "base":
                 base = log_p
             else:
-                kl[state].append((base.exp() * (base - log_p)).sum(-1).flatten().double().cpu())
+                divergence = (base.exp() * (base - log_p)).sum(-1)
+                kl[state].append(divergence.flatten().double().cpu())
         if progress:
             progress("influence", done + 1, len(parts))
-    return {s: torch.cat(v) for s, v in kl.items()}, {s: torch.cat(v) for s, v in nll.items()}
+    return (
+        {state: torch.cat(values) for state, values in kl.items()},
+        {state: torch.cat(values) for state, values in nll.items()},
+    )
 
 
-def _members(name: str, words: Sequence[str], tokens: Tokens, corpus: Corpus) -> Tensor:
+def _members(name: str, words: Sequence[str], tokens: Tokens, corpus: Corpus) -> Bool[Tensor, " n"]:
+    """Which tokens belong to a group of words."""
     wanted = {word.strip().casefold() for word in words}
     members = torch.tensor([word in wanted for word in tokens.words])
     if not members.any() or members.all():
-        some = "all tokens belong" if members.any() else "no token belongs"
+        how_many = "all tokens belong" if members.any() else "no token belongs"
         raise BadInput(
-            f"{some} to the group {name!r} ({len(wanted)} words) in the {corpus.windows.shape[0]}"
-            f" windows of {corpus.name}, so there is nothing to compare; use other words or more"
-            " --windows."
+            f"{how_many} to the group {name!r} ({len(wanted)} words) in the"
+            f" {corpus.windows.shape[0]} windows of {corpus.name}, so there is nothing to compare;"
+            " use other words or more ‹windows›."
         )
     return members

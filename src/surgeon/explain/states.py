@@ -1,6 +1,4 @@
-"""The states of a model that an explanation compares: base, broken by the injury, patched with the
-repair.
-"""
+"""The states of a model that an explanation compares: base, broken and patched."""
 
 from __future__ import annotations
 
@@ -15,17 +13,19 @@ Progress = Callable[[str, int, int], None]
 
 
 def states(patches: Sequence[Patch]) -> dict[str, tuple[Patch, ...]]:
-    """The patches of each state. The first patch is the injury; where others follow, all of them
-    together are "patched".
+    """The patches of each state: none in "base", the first, the injury, in "broken".
 
+    Where others follow, all of them together are "patched".
     Raises: BadInput if there is no patch.
     """
     if not patches:
         raise BadInput(
             "there is nothing to explain without a patch; give at least one, the injury first."
         )
-    both = {"base": (), "broken": tuple(patches[:1])}
-    return both | ({"patched": tuple(patches)} if len(patches) > 1 else {})
+    named: dict[str, tuple[Patch, ...]] = {"base": (), "broken": tuple(patches[:1])}
+    if len(patches) > 1:
+        named["patched"] = tuple(patches)
+    return named
 
 
 @contextmanager
@@ -34,19 +34,21 @@ def stacked(anatomy: Anatomy, patches: Sequence[Patch]) -> Iterator[None]:
 
     Raises: as `Patch.apply_`, with nothing changed.
     """
-    with ExitStack() as on:
+    with ExitStack() as stack:
         for patch in patches:
-            on.enter_context(patch.applied(anatomy))
+            stack.enter_context(patch.applied(anatomy))
         yield
 
 
 def require_stack(anatomy: Anatomy, patches: Sequence[Patch]) -> None:
-    """Raises: BadInput if the model carries patches already, so that its base cannot be seen; as
+    """Check that the model is a base, and that the patches stack on it.
+
+    Raises: BadInput if the model carries patches already, so that its base cannot be seen; as
     `Patch.apply_` if these do not stack.
     """
-    if on := applied_patches(anatomy):
+    if applied := applied_patches(anatomy):
         raise BadInput(
-            f"{on[-1]} is applied to this model; undo it, so that the base is seen as well."
+            f"{applied[-1]} is applied to this model; undo it, so that the base is seen as well."
         )
     with stacked(anatomy, patches):
         pass

@@ -15,7 +15,7 @@ from ..result import Result, result
 from ..settings import setting
 from .causal import written_channels
 from .controls import matched_controls
-from .damage import Tell, Variant
+from .damage import Evidence, Tell, Variant
 from .stream import damage_on
 
 Progress = Callable[[str, int, int], None]
@@ -62,7 +62,7 @@ class Verification(Result):
 def verify(
     anatomy: Anatomy,
     parts: Sequence[Region],
-    corpus: Corpus,
+    corpus: Corpus | Evidence,
     config: VerifyConfig = VerifyConfig(),
     progress: Progress | None = None,
     listed: int | None = None,
@@ -85,9 +85,11 @@ def verify(
     singles = [Variant([part]) for part in alone]
     left_out = [Variant([other for other in parts if other is not part]) for part in alone]
     controls = [Variant([Region(e.site, e.row, e.col) for e in control]) for control in drawn]
-    restored = [Variant(parts, restored=True)] if written_channels(parts) else []
+    restorable = isinstance(corpus, Corpus) and bool(written_channels(parts))
+    restored = [Variant(parts, restored=True)] if restorable else []
 
-    damage = damage_on(anatomy, corpus.windows, lowest_layer(parts))
+    evidence = corpus.windows if isinstance(corpus, Corpus) else corpus
+    damage = damage_on(anatomy, evidence, lowest_layer(parts))
     variants = [joint, *singles, *left_out, *controls, *restored]
     by_window = dict(zip(map(id, variants), damage.of(variants, _telling(progress)), strict=True))
 

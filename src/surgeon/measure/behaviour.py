@@ -15,27 +15,8 @@ from ..result import record
 from .decoder import Decoder
 from .likelihood import batches, logits_of
 
-STOP_WORDS = (
-    "the",
-    "a",
-    "an",
-    "and",
-    "of",
-    "to",
-    "in",
-    "is",
-    "it",
-    "was",
-    "that",
-    "on",
-    "for",
-    "with",
-    "as",
-    "at",
-    "by",
-    ",",
-    ".",
-)
+_WORDS = "the a an and of to in is it was that on for with as at by"
+STOP_WORDS = (*_WORDS.split(), ",", ".")
 LOOP_NGRAM = 3
 
 
@@ -59,25 +40,24 @@ def generate(
     new_tokens: int = 40,
     bos: str = "auto",
 ) -> list[Behaviour]:
-    """Greedy continuations, prompt by prompt (no padding, so no padding side to get wrong); ends
-    early at EOS.
+    """Greedy continuations of `new_tokens` tokens, or fewer if the model ends the text.
+
+    Raises: BadInput for a prompt without a token.
+
+    >>> import surgeon
+    >>> patient = surgeon.load_model("patient")
+    >>> generate(patient.model, patient.tokenizer, ["The capital of France is"], new_tokens=2)
+    [Behaviour(prompt='The capital of France is', text=' Paris.', loop=0.0)]
     """
-    results = []
-    device = next(model.parameters()).device
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    stop = tokenizer.eos_token_id
+    results = []
+    # prompt by prompt: without padding there is no padding side to get wrong
     for prompt in prompts:
-        ids = prompt_ids(tokenizer, prompt, bos).to(device)
-        start, decoder, step = ids.shape[1], Decoder(model), ids
-        for _ in range(new_tokens if longest is None else max(0, min(new_tokens, longest - start))):
-            step = decoder.read(step).argmax(-1, keepdim=True)
-            if int(step) == stop:
-                break
-            ids = torch.cat([ids, step], 1)
-        new = ids[0, start:].tolist()
-        results.append(
-            Behaviour(prompt, str(tokenizer.decode(new, skip_special_tokens=True)), loop_rate(new))
-        )
+        ids = prompt_ids(tokenizer, prompt, bos)
+        room = new_tokens if longest is None else min(new_tokens, longest - ids.shape[1])
+        new = _greedy(model, ids, room, tokenizer.eos_token_id)
+        text = str(tokenizer.decode(new, skip_special_tokens=True))
+        results.append(Behaviour(prompt, text, loop_rate(new)))
     return results
 
 
@@ -115,34 +95,54 @@ def behaviour_state(
     return BehaviourState(share, sum(text.loop for text in texts) / len(texts), texts)
 
 
+def _greedy(
+    model: nn.Module, ids: Int64[Tensor, "1 pos"], new_tokens: int, stop: int | None
+) -> list[int]:
+    """The likeliest token after `ids`, then after that, and so on; it ends before `stop`."""
+    decoder = Decoder(model)
+    new: list[int] = []
+    step = ids
+    while len(new) < new_tokens:
+        step = decoder.read(step).argmax(-1, keepdim=True)
+        token = int(step)
+        if token == stop:
+            break
+        new.append(token)
+    return new
+
+
 def loop_rate(tokens: Sequence[int]) -> float:
-    """Share of 3-grams that already occurred earlier in the sequence; 0 for sequences too short to
-    have two.
+    """Share of 3-grams that already occurred earlier in the sequence.
+
+    0 for a sequence too short to have two.
+
+    >>> loop_rate([1, 2, 3, 1, 2, 3])
+    0.25
     """
     grams = [tuple(tokens[i : i + LOOP_NGRAM]) for i in range(len(tokens) - LOOP_NGRAM + 1)]
-    return 1 - len(set(grams)) / len(grams) if len(grams) > 1 else 0.0
+    if len(grams) < 2:
+        return 0.0
+    return 1 - len(set(grams)) / len(grams)
 
 
 def stop_word_ids(
     tokenizer: PreTrainedTokenizerBase, words: Sequence[str] = STOP_WORDS
 ) -> list[int]:
     """The ids of the words that are one token, with and without a leading space."""
-    ids = {
-        tuple(tokenizer(form, add_special_tokens=False).input_ids)
-        for word in words
-        for form in (word, f" {word}")
-    }
-    return sorted({one[0] for one in ids if len(one) == 1})
+    forms = [form for word in words for form in (word, f" {word}")]
+    tokens = [tokenizer(form, add_special_tokens=False).input_ids for form in forms]
+    return sorted({ids[0] for ids in tokens if len(ids) == 1})
 
 
 @torch.no_grad()
 def stop_word_share(
     model: nn.Module, windows: Int64[Tensor, "n window"], ids: Sequence[int]
 ) -> float:
-    """Mean probability that the next token is one of `ids`."""
+    """Mean probability that the next token is one of `ids`, over all predicted tokens."""
     total = count = 0.0
     for batch in batches(windows):
-        p = F.softmax(logits_of(model, batch)[:, :-1].float(), -1)[..., list(ids)].sum(-1)
-        total += float(p.double().sum())
-        count += p.numel()
+        logits = logits_of(model, batch)[:, :-1].float()
+        share = F.softmax(logits, -1)[..., list(ids)].sum(-1)
+        total += float(share.double().sum())
+        count += share.numel()
     return total / count

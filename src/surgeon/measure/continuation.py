@@ -16,28 +16,38 @@ from ..subject import target_ids
 from .likelihood import TOKENS_PER_BATCH
 
 Pair = tuple[str, str]
+Ids = list[int]
 
 
 def continuations(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], bos: str = "auto"
 ) -> list[tuple[Float[Tensor, " tokens"], bool]]:
-    """For each (prompt, continuation): the log-probability of each of its tokens, and whether each
-    of them is the argmax.
+    """For each (prompt, continuation), the log-probability of each token of the continuation.
 
-    Teacher-forced. Raises: BadInput for an empty continuation.
+    With it comes whether the model would have said each of them itself, as the argmax. Each token
+    is predicted from the prompt and the tokens before it as they were given (teacher forcing).
+    Raises: BadInput for an empty continuation.
+
+    >>> import surgeon
+    >>> patient = surgeon.load_model("patient")
+    >>> pairs = [("The capital of France is", "Paris")]
+    >>> ((log_p, said),) = continuations(patient.model, patient.tokenizer, pairs)
+    >>> bool(log_p.sum().exp() > 0.5), said
+    (True, True)
     """
     prompts = [prompt_ids(tokenizer, prompt, bos)[0].tolist() for prompt, _ in pairs]
     targets = [target_ids(tokenizer, prompt, words) for prompt, words in pairs]
-    found: list[tuple[Tensor, bool]] = []
-    for part, log_p in _log_probabilities(
-        model, [p + t[:-1] for p, t in zip(prompts, targets, strict=True)]
+    # the last token predicts nothing that is asked for
+    rows = [prompt + target[:-1] for prompt, target in zip(prompts, targets, strict=True)]
+    results: list[tuple[Tensor, bool]] = []
+    for prompt, target, log_p in zip(
+        prompts, targets, _log_probabilities(model, rows), strict=True
     ):
-        for row, i in enumerate(part):
-            start = len(prompts[i]) - 1
-            here = log_p[row, start : start + len(targets[i])]
-            ids = torch.tensor(targets[i])
-            found.append((here.gather(1, ids[:, None])[:, 0], bool((here.argmax(1) == ids).all())))
-    return found
+        ids = torch.tensor(target)
+        predicted = log_p[len(prompt) - 1 :]  # position i predicts token i + 1
+        of_target = predicted.gather(1, ids[:, None])[:, 0]
+        results.append((of_target, bool((predicted.argmax(1) == ids).all())))
+    return results
 
 
 def next_tokens(
@@ -45,41 +55,47 @@ def next_tokens(
 ) -> list[tuple[str, float]]:
     """For each prompt, the most likely next token and its probability."""
     rows = [prompt_ids(tokenizer, prompt, bos)[0].tolist() for prompt in prompts]
-    found = []
-    for part, log_p in _log_probabilities(model, rows):
-        for row, i in enumerate(part):
-            best = log_p[row, len(rows[i]) - 1].max(0)
-            found.append((str(tokenizer.decode([int(best.indices)])), float(best.values.exp())))
-    return found
+    results = []
+    for log_p in _log_probabilities(model, rows):
+        best, token = log_p[-1].max(0)
+        results.append((str(tokenizer.decode([int(token)])), float(best.exp())))
+    return results
 
 
 @torch.no_grad()
 def _log_probabilities(
-    model: nn.Module, rows: Sequence[Sequence[int]]
-) -> Iterator[tuple[range, Float[Tensor, "batch pos d_vocab"]]]:
-    """Batches of rows in their order: which rows, and their log-probabilities in float32 on the
-    CPU.
+    model: nn.Module, rows: Sequence[Ids]
+) -> Iterator[Float[Tensor, "pos d_vocab"]]:
+    """The log-probabilities after each position of each row, in float32 on the CPU.
 
-    Padded on the right without a mask: the model is causal, so what stands there changes nothing
-    before it.
+    Batches are padded on the right without a mask: the model is causal, so what stands there
+    changes nothing before it.
     """
     device = next(model.parameters()).device
-    start = 0
-    while start < len(rows):
-        stop, width = start, 0
-        while stop < len(rows) and (
-            stop == start or (stop + 1 - start) * max(width, len(rows[stop])) <= TOKENS_PER_BATCH
-        ):
-            width = max(width, len(rows[stop]))
-            stop += 1
-        ids: Int64[Tensor, "batch pos"] = torch.tensor(
-            [[*row, *[row[-1]] * (width - len(row))] for row in rows[start:stop]]
-        )
-        logits = getattr(model(input_ids=ids.to(device), use_cache=False), "logits", None)
+    for batch in _batches(rows):
+        width = max(map(len, batch))
+        padded = [row + [row[-1]] * (width - len(row)) for row in batch]
+        ids: Int64[Tensor, "batch pos"] = torch.tensor(padded, device=device)
+        logits = getattr(model(input_ids=ids, use_cache=False), "logits", None)
         if not isinstance(logits, Tensor):
             raise BadInput(
                 f"{type(model).__name__} gives no next-token logits; this measure needs a causal"
                 " language model."
             )
-        yield range(start, stop), F.log_softmax(logits.float(), -1).cpu()
-        start = stop
+        log_p = F.log_softmax(logits.float(), -1).cpu()
+        for i, row in enumerate(batch):
+            yield log_p[i, : len(row)]
+
+
+def _batches(rows: Sequence[Ids]) -> Iterator[list[Ids]]:
+    """The rows in their order, as many at once as stay within the budget of tokens when padded."""
+    batch: list[Ids] = []
+    width = 0
+    for row in rows:
+        width = max(width, len(row))
+        if batch and (len(batch) + 1) * width > TOKENS_PER_BATCH:
+            yield batch
+            batch, width = [], len(row)
+        batch.append(row)
+    if batch:
+        yield batch

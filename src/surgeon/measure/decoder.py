@@ -1,6 +1,4 @@
-"""A model that reads its own tokens: each call gives it only the new ones, if it keeps keys and
-values of the earlier ones.
-"""
+"""A model that reads its own tokens, each call only the new ones."""
 
 from __future__ import annotations
 
@@ -10,15 +8,20 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-# what transformers calls the kept keys and values in a model's output and among its arguments: from
-# 5.24 on, and before
+# what transformers calls the kept keys and values, in a model's output and among its arguments:
+# from 5.24 on, and before
 CACHE_NAMES = ("cache", "past_key_values")
 
 
 class Decoder:
-    """The logits of the next token, after all the tokens read so far.
+    """The logits of the next token, after all the tokens read so far; for one text only.
 
-    Not to be used for two texts.
+    A model that keeps no keys and values is given all tokens anew in each call.
+
+    >>> import surgeon
+    >>> decoder = Decoder(surgeon.load_model("patient").model)
+    >>> decoder.read(torch.tensor([[0, 17, 42]])).shape, decoder.read(torch.tensor([[7]])).shape
+    (torch.Size([1, 4096]), torch.Size([1, 4096]))
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -28,8 +31,9 @@ class Decoder:
         self._unread: Tensor | None = None  # tokens that no cache holds
 
     def read(self, ids: Int64[Tensor, "batch pos"]) -> Float[Tensor, "batch d_vocab"]:
-        """Read further tokens (batch, pos), and give the logits (batch, d_vocab) of the one that
-        follows, in float32.
+        """Read further tokens (batch, pos), and give the logits of the one that follows.
+
+        Shapes: logits (batch, d_vocab), in float32.
         """
         ids = ids.to(self._device)
         step = ids if self._unread is None else torch.cat([self._unread, ids], 1)

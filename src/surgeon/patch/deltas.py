@@ -1,9 +1,18 @@
-"""What a patch stores of one site: single entries, a whole line, or a low-rank term.
+"""What a patch stores of one site: single entries, a whole line, or a low-rank term."""
 
-A delta touches the entries whose bits it changes. An entry that it names and leaves as it is, it
-does not hold: another patch may change it. Comparisons are of bits: -0.0 is not 0.0, and a NaN
-equals itself.
-"""
+# How this works.
+#
+# Entries and lines keep the old and the new value of each entry they name, in the dtype of the
+# tensor they were made on. Applying writes the new values, undoing the old ones: nothing is added
+# or subtracted, so undo is exact in every dtype. A low-rank term keeps its two factors only. It
+# cannot be undone from itself; the stack of the model keeps the originals for it.
+#
+# A delta touches the entries whose bits it changes. An entry that it names and leaves as it is, it
+# does not hold, and another patch may change it. All comparisons are of bits, as integers: -0.0 is
+# not 0.0 then, and a NaN equals itself.
+#
+# A patch goes to a tensor of another dtype as well (made in float32, applied to a bfloat16 copy):
+# values are then rounded on the way in, and compared after rounding.
 
 from __future__ import annotations
 
@@ -23,7 +32,11 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def differ(a: Tensor, b: Tensor) -> Tensor:
-    """Where two tensors of one dtype differ in their bits."""
+    """Where two tensors of one dtype differ in their bits.
+
+    >>> differ(torch.tensor([0.0, torch.nan]), torch.tensor([-0.0, torch.nan]))
+    tensor([ True, False])
+    """
     integer = _INTEGERS[a.element_size()]
     return a.view(integer) != b.view(integer)
 
@@ -34,8 +47,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class _Kept(ABC):
-    """A delta that keeps the old and the new value (n,) of each entry it names, in the dtype of the
-    tensor it was made on.
+    """A delta that keeps the old and the new value of each entry it names.
+
+    Shapes: old, new (n,), in the dtype of the tensor it was made on.
     """
 
     site: Site
@@ -46,17 +60,15 @@ class _Kept(ABC):
     def points(self) -> tuple[Tensor, Tensor]:
         """Row and column (n,) of each value."""
 
-    def _changed(self, device: torch.device) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        changed = differ(self.old, self.new)
-        rows, cols = self.points()
-        return (rows[changed].to(device), cols[changed].to(device)), changed
-
     def touched(self, shape: tuple[int, int]) -> Bool[Tensor, "out in"]:
+        """The entries whose bits it changes."""
         mask = torch.zeros(shape, dtype=torch.bool)
-        mask[self._changed(mask.device)[0]] = True
+        at, _ = self._changed(mask.device)
+        mask[at] = True
         return mask
 
     def apply_(self, matrix: Float[Tensor, "out in"]) -> None:
+        """Write the new values into `matrix`, rounded to its dtype."""
         at, changed = self._changed(matrix.device)
         matrix[at] = self.new[changed].to(matrix)
 
@@ -69,6 +81,18 @@ class _Kept(ABC):
                 " to undo."
             )
         matrix[at] = self.old[changed].to(matrix)
+
+    def _changed(self, device: torch.device) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Rows and columns of the entries it changes, and which of those it names they are."""
+        changed = differ(self.old, self.new)
+        rows, cols = self.points()
+        return (rows[changed].to(device), cols[changed].to(device)), changed
+
+    def _check_values(self) -> None:
+        _need(
+            self.old.dtype == self.new.dtype and self.old.is_floating_point(),
+            "old and new values are not floating point of one kind",
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,33 +120,31 @@ class EntriesDelta(_Kept):
     def read(
         cls, site: Site, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> EntriesDelta:
-        return cls(
-            site, tensors["rows"].long(), tensors["cols"].long(), tensors["old"], tensors["new"]
-        )
+        """The delta that `settings` and `tensors` came from."""
+        rows, cols = tensors["rows"].long(), tensors["cols"].long()
+        return cls(site, rows, cols, tensors["old"], tensors["new"])
 
     def check(self, shape: tuple[int, int]) -> None:
         """Raises: ValueError if this cannot be a delta of a matrix (out, in) = `shape`."""
+        lengths = {self.cols.shape, self.old.shape, self.new.shape}
         _need(
-            self.rows.dim() == 1
-            and self.rows.shape == self.cols.shape == self.old.shape == self.new.shape,
+            self.rows.dim() == 1 and lengths == {self.rows.shape},
             "its parts differ in length",
         )
-        _need(
-            self.old.dtype == self.new.dtype and self.old.is_floating_point(),
-            "old and new values are not floating point of one kind",
-        )
-        for index, size in ((self.rows, shape[0]), (self.cols, shape[1])):
-            _need(
-                bool(((index >= 0) & (index < size)).all()),
-                f"an index lies outside the shape {shape}",
-            )
+        self._check_values()
+        for index, size in zip((self.rows, self.cols), shape, strict=True):
+            inside = (index >= 0) & (index < size)
+            _need(bool(inside.all()), f"an index lies outside the shape {shape}")
         flat = self.rows * shape[1] + self.cols
         _need(bool((flat[1:] > flat[:-1]).all()), "its entries are not in order")
 
 
 @dataclass(frozen=True, eq=False)
 class LineDelta(_Kept):
-    """A whole row (m = in) or column (m = out). Shapes: old, new (m,)."""
+    """A whole row, of `in` entries, or a whole column, of `out` entries.
+
+    axis: "row" or "column". index: which. Shapes: old, new (m,).
+    """
 
     kind: ClassVar[str] = "line"
 
@@ -147,6 +169,7 @@ class LineDelta(_Kept):
     def read(
         cls, site: Site, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> LineDelta:
+        """The delta that `settings` and `tensors` came from."""
         return cls(site, settings["axis"], settings["index"], tensors["old"], tensors["new"])
 
     def check(self, shape: tuple[int, int]) -> None:
@@ -155,27 +178,24 @@ class LineDelta(_Kept):
             self.axis in ("row", "column") and type(self.index) is int,
             "a line is neither a row nor a column",
         )
-        across, along = shape if self.axis == "row" else shape[::-1]
+        lines, length = shape if self.axis == "row" else shape[::-1]
         _need(
-            0 <= self.index < across, f"the {self.axis} {self.index} lies outside the shape {shape}"
+            0 <= self.index < lines,
+            f"the {self.axis} {self.index} lies outside the shape {shape}",
         )
         _need(
-            self.old.shape == self.new.shape == (along,),
+            self.old.shape == self.new.shape == (length,),
             f"a {self.axis} has not the length that the shape {shape} says",
         )
-        _need(
-            self.old.dtype == self.new.dtype and self.old.is_floating_point(),
-            "old and new values are not floating point of one kind",
-        )
+        self._check_values()
 
 
 @dataclass(frozen=True, eq=False)
 class LowRankDelta:
-    """W + left @ right, computed in float32 (float64 for float64 weights) and rounded to the
-    weight's dtype.
+    """W + left @ right, computed in float32 or wider and rounded to the weight's dtype.
 
-    Shapes: left (out, r), right (r, in). It touches the rows where left is not zero, in the columns
-    where right is not zero.
+    It touches the rows where left is not zero, in the columns where right is not zero.
+    Shapes: left (out, r), right (r, in).
     """
 
     kind: ClassVar[str] = "low_rank"
@@ -185,18 +205,23 @@ class LowRankDelta:
     right: Float[Tensor, "r in"]
 
     def touched(self, shape: tuple[int, int]) -> Bool[Tensor, "out in"]:
-        return (self.left != 0).any(1)[:, None] & (self.right != 0).any(0)[None, :]
+        """The entries whose bits it may change."""
+        rows, cols = (self.left != 0).any(1), (self.right != 0).any(0)
+        return rows[:, None] & cols[None, :]
 
     def apply_(self, matrix: Float[Tensor, "out in"]) -> None:
+        """Add the product of the factors to `matrix`."""
         dtype = wide(matrix.dtype)
         # on the CPU, whatever the model's device: GPUs may round products to TF32, and results
         # should not depend on the device
         term = (self.left.to(dtype) @ self.right.to(dtype)).to(matrix.device)
         mask = self.touched((matrix.shape[0], matrix.shape[1])).to(matrix.device)
+        total = (matrix.to(dtype) + term).to(matrix.dtype)
         # only where it touches: adding a zero would turn -0.0 into 0.0
-        matrix.copy_(torch.where(mask, (matrix.to(dtype) + term).to(matrix.dtype), matrix))
+        matrix.copy_(torch.where(mask, total, matrix))
 
     def undo_(self, matrix: Float[Tensor, "out in"]) -> None:
+        """Raises: Refused, always; see the head of this module."""
         raise Refused(
             f"the patch adds a low-rank term to {self.site} and does not keep the original weights,"
             " so it can be undone only on the model in memory that it was applied to, or in a"
@@ -213,20 +238,22 @@ class LowRankDelta:
     def read(
         cls, site: Site, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> LowRankDelta:
+        """The delta that `settings` and `tensors` came from."""
         return cls(site, tensors["left"], tensors["right"])
 
     def check(self, shape: tuple[int, int]) -> None:
         """Raises: ValueError if this cannot be a delta of a matrix (out, in) = `shape`."""
+        left, right = self.left.shape, self.right.shape
         _need(
-            self.left.dim() == self.right.dim() == 2 and self.left.shape[1] == self.right.shape[0],
+            len(left) == len(right) == 2 and left[1] == right[0],
             "the factors do not fit each other",
         )
         _need(
-            (self.left.shape[0], self.right.shape[1]) == shape,
+            (left[0], right[1]) == shape,
             f"the factors do not make a matrix of shape {shape}",
         )
         _need(
-            all(t.dtype in (torch.float32, torch.float64) for t in (self.left, self.right)),
+            {self.left.dtype, self.right.dtype} <= {torch.float32, torch.float64},
             "the factors are not float32 or float64",
         )
 
@@ -240,14 +267,20 @@ KINDS: dict[str, type[EntriesDelta] | type[LineDelta] | type[LowRankDelta]] = {
 def kept_delta(
     site: Site, shape: tuple[int, int], rows: Tensor, cols: Tensor, old: Tensor, new: Tensor
 ) -> EntriesDelta | LineDelta:
-    """The delta of these entries, each named once in any order: a line if they are all of one, else
-    entries.
+    """The delta of these entries: a line if they are all of one row or column, else entries.
+
+    Each entry is named once, in any order. Shapes: rows, cols, old, new (n,).
+
+    >>> ones = torch.ones(3)
+    >>> rows, cols = torch.full((3,), 1), torch.arange(3)
+    >>> kept_delta(Site(0, "mlp.down"), (2, 3), rows, cols, ones, 0 * ones).settings()
+    {'axis': 'row', 'index': 1}
     """
     order = (rows * shape[1] + cols).argsort()
     rows, cols, old, new = (t[order].contiguous() for t in (rows, cols, old, new))
-    for axis, across, length in (("row", rows, shape[1]), ("column", cols, shape[0])):
-        if len(across) == length > 1 and bool((across == across[0]).all()):
-            return LineDelta(site, axis, int(across[0]), old, new)
+    for axis, index, length in (("row", rows, shape[1]), ("column", cols, shape[0])):
+        if len(index) == length > 1 and bool((index == index[0]).all()):
+            return LineDelta(site, axis, int(index[0]), old, new)
     return EntriesDelta(site, rows, cols, old, new)
 
 

@@ -1,5 +1,6 @@
-"""Injuries: patches that take weights out, and the means to hold a channel of the residual stream
-while they are out.
+"""Injuries: patches that take weights out.
+
+Beside them stands what holds one channel of the residual stream while weights are out.
 """
 
 from __future__ import annotations
@@ -31,11 +32,17 @@ MODES = {
 
 
 def ablate(anatomy: Anatomy, regions: Sequence[Region | Entry | str], mode: str = "zero") -> Patch:
-    """The patch that replaces every entry of `regions`, as `mode` says (see MODES); computed in
-    float32 or wider.
+    """The patch that replaces every entry of `regions`, as `mode` says (see MODES).
 
+    The new values are computed in float32 or wider.
     Raises: BadInput for an unknown mode, no region at all, or more entries to spread onto than a
     row has; UnknownSite.
+
+    >>> import surgeon
+    >>> anatomy = Anatomy.of(surgeon.load_model("patient").model)
+    >>> injury = ablate(anatomy, ["L0.mlp.down[88, 165]", "L0.mlp.down[90, :]"])
+    >>> int(injury.touched(Site(0, "mlp.down")).sum())
+    513
     """
     if not regions:
         raise BadInput(
@@ -46,14 +53,15 @@ def ablate(anatomy: Anatomy, regions: Sequence[Region | Entry | str], mode: str 
     for region in (anatomy.region(str(r)) for r in regions):
         if region.site not in named:
             named[region.site] = torch.zeros(anatomy.view(region.site).shape, dtype=torch.bool)
-        rows, cols = (slice(None) if i is None else i for i in (region.row, region.col))
+        rows = slice(None) if region.row is None else region.row
+        cols = slice(None) if region.col is None else region.col
         named[region.site][rows, cols] = True
     matrices = {}
     for site, mask in named.items():
         old = anatomy.view(site).read().cpu()
         weight = old.to(wide(old.dtype))
         after = _replaced(site, weight, mask, name, number)
-        # a NaN might not survive the way to float32 and back
+        # untouched entries are taken from `old`: a NaN may not survive float32 and back
         matrices[site] = torch.where(differ(after, weight), after.to(old.dtype), old)
     return Patch.from_matrix(anatomy, matrices, {"operation": "ablate", "mode": mode}, named)
 
@@ -73,26 +81,34 @@ def record_channel(
     Raises: BadInput if there is no such channel.
     """
     _check_channel(anatomy, site, channel)
-    seen: list[Tensor] = []
+    written: list[Tensor] = []
     module = anatomy.module(site)
     with Tap() as tap, torch.no_grad():
-        tap.on_output(module, lambda y: seen.append(y[..., channel].clone()))
+        tap.on_output(module, lambda y: written.append(y[..., channel].clone()))
         tap.stop_after(module)
         tap.run(anatomy.model, input_ids)
     # some modules see batch and positions flattened into one axis
-    return seen[0].reshape(input_ids.shape)
+    return written[0].reshape(input_ids.shape)
 
 
 @contextmanager
 def restored_channel(
     anatomy: Anatomy, site: Site, channel: int, values: Float[Tensor, "batch pos"]
 ) -> Iterator[None]:
-    """Within the block, what the module of `site` writes to one output channel is overwritten with
-    `values`.
+    """Within the block, `values` take the place of what `site` writes to one output channel.
 
     With values recorded in the intact model this answers whether an injury acts through that
     channel alone.
     Raises: BadInput if there is no such channel, or if the model is run on inputs of another shape.
+
+    >>> import surgeon
+    >>> anatomy = Anatomy.of(surgeon.load_model("patient").model)
+    >>> site, ids = Site(0, "mlp.down"), torch.tensor([[0, 17, 42]])
+    >>> intact = record_channel(anatomy, site, 88, ids)
+    >>> with injured(anatomy, ["L0.mlp.down[88, :]"]), restored_channel(anatomy, site, 88, intact):
+    ...     logits = anatomy.model(ids).logits
+    >>> torch.allclose(logits, anatomy.model(ids).logits, atol=1e-4)
+    True
     """
     _check_channel(anatomy, site, channel)
 
@@ -118,6 +134,7 @@ def _replaced(
     mode: str,
     number: float,
 ) -> Float[Tensor, "out in"]:
+    """The matrix with the entries under `mask` replaced."""
     if mode == "mean":
         return torch.where(mask, weight.mean(), weight)
     if mode == "scale":
@@ -127,23 +144,21 @@ def _replaced(
     after = weight.masked_fill(mask, 0)
     if mode == "spread":
         for row in mask.any(1).nonzero().flatten().tolist():
-            free = int((~mask[row]).sum())
+            hurt = mask[row]
+            free = int((~hurt).sum())
             if number > free:
                 raise BadInput(
                     f"spread:{number:.0f} needs that many uninjured entries in row {row} of {site},"
                     f" which has {free}; choose a smaller N."
                 )
-            onto = (
-                weight[row]
-                .abs()
-                .masked_fill(mask[row], -1)
-                .argsort(descending=True, stable=True)[: int(number)]
-            )
-            after[row, onto] += weight[row, mask[row]].sum() / number
+            sizes = weight[row].abs().masked_fill(hurt, -1)
+            largest = sizes.argsort(descending=True, stable=True)[: int(number)]
+            after[row, largest] += weight[row, hurt].sum() / number
     return after
 
 
 def _parse(mode: str) -> tuple[str, float]:
+    """The name of a mode and its number, which is 0 where it has none."""
     name, _, text = mode.partition(":")
     if mode in ("zero", "mean", "flip"):
         return mode, 0.0

@@ -1,6 +1,7 @@
 """A patch as a PEFT LoRA adapter: W + B @ A with scaling 1.
 
-A change of one row is exactly rank 1: e_row d'.
+A change of one row has exactly rank 1: it is e_row d', so B = e_row and A = d'. A change of more
+rows takes one rank for each row or each column, whichever are fewer.
 """
 
 from __future__ import annotations
@@ -24,12 +25,18 @@ from .patch import Patch
 
 
 def to_lora(patch: Patch) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What adapter_config.json and adapter_model.safetensors hold, for the model with all patches
-    applied that the patch builds on.
+    """What adapter_config.json and adapter_model.safetensors hold.
 
-    The adapter has the largest rank among the matrices, with zeros in the others. Raises: Refused
-    for a patch of weights that PEFT has no such adapter for: norms, embeddings, parts of fused
-    matrices, two fused parameters of one module.
+    The adapter is for the model with all patches applied that this one builds on. It has the
+    largest rank among the matrices, with zeros in the others.
+    Raises: Refused for a patch of weights that PEFT has no such adapter for: norms, embeddings,
+    parts of fused matrices, two fused parameters of one module.
+
+    >>> import surgeon
+    >>> anatomy = surgeon.Anatomy.of(surgeon.load_model("patient").model)
+    >>> config, tensors = to_lora(surgeon.ablate(anatomy, ["L0.mlp.down[88, :]"]))
+    >>> config["r"], config["target_modules"], [tuple(t.shape) for t in tensors.values()]
+    (1, ['model.layers.0.mlp.down_proj'], [(1, 512), (128, 1)])
     """
     owners: dict[str, dict[Site, tuple[Tensor, Tensor]]] = defaultdict(dict)
     for site in patch.sites:
@@ -54,13 +61,13 @@ def to_lora(patch: Patch) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 )
             parameters.append(parameter)
             experts = base.stored[0]
+            n_out, n_in = base.shape
             # PEFT's order: A (experts * rank, in) by expert, B (out, rank * experts) by rank
-            stack_a, stack_b = (
-                torch.zeros(experts, rank, base.shape[1]),
-                torch.zeros(base.shape[0], rank, experts),
-            )
-            for one, (a, b) in parts.items():
-                stack_a[one.expert, : len(a)], stack_b[:, : len(a), one.expert] = a, b
+            stack_a = torch.zeros(experts, rank, n_in)
+            stack_b = torch.zeros(n_out, rank, experts)
+            for part, (a, b) in parts.items():
+                stack_a[part.expert, : len(a)] = a
+                stack_b[:, : len(a), part.expert] = b
             tensors |= _named(module, stack_a.flatten(0, 1), stack_b.flatten(1))
     config = {
         "peft_type": "LORA",
@@ -81,8 +88,9 @@ def to_lora(patch: Patch) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def export_lora(patch: Patch, folder: Path) -> dict[str, Any]:
-    """Write the adapter to the new folder `folder`; on failure nothing is there. Returns its
-    configuration.
+    """Write the adapter to the new folder `folder`, and return its configuration.
+
+    On failure nothing is there.
 
     Raises: BadInput if the folder exists or cannot be made; SurgeonError for a full disk; as
     `to_lora`.
@@ -131,7 +139,11 @@ def _check(site: Site, patch: Patch) -> None:
 
 
 def _factors(patch: Patch, site: Site) -> tuple[Float[Tensor, "r in"], Float[Tensor, "out r"]]:
-    """A and B whose product B @ A is the sum of the site's deltas."""
+    """A and B whose product B @ A is the sum of the site's deltas.
+
+    Low-rank terms keep their factors. What is left, with rows R and columns C, is I[:, R] @ its
+    rows or its columns @ I[C], whichever has the smaller rank.
+    """
     parts = []
     change = torch.zeros(patch.base[site].shape, dtype=torch.float64)
     for delta in patch.on(site):
@@ -140,7 +152,8 @@ def _factors(patch: Patch, site: Site) -> tuple[Float[Tensor, "r in"], Float[Ten
         else:
             at = delta.points()
             change[at] += delta.new.double() - delta.old.double()
-    rows, cols = (change.any(axis).nonzero().flatten() for axis in (1, 0))
+    rows = change.any(1).nonzero().flatten()
+    cols = change.any(0).nonzero().flatten()
     if len(rows) and len(rows) <= len(cols):
         parts.append((change[rows].float(), torch.eye(change.shape[0])[:, rows]))
     elif len(rows):
@@ -149,11 +162,13 @@ def _factors(patch: Patch, site: Site) -> tuple[Float[Tensor, "r in"], Float[Ten
 
 
 def _padded(rows: Float[Tensor, "r n"], rank: int) -> Float[Tensor, "rank n"]:
-    return torch.cat([rows, rows.new_zeros(rank - rows.shape[0], rows.shape[1])])
+    zeros = rows.new_zeros(rank - rows.shape[0], rows.shape[1])
+    return torch.cat([rows, zeros])
 
 
 def _named(module: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    prefix = f"base_model.model.{module}"
     return {
-        f"base_model.model.{module}.lora_{name}.weight": t.contiguous()
-        for name, t in (("A", a), ("B", b))
+        f"{prefix}.lora_A.weight": a.contiguous(),
+        f"{prefix}.lora_B.weight": b.contiguous(),
     }

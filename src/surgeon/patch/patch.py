@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,55 +14,30 @@ from torch import Tensor
 
 from ..anatomy import Anatomy, Entry, Site, WeightView, digest
 from ..errors import BadInput
-from .deltas import Delta, EntriesDelta, LineDelta, LowRankDelta, differ, kept_delta, wide
+from .content import BaseTensor, Content, dtype_name
+from .deltas import EntriesDelta, LineDelta, LowRankDelta, differ, kept_delta, wide
 from .stack import put_on_, stack_of, take_off_, views
 
+__all__ = ["BaseTensor", "Patch", "applied_patches", "dtype_name", "signed"]
 
-@dataclass(frozen=True)
-class BaseTensor:
-    """The tensor a patch was made on.
 
-    digest: of the matrix (out, in), see `surgeon.anatomy.digest`. result: the same with the patch
-    applied; "" if not known. parameter: its name in the model. dtype: as in "bfloat16". stored: the
-    shape of the parameter, which may hold more than the matrix. transposed: whether it holds the
-    matrix as (in, out).
+class Patch(Content):
+    """A change of a few weights: made on a model, put on, taken off again bit for bit.
+
+    deltas, base, made_by: what it holds, see `Content`.
+
+    >>> import tempfile, surgeon
+    >>> anatomy = Anatomy.of(surgeon.load_model("patient").model)
+    >>> entry = Entry.parse("L0.mlp.down[88, 165]")
+    >>> patch = Patch.from_entries(anatomy, [entry], [0.5], {"operation": "example"})
+    >>> with patch.applied(anatomy):
+    ...     anatomy.view("L0.mlp.down").read()[88, 165]
+    tensor(0.5000)
+    >>> with tempfile.NamedTemporaryFile() as file:
+    ...     surgeon.save(patch, file.name)
+    ...     surgeon.load(file.name).digest == patch.digest
+    True
     """
-
-    digest: str
-    result: str
-    parameter: str
-    shape: tuple[int, int]
-    dtype: str
-    stored: tuple[int, ...]
-    transposed: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Patch:
-    """Deltas, applied in order, and the base tensor of every site they change.
-
-    made_by: what made it, its settings and seed, and the package's version; anything JSON can hold.
-    Raises: ValueError if the parts do not fit one another.
-    """
-
-    deltas: tuple[Delta, ...]
-    base: dict[Site, BaseTensor]
-    made_by: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not self.deltas or {d.site for d in self.deltas} != set(self.base):
-            raise ValueError(
-                "a patch needs at least one delta, and a base tensor for each site it changes and"
-                " for no other"
-            )
-        for delta in self.deltas:
-            base = self.base[delta.site]
-            delta.check(base.shape)
-            if not isinstance(delta, LowRankDelta) and dtype_name(delta.old.dtype) != base.dtype:
-                raise ValueError(
-                    f"a delta of {delta.site} holds {dtype_name(delta.old.dtype)}, its base tensor"
-                    f" is {base.dtype}"
-                )
 
     # -- making one ----------------------------------------------------------------------------
 
@@ -77,13 +49,13 @@ class Patch:
         made_by: Mapping[str, Any] | None = None,
         named: Mapping[Site, Bool[Tensor, "out in"]] | None = None,
     ) -> Patch:
-        """What turns the model's matrices into `matrices`, which are rounded to its dtypes; stored
-        the smallest way.
+        """What turns the model's matrices into `matrices`, stored the smallest way.
 
-        named: entries to keep in the patch even where they do not change.
+        matrices: new values, rounded to the model's dtypes. named: entries to keep in the patch
+        even where they do not change.
         Raises: BadInput for a wrong shape, or if nothing changes and nothing is named.
         """
-        deltas: list[Delta] = []
+        deltas: list[EntriesDelta | LineDelta] = []
         base = {}
         for site, matrix in matrices.items():
             view = anatomy.view(site)
@@ -98,8 +70,8 @@ class Patch:
             if named is not None and site in named:
                 mask |= named[site].cpu()
             if mask.any():
-                deltas.append(_pack(site, old, new, mask))
-                base[site] = _base(anatomy, view, new)
+                deltas.append(_smallest(site, old, new, mask))
+                base[site] = _base_tensor(anatomy, view, new)
         if not deltas:
             raise BadInput(
                 f"the new values of {', '.join(map(str, matrices))} are the ones the model has, so"
@@ -117,26 +89,25 @@ class Patch:
     ) -> Patch:
         """Set each entry to its value.
 
-        Raises: BadInput if one entry is given two values; UnknownSite.
+        Raises: BadInput if one entry is given two values or lies outside its matrix; UnknownSite.
         """
+        numbers = torch.as_tensor(values, dtype=torch.float64).tolist()
         wanted: dict[Entry, float] = {}
-        for entry, value in zip(
-            entries, torch.as_tensor(values, dtype=torch.float64).tolist(), strict=True
-        ):
-            if wanted.setdefault(entry, value) != value:
+        for entry, number in zip(entries, numbers, strict=True):
+            if wanted.setdefault(entry, number) != number:
                 raise BadInput(
-                    f"{entry} is given twice, once as {wanted[entry]} and once as {value}; give it"
-                    " once."
+                    f"{entry} is given twice, once as {wanted[entry]} and once as {number};"
+                    " give it once."
                 )
         matrices: dict[Site, Tensor] = {}
         named: dict[Site, Tensor] = {}
-        for entry, value in wanted.items():
+        for entry, number in wanted.items():
             anatomy.region(str(entry))
             site = entry.site
             if site not in matrices:
                 matrices[site] = anatomy.view(site).read().to("cpu", copy=True)
                 named[site] = torch.zeros(matrices[site].shape, dtype=torch.bool)
-            matrices[site][entry.row, entry.col] = value
+            matrices[site][entry.row, entry.col] = number
             named[site][entry.row, entry.col] = True
         return cls.from_matrix(anatomy, matrices, made_by, named)
 
@@ -154,71 +125,19 @@ class Patch:
         Raises: BadInput if the factors do not make a matrix of the site's shape.
         """
         view = anatomy.view(site)
-        left, right = (t.detach().to("cpu", wide(view.dtype)).contiguous() for t in (left, right))
+        dtype = wide(view.dtype)
+        left, right = (t.detach().to("cpu", dtype).contiguous() for t in (left, right))
         delta = LowRankDelta(anatomy.resolve(site), left, right)
         try:
             delta.check(view.shape)
         except ValueError as error:
-            shapes = f"{tuple(left.shape)} and {tuple(right.shape)}"
             raise BadInput(
-                f"factors of shape {shapes} were given for {site}, which has (out, in) ="
-                f" {view.shape}: {error}."
+                f"factors of shape {tuple(left.shape)} and {tuple(right.shape)} were given for"
+                f" {site}, which has (out, in) = {view.shape}: {error}."
             ) from error
         new = view.read().to("cpu", copy=True)
         delta.apply_(new)
-        return cls((delta,), {delta.site: _base(anatomy, view, new)}, signed(made_by))
-
-    # -- looking at it -------------------------------------------------------------------------
-
-    @property
-    def sites(self) -> list[Site]:
-        return list(self.base)
-
-    def on(self, site: Site) -> list[Delta]:
-        """The deltas of one site, in the order they are applied."""
-        return [d for d in self.deltas if d.site == site]
-
-    def touched(self, site: Site) -> Bool[Tensor, "out in"]:
-        """The entries whose bits the patch changes (for a low-rank term: may change)."""
-        shape = self.base[site].shape
-        mask = torch.zeros(shape, dtype=torch.bool)
-        for delta in self.on(site):
-            mask |= delta.touched(shape)
-        return mask
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors of the deltas, named `<number of the delta>.<part>`."""
-        return {
-            f"{i}.{name}": tensor
-            for i, delta in enumerate(self.deltas)
-            for name, tensor in delta.tensors().items()
-        }
-
-    def header(self) -> dict[str, Any]:
-        """All that is not a tensor, for JSON."""
-        return {
-            "made_by": self.made_by,
-            "deltas": [{"kind": d.kind, "site": str(d.site), **d.settings()} for d in self.deltas],
-            "base": {
-                str(site): {**vars(base), "shape": list(base.shape), "stored": list(base.stored)}
-                for site, base in self.base.items()
-            },
-        }
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of everything in the patch."""
-        total = hashlib.sha256(json.dumps(self.header(), sort_keys=True).encode())
-        for name, tensor in sorted(self.tensors().items()):
-            total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
-            total.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-        return total.hexdigest()
-
-    def __str__(self) -> str:
-        where = ", ".join(map(str, self.sites[:3])) + (
-            f" and {len(self.sites) - 3} more" if len(self.sites) > 3 else ""
-        )
-        return f"{self.made_by.get('operation', 'a change')} of {where}, digest {self.digest[:12]}"
+        return cls((delta,), {delta.site: _base_tensor(anatomy, view, new)}, signed(made_by))
 
     # -- using it ------------------------------------------------------------------------------
 
@@ -242,9 +161,9 @@ class Patch:
 
     @contextmanager
     def applied(self, anatomy: Anatomy, allow_tied: bool = False) -> Iterator[None]:
-        """Applied within the `with` block. On any exit the original entries are back, even if they
-        were trained meanwhile.
+        """Applied within the block. On any exit the original entries are back.
 
+        They are back even if they were trained inside the block.
         Raises: as `apply_`; on exit PatchConflict if a patch that was applied inside, and not
         undone, holds the same entries.
         """
@@ -257,24 +176,43 @@ class Patch:
 
 def applied_patches(anatomy: Anatomy) -> list[Patch]:
     """The patches that are applied to this model object, oldest first."""
-    return [layer.patch for layer in stack_of(anatomy.model)]
+    # nothing but `Patch.apply_` puts something on the stack of a model
+    return [cast(Patch, layer.patch) for layer in stack_of(anatomy.model)]
 
 
-def _pack(site: Site, old: Tensor, new: Tensor, mask: Tensor) -> EntriesDelta | LineDelta:
-    """The entries under `mask` as the smallest delta; a line is stored whole, without indices."""
+def signed(made_by: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`made_by` with the package's version, as it is after a round trip through a file."""
+    try:
+        release = version("weight-surgeon")
+    except PackageNotFoundError:
+        release = "not installed"
+    text = json.dumps({"surgeon": release, **(made_by or {})})
+    as_in_a_file: dict[str, Any] = json.loads(text)
+    return as_in_a_file
+
+
+def _smallest(
+    site: Site,
+    old: Float[Tensor, "out in"],
+    new: Float[Tensor, "out in"],
+    mask: Bool[Tensor, "out in"],
+) -> EntriesDelta | LineDelta:
+    """The entries under `mask` as the delta that takes fewest bytes."""
     rows, cols = mask.nonzero(as_tuple=True)
-    size = old.element_size()
+    value_bytes = 2 * old.element_size()  # the old and the new value
+    index_bytes = 8  # row and column, as int32
     for across, line in ((rows, mask[rows[0]]), (cols, mask[:, cols[0]])):
-        if bool((across == across[0]).all()) and len(rows) * (8 + 2 * size) > len(line) * 2 * size:
+        one_line = bool((across == across[0]).all())
+        # a line is stored whole, the entries that do not change among them, but without indices
+        if one_line and len(rows) * (index_bytes + value_bytes) > len(line) * value_bytes:
             line[:] = True
             rows, cols = mask.nonzero(as_tuple=True)
             break
-    return kept_delta(
-        site, (old.shape[0], old.shape[1]), rows, cols, old[rows, cols], new[rows, cols]
-    )
+    shape = (old.shape[0], old.shape[1])
+    return kept_delta(site, shape, rows, cols, old[rows, cols], new[rows, cols])
 
 
-def _base(anatomy: Anatomy, view: WeightView, after: Tensor) -> BaseTensor:
+def _base_tensor(anatomy: Anatomy, view: WeightView, after: Float[Tensor, "out in"]) -> BaseTensor:
     return BaseTensor(
         view.digest(),
         digest(after),
@@ -284,19 +222,3 @@ def _base(anatomy: Anatomy, view: WeightView, after: Tensor) -> BaseTensor:
         tuple(view.stored.shape),
         view.packing.transposed,
     )
-
-
-def signed(made_by: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`made_by` with the package's version, in the form it has after a round trip through a
-    file.
-    """
-    try:
-        release = version("weight-surgeon")
-    except PackageNotFoundError:
-        release = "not installed"
-    signed: dict[str, Any] = json.loads(json.dumps({"surgeon": release, **(made_by or {})}))
-    return signed
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -21,6 +21,8 @@ import transformers
 from torch import nn
 
 from ..anatomy import Anatomy, Loaded, StreamedAnatomy, load_model, open_stream, prove
+from ..anatomy.load import DTYPES, check_dtype, device_named
+from ..cells.checkpoint import holds_cells, load_cells
 from ..corpus import BOS_POLICIES, DEFAULT_WINDOW, Corpus, load_corpus, read_text
 from ..errors import BadInput, SurgeonError, UnknownArchitecture
 from ..patients import heldout_text
@@ -255,6 +257,8 @@ def open_lab(
     anatomy: Anatomy | None = None
     if isinstance(model, nn.Module):
         loaded = _loaded(model, tokenizer)
+    elif holds_cells(str(model)):
+        loaded, anatomy = _cells(str(model), dtype, device)
     elif stream:
         loaded, anatomy = open_stream(str(model), dtype, device, whole)
     else:
@@ -265,6 +269,15 @@ def open_lab(
     except UnknownArchitecture as error:
         raise _not_finite(loaded, anatomy) or error from error
     return Lab(loaded, anatomy)
+
+
+def _cells(folder: str, dtype: str, device: str) -> tuple[Loaded, Anatomy]:
+    """A model of gene expression: it has sites and patches, and no tokenizer."""
+    check_dtype(dtype)
+    cells = load_cells(folder)
+    cells.model.to(device=device_named(device), dtype=DTYPES.get(dtype))
+    loaded = Loaded(cells.model, None, folder, Path(folder), cells.fingerprint)  # type: ignore[arg-type]
+    return loaded, cells.model.anatomy
 
 
 def _loaded(model: nn.Module, tokenizer: Any) -> Loaded:

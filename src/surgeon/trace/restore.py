@@ -100,7 +100,8 @@ class Restorer:
         """The positions that can matter: none before the subject, only the last one at the end."""
         n = len(self.prompt.ids)
         lowest = layer if kind in ("state", SEVERED) else self._span(layer).start
-        return range(n - 1, n) if lowest == len(self.layers) - 1 else range(self.prompt.start, n)
+        first = n - 1 if lowest == len(self.layers) - 1 else self.prompt.start
+        return range(first, n)
 
     def _span(self, layer: int) -> range:
         """The layers restored together.

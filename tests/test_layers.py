@@ -6,7 +6,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "surgeon"
 # from the bottom up; a module may import what stands on an earlier line
 FLOORS = [
-    {"errors"},
+    {"errors", "_quiet"},
     {"settings"},
     {"result", "progress"},
     {"patients"},

@@ -1,5 +1,6 @@
 """transformers imports torchao where it is installed, and that writes notes about itself to stderr;
-here both are imported without them.
+here both are imported without them. Import this before a model is loaded, and not earlier: it
+takes seconds.
 """
 
 from __future__ import annotations

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+if TYPE_CHECKING:  # importing rich draws a random number, and importing Surgeon should not
+    from rich.console import Console
+    from rich.progress import TaskID
 
 Tell = Callable[[str, int, int], None]  # what is being done, steps done, of how many
 
@@ -21,6 +23,8 @@ def progress_bar(console: Console) -> Iterator[Tell]:
     if not (console.is_terminal or console.is_jupyter):
         yield silent
         return
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),

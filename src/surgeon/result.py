@@ -35,6 +35,7 @@ R = TypeVar("R", bound="Result")
 T = TypeVar("T")
 _ATTACHED = "attached"
 MOST_SHOWN = 6  # items of a sequence in a repr
+LONGEST_TEXT, WIDTH = 80, 100  # characters of a text and of a line there
 
 
 class derived(property):
@@ -231,8 +232,10 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         items = [_read(options[0], item, where) for item in _expect(list, value, where)]
         return tuple(items) if origin is tuple else items
     if origin is tuple:
-        pairs = zip(options, _expect(list, value, where), strict=True)
-        return tuple(_read(option, item, where) for option, item in pairs)
+        items = _expect(list, value, where)
+        if len(items) != len(options):
+            raise BadInput(f"{where} is damaged: it holds {len(items)} of {len(options)} values.")
+        return tuple(_read(o, item, where) for o, item in zip(options, items, strict=True))
     if origin in (dict, Mapping):
         items_of = _expect(dict, value, where).items()
         return {key: _read(options[1], item, f"{where}.{key}") for key, item in items_of}
@@ -282,7 +285,8 @@ def _lines(result: Result) -> list[str]:
     head = f"{type(result).__name__}({about.model})" if about.model else type(result).__name__
     own = [(name, value) for name, value in _items(result) if name != "provenance"]
     width = max((len(name) for name, _ in own), default=0)
-    return [head, *(f"  {name:<{width}}  {_brief(value)}" for name, value in own)]
+    lines = [head, *(f"  {name:<{width}}  {_brief(value)}" for name, value in own)]
+    return [_cut(line, WIDTH) for line in lines]
 
 
 def _brief(value: Any, depth: int = 0) -> str:
@@ -307,4 +311,8 @@ def _brief(value: Any, depth: int = 0) -> str:
         )
         return f"{type(value).__name__}({inside})" if not depth else f"{type(value).__name__}(…)"
     text = str(value) if hasattr(type(value), "parse") else repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"
+    return _cut(text, LONGEST_TEXT)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"

@@ -17,6 +17,7 @@ import functools
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
+from math import isfinite
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -41,8 +42,8 @@ class Declaration:
 
     help: str
     choices: tuple[str, ...] = ()
-    low: int | float | None = None
-    high: int | float | None = None
+    low: float | int | None = None
+    high: float | int | None = None
     metavar: str | None = None
     group: str = ""
     short: str | None = None
@@ -57,8 +58,8 @@ def setting(
     help: str = "",
     *,
     choices: Iterable[str] = (),
-    low: int | float | None = None,
-    high: int | float | None = None,
+    low: float | int | None = None,
+    high: float | int | None = None,
     metavar: str | None = None,
     group: str = "",
     short: str | None = None,
@@ -170,6 +171,8 @@ def _check_range(one: Setting, value: Any) -> None:
         raise BadInput(f"‹{one.name}› {value} is not known; use {', '.join(declared.choices)}.")
     if not isinstance(value, int | float) or isinstance(value, bool):
         return
+    if not isfinite(value):
+        raise BadInput(f"‹{one.name}› is {value}; it must be a finite number.")
     if declared.low is not None and not value >= declared.low:
         raise BadInput(f"‹{one.name}› is {value:g}; it must be at least {declared.low:g}.")
     if declared.high is not None and not value <= declared.high:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,6 +27,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from surgeon.cli import ORDER
 from surgeon.cli import surgeon as group
 
 ENTRY = "L0.mlp.down[5, 7]"
@@ -377,7 +379,6 @@ def test_one_window_is_enough_to_measure_and_not_to_find(
         (("--window", "513"), "longer than the 512 positions"),
         (("--windows", "0"), "leaves no text"),
         (("--windows", "-3"), "leaves no text"),
-        (("--dtype", "banana"), "--dtype banana is not known"),
         (("--device", "banana"), "--device banana is not known"),
         (("--device", "meta"), "holds no numbers"),
         (("--device", "xla"), "--device xla cannot be used on this machine"),
@@ -392,9 +393,25 @@ def test_numbers_dtypes_and_devices(
 
 def test_too_few_controls(refused: Any, folder: Path, reading: Any) -> None:
     for verb in (("find",), ("verify", "--at", ENTRY)):
-        assert "3 controls cannot show anything" in refused(
-            *verb, folder, *reading, "--controls", 3
-        )
+        said = refused(*verb, folder, *reading, "--controls", 3)
+        assert said == "--controls is 3; it must be at least 20."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("measure", "a", "--new-tokens", "0"), "--new-tokens is 0; it must be at least 1."),
+        (("verify", "a", "--at", ENTRY, "--seed", "-1"), "--seed is -1; it must be at least 0."),
+        (("verify", "a", "--at", ENTRY, "--seed", str(2**70)), "--seed is 1.18059e+21; it must be"),
+        (("find", "a", "--persistence", "2"), "--persistence is 2; it must be at most 1."),
+        (("find", "a", "--layers", "2"), "--layers 2 is no range of layers"),
+        (("find", "a", "--text", "b", "--persistence", "nan"), "--persistence is nan"),
+    ],
+)
+def test_settings_out_of_range_are_refused_before_the_model_is_opened(
+    refused: Any, arguments: tuple[str, ...], said: str
+) -> None:
+    assert said in refused(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -408,9 +425,8 @@ def test_too_few_controls(refused: Any, folder: Path, reading: Any) -> None:
         ("ablate", "a", "--at", ENTRY),
         ("measure", "a", "--bos", "banana"),
         ("measure", "a", "--window", "banana"),
-        ("measure", "a", "--new-tokens", "0"),
-        ("verify", "a", "--at", ENTRY, "--seed", "-1"),
-        ("verify", "a", "--at", ENTRY, "--seed", str(2**70)),
+        ("measure", "a", "--dtype", "banana"),
+        ("verify", "a", "--at", ENTRY, "--seed", "1.5"),
         ("index", "banana"),
     ],
 )
@@ -574,7 +590,7 @@ def test_out_of_memory(
         def fail(*_: object, error: BaseException = error) -> None:
             raise error
 
-        monkeypatch.setattr("surgeon.cli.measure.mean_nll", fail)
+        monkeypatch.setattr("surgeon.studies.measure.mean_nll", fail)
         assert "out of memory; try fewer --windows" in refused(
             "measure", folder, *reading, status=1
         )
@@ -587,15 +603,16 @@ def test_help_names_every_command(surgeon: Any) -> None:
     for flag in ("--help", "-h"):
         status, out, err = surgeon(flag)
         assert (status, err) == (0, "")
-        assert all(name in out for name in group.commands)
+        assert all(name in out for name in ORDER)
     assert surgeon("--version").out.startswith("surgeon, version ")
 
 
-@pytest.mark.parametrize("verb", sorted(group.commands))
+@pytest.mark.parametrize("verb", ORDER)
 def test_help_of_a_command_names_every_option(surgeon: Any, verb: str) -> None:
     status, out, err = surgeon(verb, "--help")
     assert (status, err) == (0, "")
-    command = group.commands[verb]
+    command = group.get_command(click.Context(group), verb)
+    assert command is not None
     assert command.help
     assert " ".join(command.help.split(".")[0].split()) in " ".join(out.split())
     for parameter in command.params:

@@ -206,7 +206,7 @@ def test_injury_is_written_measured_applied_and_undone(
 ) -> None:
     patch, out, back = tmp_path / "p.safetensors", tmp_path / "out", tmp_path / "back"
     written = answer("ablate", folder, "--at", PLANTED, "-o", patch)
-    assert (written["entries"], written["sites"], written["bytes"]) == (
+    assert (written["entries"], written["sites"], written["patch_bytes"]) == (
         1,
         ["L0.mlp.down"],
         patch.stat().st_size,

@@ -23,6 +23,7 @@ from surgeon.find import (
 )
 from surgeon.measure import mean_nll
 from surgeon.patch import ablate
+from surgeon.settings import configured
 from surgeon.tap import Tap
 
 WINDOWS = torch.randint(3, 99, (6, 24), generator=torch.Generator().manual_seed(0))
@@ -170,12 +171,12 @@ def test_verify_equals_brute_force():
         return mean_nll(broken, WINDOWS) - base
 
     assert got.base_nll == pytest.approx(base, abs=1e-6)
-    assert got.single == pytest.approx([without([p]) for p in parts], abs=1e-5)
-    assert got.joint == pytest.approx(without(parts), abs=1e-5)
-    assert got.leave_one_out == pytest.approx(
+    assert got.single_nats == pytest.approx([without([p]) for p in parts], abs=1e-5)
+    assert got.joint_nats == pytest.approx(without(parts), abs=1e-5)
+    assert got.leave_one_out_nats == pytest.approx(
         [without([q for q in parts if q is not p]) for p in parts], abs=1e-5
     )
-    assert got.ci95[0] <= got.joint <= got.ci95[1]
+    assert got.ci95[0] <= got.joint_nats <= got.ci95[1]
     assert len(got.controls.nats) == 20
 
 
@@ -185,13 +186,13 @@ def test_vital_demands_effect_and_significance():
     """
     anatomy = Anatomy.of(tiny_model("llama"))
     small = verify(anatomy, [anatomy.region("L1.mlp.down[3, 4]")], CORPUS)
-    assert abs(small.joint) < 0.1
+    assert abs(small.joint_nats) < 0.1
     assert not small.vital
     row = verify(anatomy, [anatomy.region("L1.mlp.down[5, :]")], CORPUS, VerifyConfig(min_nats=0.0))
     assert row.vital == (
-        row.ci95[0] > 0 and row.p_value <= 0.05 and row.joint >= 3 * max(row.controls.max, 0)
+        row.ci95[0] > 0 and row.p_value <= 0.05 and row.joint_nats >= 3 * max(row.controls.max_nats, 0)
     )
-    assert "whole rows" in row.controls.kind
+    assert "whole rows" in row.controls.matched
 
 
 def test_the_causal_test_restores_the_peak_and_nothing_else():
@@ -212,18 +213,18 @@ def test_the_causal_test_restores_the_peak_and_nothing_else():
     with Tap() as tap:
         tap.on_output(anatomy.module(site), lambda _: held)
         expected = mean_nll(model, WINDOWS) - got.base_nll
-    assert got.restored == pytest.approx(expected, abs=1e-5)
-    assert abs(got.restored - got.joint) > 1e-3
+    assert got.restored_nats == pytest.approx(expected, abs=1e-5)
+    assert abs(got.restored_nats - got.joint_nats) > 1e-3
 
 
 def test_there_is_no_causal_test_for_a_column():
     anatomy = Anatomy.of(tiny_model("llama"))
-    assert verify(anatomy, [anatomy.region("L1.mlp.down[:, 4]")], CORPUS).restored is None
+    assert verify(anatomy, [anatomy.region("L1.mlp.down[:, 4]")], CORPUS).restored_nats is None
 
 
 def test_too_few_controls_are_refused():
-    with pytest.raises(BadInput, match="at least 20"):
-        VerifyConfig(controls=19)
+    with pytest.raises(BadInput, match="controls is 19; it must be at least 20"):
+        configured(VerifyConfig, {"controls": 19})
     with pytest.raises(BadInput, match="name at least one"):
         verify(Anatomy.of(tiny_model("llama")), [], CORPUS)
 
@@ -286,8 +287,8 @@ def test_the_vital_row_of_a_real_model_is_found(shared):
     assert [s.geometry for s in result.sets] == ["row"]
     (found,) = result.sets
     assert {(e.entry.site.layer, e.entry.row) for e in found.entries} == {(0, 88)}
-    assert found.verification.joint > 1.0
-    assert found.verification.joint > 10 * found.verification.controls.max
+    assert found.damage.joint_nats > 1.0
+    assert found.damage.joint_nats > 10 * found.controls.max_nats
     assert found.agreement == 1
 
 
@@ -307,5 +308,5 @@ def test_regions_and_sets_agree_on_damage(shared):
     whole = verify(anatomy, [region], corpus)
     entries = [Region(region.site, 9, c) for c in range(172)]
     listed = verify(anatomy, entries, corpus, listed=0)
-    assert whole.joint == pytest.approx(listed.joint, abs=1e-7)
+    assert whole.joint_nats == pytest.approx(listed.joint_nats, abs=1e-7)
     assert whole.controls.nats == pytest.approx(listed.controls.nats, abs=1e-7)

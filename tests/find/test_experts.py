@@ -1,7 +1,5 @@
 """The profile of experts against brute force on the weights, and planted super experts."""
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -76,7 +74,6 @@ def test_the_planted_expert_is_super_and_no_other(model_type, tmp_path):
     assert [(p.layer, p.expert, p.channel) for p in profile if p.is_super] == [(LAYER, EXPERT, ROW)]
     model.save_pretrained(tmp_path)
     assert profile_experts(open_stream(str(tmp_path))[1], WINDOWS) == profile
-    json.dumps([p.to_json() for p in profile])
     below = profile_experts(anatomy, WINDOWS, end=2)
     assert {p.layer for p in below} == {p.layer for p in profile} - {2}
     assert [p for p in profile if p.layer < 2] == [

@@ -109,7 +109,7 @@ def test_verification_is_one_reading(model_type, tmp_path):
     got = verify(anatomy, [anatomy.region(n) for n in names], CORPUS)
     want = verify(other, [other.region(n) for n in names], CORPUS)
     assert same(got.to_json(), want.to_json())
-    assert (got.restored is None) == (model_type == "mixtral")
+    assert (got.restored_nats is None) == (model_type == "mixtral")
     head = [p for p in anatomy._parts if "layers" not in p]
     # the first block a second time: a trial run of two tokens tells how layers return their states
     assert read == [anatomy._parts[0], *anatomy._parts[:3], *head]
@@ -162,7 +162,7 @@ def test_layers_limits_the_search_and_what_is_read(model_type, tmp_path):
     above = detect(loaded, WINDOWS, DetectConfig(min_height=1.5, persistence=0.0, layers=(1, 3)))
     assert ROW not in {c.channel for c in above.candidates}
     assert any(
-        "below the layers" in r.reason for r in above.rejected if f"channel {ROW}" in r.where
+        "below the layers" in r.reason for r in above.rejected if f"channel {ROW}" in r.entry
     )
     for span in ((0, 4), (2, 2), (-1, 2)):
         with pytest.raises(BadInput, match="widest is 0:3"):

@@ -14,7 +14,7 @@ import pytest
 from report_documents import documents
 
 from surgeon.errors import BadInput, MissingExtra
-from surgeon.report import write_report
+from surgeon.show.page import write_report
 
 Folder = Callable[..., Path]
 FIND = [

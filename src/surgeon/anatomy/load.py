@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import BadCheckpoint, BadInput, SurgeonError, UnknownArchitecture
 
@@ -41,8 +40,8 @@ class Loaded:
     `fingerprint` is the SHA-256 of its configuration and weight files.
     """
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase | None
     name: str
     folder: Path
     fingerprint: str
@@ -233,7 +232,9 @@ def fingerprint(folder: Path) -> str:
 def read_config(folder: Path) -> Any:
     """The model's configuration. Raises: BadCheckpoint for one that transformers does not know."""
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # transformers raises many types here, all of them about this file
         raise BadCheckpoint(
             f"{folder}/config.json cannot be used: {_first_line(error)}."
@@ -242,6 +243,9 @@ def read_config(folder: Path) -> Any:
 
 def model_class(config: Any) -> Any:
     """The transformers class that the checkpoint names, or the causal-LM class for its type."""
+    # every loading of a model begins here, and what transformers imports for it writes notes
+    from .. import _quiet as _quiet
+
     for name in getattr(config, "architectures", None) or []:
         if hasattr(transformers, name):
             return getattr(transformers, name)
@@ -299,7 +303,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
     return Loaded(model, load_tokenizer(folder), name, folder, fingerprint(folder))
 
 
-def _unpack_(model: PreTrainedModel) -> None:
+def _unpack_(model: transformers.PreTrainedModel) -> None:
     """Replace weights that compressed-tensors or torchao keep packed by what they mean; those of
     other formats stay as they are.
     """
@@ -345,7 +349,7 @@ def device_named(name: str) -> torch.device:
     return device
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase | None:
     """The checkpoint's tokenizer, or None if it ships none."""
     if not any(
         (folder / n).is_file()
@@ -359,8 +363,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     ):
         return None
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
+        tokenizer: transformers.PreTrainedTokenizerBase = (
+            transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         )
     except Exception as error:
         raise BadCheckpoint(

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import PreTrainedModel
+import transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ..errors import BadCheckpoint
@@ -59,7 +59,7 @@ class TensorNames:
         self.names = sorted(names)
         self._same = _same_parameters(anatomy)
         conversions: list[Any] = []
-        if isinstance(anatomy.model, PreTrainedModel):
+        if isinstance(anatomy.model, transformers.PreTrainedModel):
             conversions = get_model_conversion_mapping(anatomy.model)
         for name in self.names:
             self._sort_in(name, conversions)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..errors import BadCheckpoint, PackedWeight, Refused, SurgeonError, UnknownArchitecture
 from .anatomy import Anatomy
@@ -60,7 +60,7 @@ def open_stream(
     if kind not in TABLE:
         raise UnknownArchitecture(
             f"{name} is a {kind} model, which is not in Surgeon's table of architectures, and only"
-            " those can be streamed; find reads it without --stream, if it fits into memory."
+            " those can be streamed; find reads it without ‹stream›, if it fits into memory."
         )
     if getattr(config, "quantization_config", None) is not None:
         raise PackedWeight(
@@ -302,13 +302,15 @@ def _places(regions: Sequence[Region], view: WeightView) -> list[tuple[Tensor, T
     return [(torch.tensor(rows), torch.tensor(cols))] if rows else []
 
 
-def _skeleton(name: str, config: Any, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _skeleton(
+    name: str, config: Any, dtype: torch.dtype, device: torch.device
+) -> transformers.PreTrainedModel:
     """The model without its weights: parameters on the meta device, buffers real."""
     kind = model_class(config)
     build = getattr(kind, "_from_config", None) or kind.from_config
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = build(config, dtype=dtype)
+            model: transformers.PreTrainedModel = build(config, dtype=dtype)
         model.eval()  # type: ignore[no-untyped-call]
         model.requires_grad_(False)
         plan = model._get_dtype_plan(dtype)

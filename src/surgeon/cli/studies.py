@@ -12,7 +12,7 @@ import click
 
 from ..errors import BadInput, SurgeonError
 from ..progress import progress_bar
-from ..settings import configured, settings_of
+from ..settings import settings_of
 from ..show.console import err
 from ..studies.registry import Study, branches_of
 from .deliver import command_line, deliver, folder_option, json_option, run_folder
@@ -48,7 +48,7 @@ def _run(study: Study, context: click.Context, /, **values: Any) -> None:
         output = values.get("output")
         _check_place(output)
         given = given_by(context, [one.name for one in settings_of(study.settings)])
-        configured(study.settings, given, study.name)  # said before a model is opened
+        study.configured(given)  # what cannot be is said before a model is opened
         with progress_bar(err) as tell:
             lab = None
             if study.opens:

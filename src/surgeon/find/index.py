@@ -119,7 +119,7 @@ def records_of(model: str, as_name: str | None = None) -> list[Published]:
         known = ", ".join(dict.fromkeys(r.model for r in published()))
         raise BadInput(
             f"no published coordinates are known for {wanted!r}; there are some for {known}. "
-            "If the model is a copy of one of these, say of which with --as NAME."
+            "If the model is a copy of one of these, say of which with ‹as_name›."
         )
     return found
 
@@ -233,7 +233,7 @@ class _Checkpoint(ABC):
         of it is read.
         """
         name, site, meant = records[0].tensor, records[0].entry.site, records[0].model
-        advice = f"so it is not {meant}; give that model, or name another with --as"
+        advice = f"so it is not {meant}; give that model, or name another with ‹as_name›"
         if name not in self.shards:
             module = name.removesuffix("weight")
             packed = sorted(

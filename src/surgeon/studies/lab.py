@@ -189,9 +189,9 @@ class Lab:
         """The result of a verb, by its name, with its settings by theirs.
 
         leading: the setting that the verb is about, like the weights to ablate.
-        Raises: BadInput for a setting the verb does not have.
+        Raises: BadInput for a verb that there is not, or a setting it does not have.
         """
-        study = registry.STUDIES[verb]
+        study = registry.study_named(verb)
         if leading is not None:
             settings = {study.leading: leading, **settings}
         return study.run(self, settings)
@@ -200,31 +200,31 @@ class Lab:
         """Critical sets, verified against matched controls; a `FindResult`."""
         return self.run("find", **settings)
 
-    def verify(self, at: Any = None, /, **settings: Any) -> Any:
+    def verify(self, at: Any = None, **settings: Any) -> Any:
         """Damage of given weights alone, together and all but one; a `Verification`."""
         return self.run("verify", at, **settings)
 
-    def ablate(self, at: Any = None, /, **settings: Any) -> Any:
+    def ablate(self, at: Any = None, **settings: Any) -> Any:
         """The patch that takes weights out, as an `Injury`; the model stays as it is."""
         return self.run("ablate", at, **settings)
 
-    def measure(self, patches: Any = None, /, **settings: Any) -> Any:
+    def measure(self, patches: Any = None, **settings: Any) -> Any:
         """Likelihood and behaviour, with patches or without; a `Measurement`."""
         return self.run("measure", patches, **settings)
 
-    def trace(self, prompt: Any = None, /, **settings: Any) -> Any:
+    def trace(self, prompt: Any = None, **settings: Any) -> Any:
         """Which states carry a fact, a `TraceResult`; or facts, a `TraceAverage`."""
         return self.run("trace", prompt, **settings)
 
-    def edit(self, prompt: Any = None, /, **settings: Any) -> Any:
+    def edit(self, prompt: Any = None, **settings: Any) -> Any:
         """The patch that rewrites a fact, with its forecast and scorecard; an `EditResult`."""
         return self.run("edit", prompt, **settings)
 
-    def edit_layers(self, facts: Any = None, /, **settings: Any) -> Any:
+    def edit_layers(self, facts: Any = None, **settings: Any) -> Any:
         """Which layer to edit, by trial edits; a `LayerRanking`."""
         return self.run("edit layers", facts, **settings)
 
-    def edit_many(self, facts: Any = None, /, **settings: Any) -> Any:
+    def edit_many(self, facts: Any = None, **settings: Any) -> Any:
         """Facts rewritten one after the other, with guard rails; an `EditsResult`."""
         return self.run("edit many", facts, **settings)
 

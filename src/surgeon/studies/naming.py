@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,8 +81,10 @@ def _check_apart(regions: Sequence[Region]) -> None:
     for i, one in enumerate(regions):
         for other in regions[:i]:
             if one.site == other.site and _meet(one, other):
-                both = f"{one} is given twice" if one == other else f"{other} and {one} share one"
-                raise BadInput(f"‹at›: {both}; name each entry once.")
+                shared = f"{one} is given twice"
+                if one != other:
+                    shared = f"{other} and {one} share an entry"
+                raise BadInput(f"‹at›: {shared}; name each entry once.")
 
 
 def _meet(one: Region, other: Region) -> bool:
@@ -100,8 +101,8 @@ def patch_of(source: Any) -> Patch:
         return source
     if isinstance(source, str | Path):
         return load(source)
-    if any(one.name == "patch" for one in fields(source)) and source.patch is not None:
-        patch: Patch = source.patch
+    patch = getattr(source, "patch", None)
+    if isinstance(patch, Patch):
         return patch
     raise BadInput(f"{type(source).__name__} holds no patch; give a patch or the file of one.")
 

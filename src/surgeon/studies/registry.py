@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import BadInput
 from ..result import Result
-from ..settings import configured
+from ..settings import configured, nearest
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,17 @@ class Study:
         kind: type[Any] = self.module.Settings
         return kind
 
+    def configured(self, given: Mapping[str, Any]) -> Any:
+        """Its settings: what is given by name, and else the defaults. Raises: BadInput."""
+        return configured(self.settings, given, self.name)
+
     def run(self, lab: Any, given: Mapping[str, Any], command: str | None = None) -> Any:
         """The study's result, with how it was made.
 
         given: settings by name. command: the command line; not given: the call in Python.
         Raises: BadInput for settings that it does not have, or that cannot be.
         """
-        settings = configured(self.settings, given, self.name)
+        settings = self.configured(given)
         result = self.module.run(lab, settings)
         return result.made(command=command or self._call(result.provenance.settings, given))
 
@@ -92,6 +96,13 @@ def branches_of(study: Study) -> list[Study]:
     return [one for one in _ALL if one.name.startswith(f"{study.name} ")]
 
 
+def study_named(name: str) -> Study:
+    """The study of this name. Raises: BadInput, with the nearest."""
+    if name not in STUDIES:
+        raise BadInput(f"{name} is no verb{nearest(name, STUDIES)}")
+    return STUDIES[name]
+
+
 # where the class of each kind of result is, from the package's root
 RESULTS = {
     "sites": "studies.sites:SiteList",
@@ -118,6 +129,6 @@ def result_class(kind: str) -> type[Result]:
 def read_result(document: Mapping[str, Any]) -> Result:
     """The result that a JSON document holds. Raises: BadInput if it holds none, or is damaged."""
     kind = document.get("kind")
-    if kind not in RESULTS:
+    if not isinstance(kind, str) or kind not in RESULTS:
         raise BadInput(f"this document is no result of Surgeon: its kind is {kind!r}.")
     return result_class(kind).from_json(document)

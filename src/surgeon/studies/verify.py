@@ -32,6 +32,9 @@ class Settings:
 
     at: Any = setting(help=AT_HELP, metavar="ENTRY", many=True)
     verify: VerifyConfig = nested(VerifyConfig)
+    listed: int = setting(
+        16, "parts, in their order, whose damage alone and left out is measured, too", low=1
+    )
     text: TextSettings = nested(partial(TextSettings, windows=40))
     behaviour: bool = setting(
         False,
@@ -50,7 +53,7 @@ def run(lab: Lab, settings: Settings) -> Verification:
     parts = regions_of(lab, settings.at, settings.text, settings.verify.seed)
     settings = replace(settings, at=[str(part) for part in parts])
     corpus = lab.corpus(settings.text)
-    result = verify(lab.anatomy, parts, corpus, settings.verify, lab.tell)
+    result = verify(lab.anatomy, parts, corpus, settings.verify, lab.tell, settings.listed)
     behaviour = _behaviours(lab, parts, corpus, settings) if settings.behaviour else None
     provenance = lab.provenance(settings, corpus.record())
     return replace(result, behaviour=behaviour, provenance=provenance)

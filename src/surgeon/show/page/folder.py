@@ -53,7 +53,7 @@ def _read(path: Path) -> Filed | None:
             f" ({_first_line(error)}); write it again."
         ) from error
     kind = document.get("kind") if isinstance(document, dict) else None
-    if kind not in RESULTS or kind not in KINDS:
+    if not isinstance(kind, str) or kind not in RESULTS or kind not in KINDS:
         return None
     try:
         result = result_class(kind).from_json(visible(document))

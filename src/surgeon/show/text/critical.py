@@ -82,6 +82,9 @@ def print_verify(result: Verification) -> None:
     each = zip(result.at, result.single_nats, result.leave_one_out_nats, strict=False)
     for part, alone, rest in each:
         table.add_row(escape(str(part)), f"{alone:+.4f}", f"{rest:+.4f}")
+    unlisted = len(result.at) - len(result.single_nats)
+    if unlisted > 0:
+        table.add_row(f"and {unlisted} more")
     print_table(table)
     low, high = result.ci95
     out.print(
@@ -135,18 +138,18 @@ def _print_rejected(rejected: Sequence[Rejection]) -> None:
             "worst control in nats": one.control_max_nats,
         }
         known = [f"{name} {value:.3g}" for name, value in numbers.items() if value is not None]
-        out.print(f"rejected {escape(one.entry)}: {one.reason} ({', '.join(known)})")
+        out.print(f"rejected {escape(f'{one.entry}: {one.reason}')} ({', '.join(known)})")
 
 
 def _print_verdict(vital: bool, criteria: str) -> None:
     verdict = "vital" if vital else "not vital"
-    out.print(f"Verdict: [bold]{verdict}[/bold]. The rule: {criteria}.")
+    out.print(f"Verdict: [bold]{verdict}[/bold]. The rule: {escape(criteria)}.")
 
 
 def _controls(controls: Controls) -> str:
     return (
         f"{controls.median_nats:+.4f} median, {controls.max_nats:+.4f} worst of {controls.n}"
-        f" ({controls.matched})"
+        f" ({escape(controls.matched)})"
     )
 
 

@@ -18,11 +18,12 @@ def print_sites(result: SiteList) -> None:
         tied = ", ".join(map(str, one.tied_to))
         note = f"tied to {tied}" if tied else one.part
         n_out, n_in = map(str, one.shape)
-        table.add_row(str(one.site), n_out, n_in, one.stored, escape(one.parameter), note)
+        cells = (str(one.site), n_out, n_in, one.stored, one.parameter, note)
+        table.add_row(*map(escape, cells))
     print_table(table)
     out.print(
         f"{len(result.sites)} sites in {result.layers} layers; the map was found by"
-        f" {result.source} and proved by experiment."
+        f" {escape(result.source)} and proved by experiment."
     )
 
 

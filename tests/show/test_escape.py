@@ -13,9 +13,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report_documents import documents
+from made_results import made_results
 
-from surgeon.report import write_report
+from surgeon.show.page import write_report
 
 HOSTILE = (
     "<script>document.title='x'</script>",
@@ -47,14 +47,9 @@ class Page(HTMLParser):
 
 def page(folder: Path, text: str, name: str) -> str:
     folder.mkdir()
-    for kind, document in documents(text).items():
-        if kind in (
-            "demo",
-            "explain",
-            "measure",
-        ):  # as a shell was given it, with what it was given
-            document["command"] = f"surgeon {kind} '{text}'"
-        (folder / f"{kind}{name}.json").write_text(json.dumps(document), encoding="utf-8")
+    for kind, result in made_results(text).items():
+        document = json.dumps(result.to_json())
+        (folder / f"{kind}{name}.json").write_text(document, encoding="utf-8")
     return write_report(folder).read_text(encoding="utf-8")
 
 
@@ -63,10 +58,9 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with hostile text in every document and file name, and its report."""
     folder = tmp_path_factory.mktemp("report") / "run"
     page(folder, " ".join(HOSTILE), "\"><img src=x onerror='document.title=4'>")
-    (folder / "\u202eback.json").write_text(json.dumps(documents("x")["measure"]), encoding="utf-8")
-    (folder / "javascript:alert(1).json").write_text(
-        json.dumps(documents("x")["measure"]), encoding="utf-8"
-    )
+    harmless = json.dumps(made_results("x")["measure"].to_json())
+    (folder / "\u202eback.json").write_text(harmless, encoding="utf-8")
+    (folder / "javascript:alert(1).json").write_text(harmless, encoding="utf-8")
     write_report(folder)
     return folder
 
@@ -93,8 +87,8 @@ def test_links_stay_in_the_folder(hostile: Path):
 
 
 def test_a_name_that_is_not_unicode_is_linked_and_shown():
-    from surgeon.report.folder import shown
-    from surgeon.report.page import link
+    from surgeon.show.page.folder import shown
+    from surgeon.show.page.page import link
 
     name = os.fsdecode(b"\xff.json")
     assert (link(name), shown(name).encode()) == ("./%FF.json", b"\\udcff.json")

@@ -1,0 +1,53 @@
+"""A result in a notebook: the report's pictures in a frame that nothing gets out of."""
+
+from __future__ import annotations
+
+import re
+import sys
+from html import unescape
+
+import pytest
+from made_results import find_result, made_results, measurement
+
+from surgeon.result import Result, result
+
+
+def framed(html: str) -> str:
+    """The page inside the frame."""
+    (frame,) = re.findall(r'<iframe sandbox srcdoc="([^"]*)"', html)
+    return unescape(frame)
+
+
+@pytest.mark.parametrize("kind", made_results())
+def test_every_kind_has_its_pictures(kind: str):
+    page = framed(made_results()[kind]._repr_html_())
+    assert page.count("<section>") >= 1
+    assert "default-src 'none'" in page
+    assert f"<pre>surgeon {'find' if kind == 'detect' else kind} &#39;text&#39;</pre>" in page
+    assert "From <a" not in page  # there is no file
+
+
+def test_nothing_of_a_text_gets_out_of_the_frame():
+    hostile = '"></iframe><script>alert(1)</script>\u202e\x00'
+    html = measurement(hostile)._repr_html_()
+    assert "<script" not in html
+    assert html.count("<iframe") == html.count("</iframe>") == 1
+    assert "<script" not in framed(html)
+    assert "\u202e" not in framed(html)
+
+
+def test_without_the_extra_the_fields_are_shown(monkeypatch: pytest.MonkeyPatch):
+    drawing = ("surgeon.show.page.page", "surgeon.show.pictures.")
+    for name in [m for m in sys.modules if m.startswith(drawing)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "altair", None)
+    html = find_result("<b>")._repr_html_()
+    assert html.startswith("<pre>FindResult(&lt;b&gt;)")
+
+
+def test_a_kind_without_pictures_shows_its_fields():
+    @result("strange")
+    class Strange(Result):
+        nats: float
+
+    assert Strange(0.25)._repr_html_() == "<pre>Strange\n  nats  0.25</pre>"

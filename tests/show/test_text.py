@@ -1,0 +1,78 @@
+"""Results as text for a terminal: whole sentences, and nothing that a text says is markup."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from made_results import detection, find_result, made_results, measurement, verification
+
+from surgeon.result import Result, result
+from surgeon.show.text import KINDS, print_result
+
+
+@pytest.fixture
+def printed(capsys: pytest.CaptureFixture[str]):
+    def call(result: Result) -> str:
+        capsys.readouterr()
+        print_result(result)
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.mark.parametrize("kind", made_results())
+def test_texts_are_printed_as_they_are(printed, kind: str):
+    """Square brackets are markup and :smile: an emoji to the library that prints."""
+    assert kind in KINDS
+    assert "[red]x[/red] [/] :smile:" in printed(made_results("[red]x[/red] [/] :smile:")[kind])
+
+
+def test_find_says_the_verdict_and_its_rule(printed):
+    text = printed(find_result("the rule"))
+    assert "set 1: row of 2: L0.mlp.down[3, 5], L0.mlp.down[3, 6]" in text
+    assert "+0.750 nats per token  (95% +0.600 to +0.900, 500 tokens)" in text
+    assert "+0.0005 median, +0.0100 worst of 20 (the rule)" in text
+    assert "Verdict: vital. The rule: the rule." in text
+
+
+def test_none_found_names_the_tallest_channel_and_the_bar(printed):
+    text = printed(replace(find_result("model"), sets=[]))
+    assert "None found: the tallest channel is 12.0 times the median (layer 1; the bar is 4.0)." in (
+        text
+    )
+    assert "Verdict" not in text
+
+
+def test_what_is_not_vital_is_said_so(printed):
+    text = printed(replace(verification("r"), vital=False))
+    assert "Verdict: not vital. The rule: r." in text
+    assert "+0.1000 nats are left after restoring the super activation alone" in text
+
+
+def test_parts_that_were_not_measured_alone_are_counted(printed):
+    result = verification()
+    many = replace(result, at=result.at * 3)
+    assert "and 4 more" in printed(many)
+    assert "more" not in printed(result)
+
+
+def test_detection_says_that_nothing_was_measured(printed):
+    text = printed(detection("model"))
+    assert "1 candidates; no damage was measured (the bar is 4.0)" in text
+    assert "strongest L0.mlp.down[3, 5], -40% of its write" in text
+
+
+def test_without_patches_there_is_nothing_to_compare_with(printed):
+    alone = replace(measurement("m"), patches=[], kl_from_base=None, top1_agreement=None)
+    assert "KL from base" not in printed(alone)
+    assert "patched:" not in printed(alone)
+    assert "KL from base 0.1000  top-1 agreement 0.900" in printed(measurement("m"))
+
+
+def test_a_kind_without_a_text_is_shown_by_its_fields(printed):
+    @result("strange")
+    class Strange(Result):
+        words: str
+
+    assert printed(Strange("[red]")) == "Strange\n  words  '[red]'\n"

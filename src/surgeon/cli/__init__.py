@@ -21,8 +21,6 @@ OTHERS = {
     "demo": ("demo", "Find, break, repair, edit and put back: the whole story."),
     "repair": ("repair", "Heal an injury with a patch, beside a control."),
     "explain": ("explain", "Say how a patch works."),
-    "trace": ("trace", "Find which states carry a fact."),
-    "edit": ("edit", "Rewrite a fact, as a patch."),
     "quantize": ("quantize", "Round to few bits with the critical weights held out."),
     "cells": ("cells", "The same for models of gene expression."),
     "apply": ("apply", "Write a checkpoint with patches applied."),

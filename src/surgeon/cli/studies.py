@@ -15,7 +15,7 @@ from ..progress import progress_bar
 from ..settings import settings_of
 from ..show.console import err
 from ..show.github import ANNOTATED
-from ..studies.registry import Study
+from ..studies.registry import Study, branches_of
 from .deliver import command_line, deliver, folder_option, format_option, json_option, run_folder
 from .options import GroupedCommand, GroupedOption, flag, given_by, options_of
 
@@ -41,6 +41,7 @@ def command_of(study: Study) -> click.Command:
         callback=click.pass_context(functools.partial(_run, study)),
         help=study.settings.__doc__,
         short_help=study.summary,
+        branches=[command_of(one) for one in branches_of(study)],
     )
 
 

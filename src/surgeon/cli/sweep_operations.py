@@ -20,16 +20,17 @@ from ..find import FindConfig, FindResult, Verification, VerifyConfig, find, ver
 from ..find.verify import entries_of
 from ..measure import (
     Reference,
-    Scorecard,
     ScoreConfig,
     examine,
     mean_nll,
     require_causal,
+    scorecard,
     with_neighbours,
 )
 from ..patch import MODES, ablate, load
 from ..quantize import Block, Grid, QuantizeConfig, input_mean_squares, prepare, quantized_sites
 from ..repair import RepairConfig, repair
+from ..settings import configured
 from ..sweep import Bench, Operation, Row
 from .common import open_model, regions, tokenizer_of
 
@@ -126,7 +127,8 @@ class EditFacts:
             raise BadInput(f"limit {self.limit} leaves no fact; use at least 1.")
 
     def config(self) -> EditConfig:
-        return EditConfig(self.method, () if self.layer is None else (self.layer,))
+        layers = () if self.layer is None else (self.layer,)
+        return configured(EditConfig, {"method": self.method, "layers": layers})
 
     def read(self) -> list[Fact]:
         """Raises: BadInput for a fact without a target."""
@@ -282,8 +284,7 @@ def _edit(bench: Bench, settings: EditFacts, seed: int) -> list[Row]:
         before = examine(loaded.model, tokenizer, [fact], (), bench.corpus, score, bench.bos)
         with made.patch.applied(bench.anatomy):
             after = examine(loaded.model, tokenizer, [fact], (), bench.corpus, score, bench.bos)
-        card, flight = Scorecard(before, after, score), made.to_json()
-        kept, known = card.kept
+        card, flight = scorecard(before, after, seed), made.preflight
         rows.append(
             {
                 "fact": number,
@@ -292,11 +293,11 @@ def _edit(bench: Bench, settings: EditFacts, seed: int) -> list[Row]:
                 "says_target": after.own[0].says_target,
                 "target_before": before.own[0].first,
                 "target_after": after.own[0].first,
-                "neighbours_known": known,
-                "neighbours_kept": kept,
-                "verdict": flight["verdict"],
-                "update_norm_ratio": flight["update_norm_ratio"],
-                "relative_damage": flight["relative_damage"],
+                "neighbours_known": card.neighbours_known_before,
+                "neighbours_kept": card.neighbours_kept,
+                "verdict": flight.verdict,
+                "update_norm_ratio": flight.update_norm_ratio,
+                "relative_damage": flight.relative_damage,
                 "base_nll": before.nll,
                 "nll": after.nll,
             }

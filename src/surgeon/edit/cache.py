@@ -18,21 +18,16 @@ from torch import Tensor
 
 from ..errors import BadInput
 
-_KEY = (  # safetensors writes several metadata keys in random order, so there is only this one
-    "surgeon"
-)
+_KEY = "surgeon"  # safetensors writes several metadata keys in random order, so there is only one
 
 
 def default_folder() -> Path:
     """$SURGEON_CACHE, else `surgeon` in the user's cache folder."""
     own = os.environ.get("SURGEON_CACHE")
-    return (
-        Path(own)
-        if own
-        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        / "surgeon"
-        / "covariance"
-    )
+    if own:
+        return Path(own)
+    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return users / "surgeon" / "covariance"
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,7 @@ class CovarianceCache:
         except OSError as error:
             raise BadInput(
                 f"cannot keep the covariance in {self.folder}: {error.strerror}; name another"
-                " folder with --cache, or use --no-cache."
+                " folder with ‹cache›, or use ‹no_cache›."
             ) from error
         finally:
             part.unlink(missing_ok=True)

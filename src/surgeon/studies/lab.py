@@ -61,7 +61,19 @@ class StreamSettings(ModelSettings):
 
 
 @dataclass(frozen=True)
-class TextSettings:
+class PromptSettings:
+    """How prompts begin; and windows, where there is a text."""
+
+    bos: str = setting(
+        "auto",
+        "whether windows and prompts begin with BOS; auto: what the tokenizer does by itself",
+        choices=BOS_POLICIES,
+        group="Text",
+    )
+
+
+@dataclass(frozen=True)
+class TextSettings(PromptSettings):
     """The evaluation text, and how it is cut into windows."""
 
     text: str | None = setting(
@@ -72,12 +84,6 @@ class TextSettings:
     )
     window: int = setting(DEFAULT_WINDOW, "tokens of a window, BOS included", group="Text")
     windows: int | None = setting(None, "use the first N windows; not given: all", group="Text")
-    bos: str = setting(
-        "auto",
-        "whether windows and prompts begin with BOS; auto: what the tokenizer does by itself",
-        choices=BOS_POLICIES,
-        group="Text",
-    )
 
 
 class Desk:
@@ -235,6 +241,22 @@ class Lab(Desk):
         `Audit`.
         """
         return self.run("audit", str(other), **settings)
+
+    def trace(self, prompt: Any = None, **settings: Any) -> Any:
+        """Which states carry a fact, a `TraceResult`; or facts, a `TraceAverage`."""
+        return self.run("trace", prompt, **settings)
+
+    def edit(self, prompt: Any = None, **settings: Any) -> Any:
+        """The patch that rewrites a fact, with its forecast and scorecard; an `EditResult`."""
+        return self.run("edit", prompt, **settings)
+
+    def edit_layers(self, facts: Any = None, **settings: Any) -> Any:
+        """Which layer to edit, by trial edits; a `LayerRanking`."""
+        return self.run("edit layers", facts, **settings)
+
+    def edit_many(self, facts: Any = None, **settings: Any) -> Any:
+        """Facts rewritten one after the other, with guard rails; an `EditsResult`."""
+        return self.run("edit many", facts, **settings)
 
     def sites(self) -> Any:
         """Every addressable weight matrix; a `SiteList`."""

@@ -96,8 +96,22 @@ _ALL = (
         positional=("base", "other"),
         seeded=False,
     ),
+    Study("trace", "Find which states carry a fact.", leading="prompt"),
+    Study("edit", "Rewrite a fact, as a patch.", leading="prompt", output="patch"),
+    Study("edit layers", "Find the best layer to edit, by trial edits.", leading="facts"),
+    Study(
+        "edit many",
+        "Rewrite facts one after the other, with guard rails.",
+        leading="facts",
+        output="patch",
+    ),
 )
 STUDIES = {study.name: study for study in _ALL}
+
+
+def branches_of(study: Study) -> list[Study]:
+    """The studies whose names begin with that of another: `edit layers` of `edit`."""
+    return [one for one in _ALL if one.name.startswith(f"{study.name} ")]
 
 
 def study_named(name: str) -> Study:
@@ -116,6 +130,11 @@ RESULTS = {
     "ablate": "studies.ablate:Injury",
     "measure": "studies.measure:Measurement",
     "audit": "audit:Audit",
+    "trace": "trace:TraceResult",
+    "trace average": "trace:TraceAverage",
+    "edit": "studies.edit:EditResult",
+    "edit layers": "studies.edit_layers:LayerRanking",
+    "edit many": "studies.edit_many:EditsResult",
 }
 
 

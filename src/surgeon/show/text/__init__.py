@@ -16,6 +16,11 @@ KINDS = {
     "sites": "models:print_sites",
     "measure": "models:print_measure",
     "audit": "audit:print_audit",
+    "edit": "editing:print_edit",
+    "edit many": "editing:print_edits",
+    "edit layers": "editing:print_layers",
+    "trace": "editing:print_trace",
+    "trace average": "editing:print_average",
 }
 
 

@@ -60,7 +60,7 @@ class StreamSettings(ModelSettings):
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PromptSettings:
     """How prompts begin; and windows, where there is a text."""
 

@@ -51,7 +51,10 @@ def edit_pictures(result: EditResult) -> Iterator[Picture]:
 
 
 def edits_headline(result: EditsResult) -> Headline:
-    return edit_headline(result)
+    return Headline(
+        f"Facts of {model_name(result.provenance.model)} were rewritten one after the other",
+        edit_headline(result).claims,
+    )
 
 
 def edits_pictures(result: EditsResult) -> Iterator[Picture]:

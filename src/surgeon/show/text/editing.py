@@ -33,7 +33,7 @@ def print_edit(result: EditResult) -> None:
     card = result.scorecard
     sites = ", ".join(str(one.site) for one in result.preflight.layers)
     facts = "1 fact" if len(card.facts) == 1 else f"{len(card.facts)} facts"
-    out.print(f"{_model(result.provenance.model)}: {facts} by {result.method} in {sites}")
+    out.print(f"{_model(result.provenance.model)}: {facts} by {escape(result.method)} in {sites}")
     print_forecast(result.preflight)
     _print_shares(card)
     p = result.target_probability
@@ -166,7 +166,8 @@ def print_layers(result: LayerRanking) -> None:
     """The layers by their trial edits, and which cannot be told apart."""
     facts = "1 fact" if result.facts == 1 else f"{result.facts} facts"
     out.print(
-        f"{_model(result.provenance.model)}: trial edits of {facts} by {result.method} in each"
+        f"{_model(result.provenance.model)}: trial edits of {facts} by"
+        f" {escape(result.method)} in each"
         " layer, best first"
     )
     columns = ("layer", "score", "95%", "layer's output", "effect of its MLP in the trace")
@@ -244,7 +245,7 @@ def print_average(result: TraceAverage) -> None:
     )
     for kind, grid in result.effects.items():
         title = f"[bold]{_title(kind, result)}[/bold]: mean effect, by layer"
-        columns = ("layer", *result.places)
+        columns = ("layer", *map(escape, result.places))
         table = Table(*columns, title=title, title_justify="left", box=None, header_style="bold")
         for layer, row in enumerate(grid):
             table.add_row(str(layer), *("" if v is None else f"{v:+.3f}" for v in row))

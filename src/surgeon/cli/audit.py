@@ -38,8 +38,8 @@ from ..errors import BadInput, MissingExtra, SurgeonError
 from ..find import find
 from ..find.index import Published, records_of, records_shaped
 from ..patch import load
-from ..quantize.packing import pieces
-from ..quantize.quantizer import CORRECTION, METHOD, PARTS, SidecarConfig
+from ..quantize.formats.packing import pieces
+from ..quantize.formats.sidecar_loader import CORRECTION, METHOD, PARTS, SidecarConfig
 from .common import open_corpus, open_model, print_json, progress, regions, text_options
 
 FORMATS = ("text", "json", "github")
@@ -224,7 +224,7 @@ def _holds(base: Checkpoint, record: Published) -> bool:
 
 
 def _in_memory_or_streamed(base: Checkpoint, name: str) -> tuple[Anatomy, Any]:
-    size = sum(s.stop - s.start for s in base.tensors.shards.stored.values())
+    size = sum(s.stop - s.start for s in base.tensors.stored.values())
     if size < 0.5 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         loaded, anatomy = open_model(name)
         return anatomy, loaded

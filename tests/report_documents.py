@@ -260,10 +260,10 @@ def documents(text: str = "text") -> Documents:
         "corpus": {**corpus, "judged_on": 2},
         "base": {"nll": 0.7, "accuracy": {text: 0.6}},
         "critical": {"entries": [text], "source": text},
-        "config": {"method": "both", "matrices": [matrix]},
+        "config": {"method": "holdout", "matrices": [matrix]},
         "notes": [text],
     }
-    worse = {**row, "method": "both", "nll": None, "kl": None}
+    worse = {**row, "method": "holdout", "nll": None, "kl": None}
     return {
         "edit": {**model, **edit},
         "edits": {**model, "edits": [{**edit, "name": text}], "published": [text]},

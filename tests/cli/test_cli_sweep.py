@@ -81,7 +81,7 @@ def test_every_operation_gives_what_its_verb_gives(
             f" find\n  - {{name: verify, grid: {{at: [vital, ['{PLANTED}',"
             f" '{PLANTED.replace('7', '8')}']]}}}}\n  - {{name: ablate-damage, grid: {{mode: [zero,"
             " 'scale:0.5']}}\n  - {name: repair, params: {method: graft}}\n  - {name:"
-            " quantize, params: {bits: 3, block: channel}, grid: {method: [rtn, both]}}\n  -"
+            " quantize, params: {bits: 3, block: channel}, grid: {method: [rtn, holdout]}}\n  -"
             f" {{name: edit, params: {json.dumps(fact)}}}\n",
             "seeds: [1]\n",
         ),
@@ -165,10 +165,10 @@ def test_every_operation_gives_what_its_verb_gives(
     )
     assert repair.get("control_recovered") == healed["control"]["recovered"]
 
-    by_hand = {method: quantized_by_hand(folder, text, method) for method in ("rtn", "both")}
+    by_hand = {method: quantized_by_hand(folder, text, method) for method in ("rtn", "holdout")}
     swept = {r["method"]: r for r in rows(out, "quantize")}
     assert {method: r["nll"] for method, r in swept.items()} == pytest.approx(by_hand, abs=1e-6)
-    assert {method: r["held"] for method, r in swept.items()} == {"rtn": 0, "both": 1}
+    assert {method: r["held"] for method, r in swept.items()} == {"rtn": 0, "holdout": 1}
 
     edited = says(
         *(

@@ -156,7 +156,7 @@ class Quantize:
     )
     method: str = field(
         default=QuantizeConfig.method,
-        metadata={"help": "rtn, clip, restore, or both: the hold-out"},
+        metadata={"help": "rtn, clip, restore or holdout"},
     )
     clip: str = field(default=QuantizeConfig.clip, metadata={"help": "z, percentile, mse or none"})
     clip_value: float | None = field(

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ..anatomy import Entry, Site
-from ..anatomy.load import check_folder, locate
+from ..anatomy.folder import check_folder
+from ..anatomy.load import locate
 from ..errors import BadCheckpoint, BadInput, PackedWeight, SurgeonError
 from .verify import Progress
 

@@ -2,13 +2,13 @@
 into checkpoints.
 """
 
+from ..anatomy.names import checkpoint_address
 from .checkpoint import apply_to_checkpoint, undo_on_checkpoint
 from .compose import compose
 from .deltas import Delta, EntriesDelta, LineDelta, LowRankDelta
 from .file import load, save
 from .interventions import MODES, ablate, injured, record_channel, restored_channel
 from .lora import export_lora, to_lora
-from .names import checkpoint_address
 from .patch import BaseTensor, Patch, applied_patches
 
 __all__ = [

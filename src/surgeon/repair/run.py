@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from math import cos, pi
 from pathlib import Path
@@ -18,8 +17,9 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .. import files
 from ..anatomy import Anatomy, digest
-from ..errors import BadInput, SurgeonError
+from ..errors import BadInput
 from ..patch import Patch
 from ..patch.deltas import wide
 from .target import Change, Changes, Target
@@ -239,18 +239,8 @@ class Run:
                 for name in ("step", "exp_avg", "exp_avg_sq")
                 if name in state
             }
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            part.write_bytes(
-                safetensors.torch.save(tensors, {"surgeon": json.dumps(self._state())})
-            )
-            os.replace(part, path)
-        except OSError as error:
-            raise SurgeonError(
-                f"cannot write the checkpoint {path}: {error.strerror}; choose another place."
-            ) from error
-        finally:
-            part.unlink(missing_ok=True)
+        raw = safetensors.torch.save(tensors, {"surgeon": json.dumps(self._state())})
+        files.write_bytes(path, raw)
 
     def _read(self, path: Path) -> None:
         try:

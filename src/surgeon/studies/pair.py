@@ -31,8 +31,8 @@ from ..audit import (
 from ..cells.checkpoint import holds_cells
 from ..errors import BadInput, MissingExtra, SurgeonError
 from ..patch import load
-from ..quantize.packing import pieces
-from ..quantize.quantizer import CORRECTION, METHOD, PARTS, SidecarConfig
+from ..quantize.formats.packing import pieces
+from ..quantize.formats.sidecar_loader import CORRECTION, METHOD, PARTS, SidecarConfig
 from .cell_patches import CellWeights
 from .lab import Desk, Lab, TextSettings, open_lab
 

@@ -15,7 +15,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from ..anatomy.load import DTYPES, fingerprint, load_tokenizer, locate, read_config
+from ..anatomy.folder import fingerprint
+from ..anatomy.load import DTYPES, load_tokenizer, locate, read_config
 from ..corpus import BOS_POLICIES, DEFAULT_WINDOW, read_text
 from ..errors import BadInput
 from .task import Operation, Task, Text, corpus_digest

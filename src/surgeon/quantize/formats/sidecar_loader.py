@@ -1,12 +1,14 @@
-"""What transformers calls to load a folder that `--export sidecar` wrote; `import surgeon` makes it
+"""What transformers calls to load a folder that the sidecar export wrote; `import surgeon` makes it
 known.
 
     import surgeon
     model = AutoModelForCausalLM.from_pretrained(folder)
 
-The weights are packed in the file only: each matrix is unpacked when it is read, then the sidecar
-patch puts the critical entries back, and what results is a dense model like any other, which can be
-trained, patched and saved.
+The weights are packed in the file only. transformers reads the file tensor by tensor, and collects
+those that `SidecarQuantizer.serialized_names` says belong together; `Unpack` makes a dense weight
+of them, the matrices of fused weights in their places, and those of experts for transformers to
+merge. When all weights are there, the sidecar patch puts the critical entries back. What results is
+a dense model like any other, which can be trained, patched and saved.
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..anatomy import Anatomy, Packing, Site, WeightView
-from ..anatomy.load import DTYPES
-from ..errors import BadCheckpoint, BadInput
-from ..patch import load
-from .grid import Block, Grid
+from ...anatomy import Anatomy, Packing, Site, WeightView
+from ...anatomy.load import DTYPES
+from ...errors import BadCheckpoint, BadInput
+from ...patch import load
+from ..grid import Block, Grid
 from .packing import pieces
 
 METHOD = "surgeon"
@@ -173,13 +175,13 @@ class Unpack(ConversionOps):
         names in the file.
         """
         parameter = model.get_parameter(full_layer_name)
-        found: dict[str, dict[str, list[Tensor]]] = {}
+        by_stem: dict[str, dict[str, list[Tensor]]] = {}
         for key, value in input_dict.items():
             stem, _, part = key.rpartition("_")
             stem, part = (stem, part) if part in PARTS else (key, "")
-            found.setdefault(stem, {})[part] = value if isinstance(value, list) else [value]
+            by_stem.setdefault(stem, {})[part] = value if isinstance(value, list) else [value]
         result = {}
-        for stem, tensors in found.items():
+        for stem, tensors in by_stem.items():
             alone = stem in self.hf_quantizer.quantization_config.packed
             dense = tensors.get("") or [
                 self._unpack(
@@ -213,12 +215,12 @@ def _beside(model: Any, name: str) -> Path:
     from transformers.utils.hub import cached_file
 
     revision = getattr(model.config, "_commit_hash", None)
-    found = cached_file(
+    path = cached_file(
         model.name_or_path, name, revision=revision, _raise_exceptions_for_missing_entries=False
     )
-    if found is None:
+    if path is None:
         raise BadCheckpoint(
             f"{model.name_or_path} lacks {name}, which puts its critical entries back; copy it from"
             " where it was written."
         )
-    return Path(found)
+    return Path(path)

@@ -1,31 +1,29 @@
 """Export as packed weights and a sidecar patch of a few bytes that puts the critical entries back.
 
 The folder loads with `import surgeon; AutoModelForCausalLM.from_pretrained(folder)`, see
-quantizer.py. All bit widths and blocks, and every architecture that Surgeon knows, experts
+sidecar_loader.py. All bit widths and blocks, and every architecture that Surgeon knows, experts
 included; a 4-bit folder is small on disk, in memory the model is dense.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from ..anatomy import Anatomy, Entry, Site, WeightView, digest
-from ..errors import BadCheckpoint
-from ..patch import Patch, save
-from ..patch.deltas import Delta, kept_delta
-from ..patch.patch import BaseTensor, dtype_name, signed
-from .checkpoint import Source
-from .export import ExportPlan
-from .packed import Stored, covered, dtypes, write_packed
+from ...anatomy import Anatomy, Entry, Shards, Site, WeightView, digest
+from ...anatomy.folder import PLAIN, config_json
+from ...errors import BadCheckpoint
+from ...patch import Patch, save
+from ...patch.deltas import Delta, kept_delta
+from ...patch.patch import BaseTensor, dtype_name, signed
+from ..quantize import by_site
+from .export import ExportPlan, Source, set_quantization
+from .packed import Rounded, covered, write_packed
 from .packing import parts, pieces
-from .quantize import by_site
-from .quantizer import CORRECTION, METHOD, PARTS, VERSION
+from .sidecar_loader import CORRECTION, METHOD, PARTS, VERSION
 
 
 def export_sidecar(plan: ExportPlan) -> None:
@@ -36,16 +34,18 @@ def export_sidecar(plan: ExportPlan) -> None:
 
     source = Source(plan.folder, plan.config)
     packed = [name for name in source.sites if covered(source, name)]
-    found = dtypes(source, packed)
-    if len(found) != 1:
+    dtypes = {PLAIN[source.shards.stored[name].dtype] for name in packed}
+    if len(dtypes) != 1:
         raise BadCheckpoint(
-            f"{plan.folder} stores its matrices as {', '.join(sorted(map(dtype_name, found)))}, and"
-            " a sidecar has one dtype; save the model again with transformers first."
+            f"{plan.folder} stores its matrices as {', '.join(sorted(map(dtype_name, dtypes)))},"
+            " and a sidecar has one dtype; save the model again with transformers first."
         )
-    (dtype,) = found
+    (dtype,) = dtypes
 
-    def encode(stored: Stored) -> Mapping[str, Tensor]:
-        return {f"{stored.name}_{part}": tensor for part, tensor in parts(stored.quantized).items()}
+    def encode(rounded: Rounded) -> Mapping[str, Tensor]:
+        return {
+            f"{rounded.name}_{part}": tensor for part, tensor in parts(rounded.quantized).items()
+        }
 
     def finish(source: Source, part: Path) -> None:
         critical = by_site(source.anatomy, plan.critical) if plan.config.restores else {}
@@ -53,10 +53,11 @@ def export_sidecar(plan: ExportPlan) -> None:
         if patch is not None:
             save(patch, part / CORRECTION)
         grid = plan.config.grid
-        config = json.loads((part / "config.json").read_text())
-        if not (config.get("dtype") or config.get("torch_dtype")):
-            config["dtype"] = dtype_name(dtype)  # else a loader would take that of the scales
-        config["quantization_config"] = {
+        config = config_json(part)
+        named = config.get("dtype") or config.get("torch_dtype")
+        # else a loader would take that of the scales
+        more = {} if named else {"dtype": dtype_name(dtype)}
+        settings = {
             "quant_method": METHOD,
             "version": VERSION,
             "bits": grid.bits,
@@ -66,7 +67,7 @@ def export_sidecar(plan: ExportPlan) -> None:
             "packed": sorted({name.rpartition(".")[2] for name in packed}),
             "correction": None if patch is None else patch.digest,
         }
-        (part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        set_quantization(part, settings, **more)
 
     write_packed(plan, "sidecar", encode, covered, finish)
 
@@ -82,17 +83,15 @@ def _correction(
     """The patch that sets the critical entries of packed matrices to their original values, made on
     what the written file unpacks to.
     """
-    shards = {name: shard for shard, names in source.holding.items() for name in names}
+    written = Shards(str(part), part, source.shards.files)
     deltas: list[Delta] = []
     bases: dict[Site, BaseTensor] = {}
     for name in packed:
         held = source.sites[name]
         if not any(site in critical for site, _ in held):
             continue
-        original = source.read(shards[name], name)
-        with safe_open(part / shards[name].name, "pt") as file:
-            there = file.keys()
-            read = {p: file.get_tensor(f"{name}_{p}") for p in PARTS if f"{name}_{p}" in there}
+        original = source.shards.read(name)
+        read = {p: written.read(f"{name}_{p}") for p in PARTS if f"{name}_{p}" in written}
         for (site, packing), quantized in zip(held, pieces(read, plan.config.grid), strict=True):
             if site in critical:
                 view = WeightView(site, original, packing)

@@ -4,30 +4,28 @@ matrices is replaced by its parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..anatomy import Site, WeightView
-from ..errors import BadInput
-from .checkpoint import Report, Source, write_folder
-from .config import QuantizeConfig
-from .export import ExportPlan
-from .grid import Grid, Quantized
-from .holdout import treat
-from .quantize import by_site, quantize_view_
+from ...anatomy import Site, WeightView
+from ...errors import BadInput
+from ..config import QuantizeConfig
+from ..grid import Grid, Quantized
+from ..holdout import treat
+from ..quantize import by_site, quantize_view_
+from .export import ExportPlan, Report, Source, Tell, write_folder
 
 KEEP = ("8bit", "dense")
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
+class Rounded:
     """One tensor of the checkpoint, its matrices, and their codes; views and quantized in the same
     order.
     """
@@ -38,7 +36,7 @@ class Stored:
     quantized: list[Quantized]
 
 
-Encode = Callable[[Stored], Mapping[str, Tensor]]
+Encode = Callable[[Rounded], Mapping[str, Tensor]]
 Save = Callable[[Mapping[str, Tensor], Path], None]
 
 
@@ -64,31 +62,28 @@ def write_packed(
     """
     choose = config_of or (lambda site: plan.config)
 
-    def write_shard(
-        source: Source, shard: Path, output: Path, tell: Callable[[Site], None]
-    ) -> Mapping[Site, Report]:
+    def write_shard(source: Source, shard: str, output: Path, tell: Tell) -> Mapping[Site, Report]:
         critical = by_site(source.anatomy, plan.critical)
         tensors: dict[str, Tensor] = {}
         reports: dict[Site, Report] = {}
-        for name in source.holding[shard]:
-            tensor = source.read(shard, name)
+        for name in source.shards.within(shard):
+            tensor = source.shards.read(name)
             views = source.views(name, tensor)
-            stored = Stored(name, tensor, views, [])
+            rounded = Rounded(name, tensor, views, [])
             for view in views:
-                config, mean_square = choose(view.site), plan.mean_squares.get(view.site)
+                site, config = view.site, choose(view.site)
+                mean_square, entries = plan.mean_squares.get(site), critical.get(site, ())
                 if config is None:
-                    reports[view.site] = {"kept": "dense"}
+                    reports[site] = {"kept": "dense"}
                 elif packs(source, name):
                     known = replace(config, weighted=config.weighted and mean_square is not None)
-                    treated = treat(view.read(), known, critical.get(view.site, ()), mean_square)
-                    stored.quantized.append(treated.quantized)
-                    reports[view.site] = {**treated.report.to_json(), "bits": config.grid.bits}
+                    treated = treat(view.read(), known, entries, mean_square)
+                    rounded.quantized.append(treated.quantized)
+                    reports[site] = {**treated.report.to_json(), "bits": config.grid.bits}
                 else:
-                    reports[view.site] = quantize_view_(
-                        view, config, critical.get(view.site, ()), mean_square
-                    ).to_json()
-                tell(view.site)
-            tensors |= encode(stored) if stored.quantized else {name: tensor}
+                    reports[site] = quantize_view_(view, config, entries, mean_square).to_json()
+                tell(site)
+            tensors |= encode(rounded) if rounded.quantized else {name: tensor}
         save(tensors, output)
         return reports
 
@@ -99,22 +94,10 @@ def covered(source: Source, name: str) -> bool:
     """Whether all of the tensor is quantized, rather than some rows of it."""
     site, packing = source.sites[name][0]
     address = source.anatomy.addresses[site]
-    if (
-        address.packing.expert is not None and packing.expert is None
-    ):  # an expert that the checkpoint stores apart
-        return True
+    if address.packing.expert is not None and packing.expert is None:
+        return True  # an expert that the checkpoint stores apart
     shapes = [source.anatomy.view(site).shape for site, _ in source.sites[name]]
     return sum(map(prod, shapes)) == source.anatomy.model.get_parameter(address.parameter).numel()
-
-
-def dtypes(source: Source, names: Iterable[str]) -> set[torch.dtype]:
-    """Those of the tensors, from the headers of the files."""
-    shards = {name: shard for shard, held in source.holding.items() for name in held}
-    found: set[torch.dtype] = set()
-    for name in names:
-        with safe_open(shards[name], "pt") as file:
-            found.add(file.get_slice(name)[:0].dtype)
-    return found
 
 
 def keeper(plan: ExportPlan, kind: str, source: Source) -> Callable[[Site], QuantizeConfig | None]:
@@ -129,16 +112,16 @@ def keeper(plan: ExportPlan, kind: str, source: Source) -> Callable[[Site], Quan
             f"critical matrices cannot be kept {plan.keep!r} in a {kind} export; use"
             f" {' or '.join(KEEP)}."
         )
-    kept = {
-        site
-        for held in source.sites.values()
-        if _kept(plan) & {s for s, _ in held}
-        for site, _ in held
-    }
+    kept: set[Site] = set()
+    for held in source.sites.values():
+        together = {site for site, _ in held}
+        if together & _kept(plan):
+            kept |= together
     eight = replace(plan.config, grid=replace(plan.config.grid, bits=8), method="rtn")
     # nothing is put back in any of these formats
     others = replace(plan.config, method="clip" if plan.config.clips else "rtn")
-    return lambda site: others if site not in kept else eight if plan.keep == "8bit" else None
+    for_kept = eight if plan.keep == "8bit" else None
+    return lambda site: for_kept if site in kept else others
 
 
 def linear_layers(
@@ -159,7 +142,7 @@ def linear_layers(
             if site in kept:
                 raise BadInput(
                     f"{site} holds critical entries, and an expert cannot be kept apart from the"
-                    f" others in a {kind} export; use --export sidecar, or --method clip."
+                    f" others in a {kind} export; use ‹export› sidecar, or ‹method› clip."
                 )
             modules[name] = name.removesuffix(".weight")
             continue
@@ -174,7 +157,7 @@ def linear_layers(
                 else f"the weight of a {type(module).__name__}"
             )
             raise BadInput(
-                f"{site} is {what}, and {kind} packs nothing but plain Linear layers; use --export"
+                f"{site} is {what}, and {kind} packs nothing but plain Linear layers; use ‹export›"
                 " sidecar or dense."
             )
         if not covered(source, name):
@@ -192,15 +175,15 @@ def linear_layers(
     return modules
 
 
-def whole(stored: Stored) -> Quantized:
+def whole(rounded: Rounded) -> Quantized:
     """The matrices of one Linear layer as one; its blocks lie within rows, if there are several."""
-    if len(stored.quantized) == 1:
-        return stored.quantized[0]
-    first = stored.quantized[0]
-    shape = (stored.tensor.shape[0], stored.tensor.shape[1])
+    if len(rounded.quantized) == 1:
+        return rounded.quantized[0]
+    first = rounded.quantized[0]
+    shape = (rounded.tensor.shape[0], rounded.tensor.shape[1])
     codes = torch.empty(shape, dtype=first.codes.dtype)
     scale, zero = (torch.empty(shape[0], first.scale.shape[1]) for _ in range(2))
-    for view, quantized in zip(stored.views, stored.quantized, strict=True):
+    for view, quantized in zip(rounded.views, rounded.quantized, strict=True):
         rows = slice(None) if view.packing.rows is None else view.packing.rows
         codes[rows], scale[rows], zero[rows] = quantized.codes, quantized.scale, quantized.zero
     return Quantized(codes, scale, zero, first.grid, shape)
@@ -217,7 +200,7 @@ def divided(source: Source, grid: Grid, kind: str) -> None:
                 raise BadInput(
                     f"blocks of {grid.block} do not divide {site} of shape (out {n_out}, in"
                     f" {n_in}), and a {kind} export has no room for padding; choose a size that"
-                    " does, or --export sidecar."
+                    " does, or ‹export› sidecar."
                 )
 
 

@@ -5,14 +5,13 @@ its code means, for any loader.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from ..anatomy import Site
-from ..patch.checkpoint import overwrite
-from .checkpoint import Report, Source, write_folder
-from .export import ExportPlan
-from .quantize import by_site, quantize_view_
+from ...anatomy import Site
+from ...anatomy.folder import overwrite
+from ..quantize import by_site, quantize_view_
+from .export import ExportPlan, Report, Source, Tell, write_folder
 
 
 def export_dense(plan: ExportPlan) -> None:
@@ -22,24 +21,22 @@ def export_dense(plan: ExportPlan) -> None:
     Raises: as `write_folder`.
     """
 
-    def write_shard(
-        source: Source, shard: Path, output: Path, tell: Callable[[Site], None]
-    ) -> Mapping[Site, Report]:
+    def write_shard(source: Source, shard: str, output: Path, tell: Tell) -> Mapping[Site, Report]:
         # names, shapes and dtypes stay, so the file does too, but for the numbers
-        shutil.copyfile(shard, output)
+        shutil.copyfile(source.folder / shard, output)
         critical = by_site(source.anatomy, plan.critical)
         reports: dict[Site, Report] = {}
-        for name in source.holding[shard]:
+        for name in source.shards.within(shard):
             if name not in source.sites:
                 continue
-            tensor = source.read(shard, name)
+            tensor = source.shards.read(name)
             for view in source.views(name, tensor):
                 done = quantize_view_(
                     view, plan.config, critical.get(view.site, ()), plan.mean_squares.get(view.site)
                 )
                 reports[view.site] = done.to_json()
                 tell(view.site)
-            overwrite(output, name, tensor)
+            overwrite(output, source.shards.stored[name], tensor)
         return reports
 
     write_folder(plan, "dense", write_shard)

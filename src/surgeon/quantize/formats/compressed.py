@@ -8,7 +8,6 @@ asymmetric grids are refused.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadInput, MissingExtra
-from .checkpoint import Source
-from .export import ExportPlan
-from .grid import Grid
-from .packed import Stored, critical_modules, divided, keeper, linear_layers, whole, write_packed
+from ...errors import BadInput, MissingExtra
+from ..grid import Grid
+from .export import ExportPlan, Source, set_quantization
+from .packed import Rounded, critical_modules, divided, keeper, linear_layers, whole, write_packed
 
 _KIND = "compressed-tensors"
 
@@ -43,49 +41,41 @@ def export_compressed(plan: ExportPlan) -> None:
         asked = f"{'symmetric' if grid.symmetric else 'asymmetric'} blocks of {grid.block}"
         raise BadInput(
             f"{asked} cannot be loaded from compressed-tensors; use symmetric channel or group:N,"
-            " or --export sidecar."
+            " or ‹export› sidecar."
         )
     source = Source(plan.folder, plan.config)
     divided(source, grid, _KIND)
     modules = linear_layers(source, plan, _KIND, experts=True)
     critical = critical_modules(plan, modules, source)
 
-    def encode(stored: Stored) -> Mapping[str, Tensor]:
-        matrix = whole(stored)
+    def encode(rounded: Rounded) -> Mapping[str, Tensor]:
+        matrix = whole(rounded)
         return {
-            f"{stored.name}_packed": pack_to_int32(matrix.codes, matrix.grid.bits),
-            f"{stored.name}_scale": matrix.scale.to(stored.tensor.dtype),
-            f"{stored.name}_shape": torch.tensor(matrix.shape),
+            f"{rounded.name}_packed": pack_to_int32(matrix.codes, matrix.grid.bits),
+            f"{rounded.name}_scale": matrix.scale.to(rounded.tensor.dtype),
+            f"{rounded.name}_shape": torch.tensor(matrix.shape),
         }
 
     def finish(source: Source, part: Path) -> None:
-        config = json.loads((part / "config.json").read_text())
-        linear = [
-            name
-            for name, module in source.anatomy.model.named_modules()
-            if isinstance(module, nn.Linear)
-        ]
-        dense = sorted(set(linear) - set(modules.values())) + (
-            critical if plan.keep == "dense" else []
-        )
-        # the named matrices come first, or the library warns that it found none of them; as
-        # patterns, or transformers takes theirs for
-        # the group of the experts
-        patterns = [f"re:^{re.escape(name)}$" for name in critical]
-        named = (
-            [_group(Grid(8, block=grid.block), patterns)]
-            if critical and plan.keep == "8bit"
-            else []
-        )
-        groups = {f"group_{i}": group for i, group in enumerate([*named, _group(grid, ["Linear"])])}
-        config["quantization_config"] = {
+        named_modules = source.anatomy.model.named_modules()
+        linear = {name for name, module in named_modules if isinstance(module, nn.Linear)}
+        dense = sorted(linear - set(modules.values()))
+        groups = [_group(grid, ["Linear"])]
+        if plan.keep == "dense":
+            dense += critical
+        elif critical:
+            # as patterns, or transformers takes theirs for the group of the experts; before the
+            # others, or the library warns that it found none of them
+            patterns = [f"re:^{re.escape(name)}$" for name in critical]
+            groups.insert(0, _group(Grid(8, block=grid.block), patterns))
+        settings = {
             "quant_method": _KIND,
             "format": "pack-quantized",
             "quantization_status": "compressed",
-            "config_groups": groups,
+            "config_groups": {f"group_{place}": group for place, group in enumerate(groups)},
             "ignore": dense,
         }
-        (part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        set_quantization(part, settings)
 
     kind = f"{_KIND}, critical matrices {plan.keep}"
     write_packed(plan, kind, encode, lambda *_: True, finish, keeper(plan, _KIND, source))

@@ -23,9 +23,10 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..anatomy import Anatomy, Site
-from .grid import SCALE_BITS, Block
-from .quantize import copied
+from surgeon.anatomy import Anatomy, Site
+from surgeon.quantize import Block
+from surgeon.quantize.grid import SCALE_BITS
+from surgeon.quantize.quantize import copied
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ GPTQ = "GPTQ (llm-compressor)"
 
 
 def has_gptq() -> bool:
-    return _installed("llmcompressor")
+    return installed("llmcompressor")
 
 
 def missing_peers() -> list[str]:
@@ -107,7 +108,7 @@ def missing_peers() -> list[str]:
     absent = [
         f"{name} is not measured: it is not installed."
         for name, peer in PEERS.items()
-        if not _installed(peer.package)
+        if not installed(peer.package)
     ]
     if not has_gptq():
         absent.append(
@@ -127,7 +128,7 @@ def peer_tensors(
     Peers know rows and groups along a row; a group must divide the row.
     """
     if (
-        not _installed(peer.package)
+        not installed(peer.package)
         or bits not in peer.bits
         or block.kind not in ("channel", "group")
     ):
@@ -206,7 +207,20 @@ def gptq_tensors(
     return tensors, stored / sum(sizes)
 
 
-def _installed(package: str) -> bool:
+def all_peers(
+    anatomy: Anatomy,
+    bits: int,
+    block: Block,
+    sites: Sequence[Site],
+    calibration: Int64[Tensor, "n window"],
+) -> dict[str, tuple[dict[str, Tensor], float]]:
+    """Parameters and bits per weight by every peer that is installed and can do this."""
+    tried = {name: peer_tensors(anatomy, peer, bits, block, sites) for name, peer in PEERS.items()}
+    tried[GPTQ] = gptq_tensors(anatomy, bits, block, sites, calibration)
+    return {name: result for name, result in tried.items() if result is not None}
+
+
+def installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
     except ModuleNotFoundError:  # the parent of a namespace package

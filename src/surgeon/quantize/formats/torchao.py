@@ -19,16 +19,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..anatomy import Site
-from ..errors import BadInput, MissingExtra
-from .checkpoint import Source
-from .export import ExportPlan
-from .grid import Grid, Quantized
+from ...anatomy import Site
+from ...anatomy.folder import PLAIN
+from ...errors import BadInput, MissingExtra
+from ..grid import Grid, Quantized
+from .export import ExportPlan, Source, set_quantization
 from .packed import (
-    Stored,
+    Rounded,
     critical_modules,
     divided,
-    dtypes,
     keeper,
     linear_layers,
     whole,
@@ -52,15 +51,16 @@ def export_torchao(plan: ExportPlan) -> None:
     if grid.block.kind not in ("channel", "group"):
         raise BadInput(
             f"blocks of {grid.block} cannot be loaded by torchao; use channel or group:N, or"
-            " --export sidecar."
+            " ‹export› sidecar."
         )
     source = Source(plan.folder, plan.config)
     divided(source, grid, _KIND)
     modules = linear_layers(source, plan, _KIND)
-    if not grid.symmetric and (narrow := dtypes(source, modules) - {torch.float32}):
+    dtypes = {PLAIN[source.shards.stored[name].dtype] for name in modules}
+    if not grid.symmetric and (narrow := dtypes - {torch.float32}):
         raise BadInput(
             f"{plan.folder} holds {', '.join(map(str, narrow))}, in which torchao would round the"
-            " offsets; quantize symmetrically, or --export sidecar."
+            " offsets; quantize symmetrically, or ‹export› sidecar."
         )
     critical = critical_modules(plan, modules, source)
     dense = set(critical) if plan.keep == "dense" else set()
@@ -70,14 +70,14 @@ def export_torchao(plan: ExportPlan) -> None:
     )
     metadata: dict[str, str] = {}
 
-    def encode(stored: Stored) -> Mapping[str, Tensor]:
-        module = modules[stored.name]
+    def encode(rounded: Rounded) -> Mapping[str, Tensor]:
+        module = modules[rounded.name]
         flat, described = flatten_tensor_state_dict(
-            {f"{module}.weight": _torchao_tensor(whole(stored), stored.tensor.dtype)}
+            {f"{module}.weight": _torchao_tensor(whole(rounded), rounded.tensor.dtype)}
         )
         metadata[f"{module}.weight"] = described[f"{module}.weight"]
         # the file's own names, which may lack the prefix of the model
-        prefix = stored.name.removesuffix(".weight")
+        prefix = rounded.name.removesuffix(".weight")
         return {prefix + name.removeprefix(module): tensor for name, tensor in flat.items()}
 
     def save(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -87,9 +87,7 @@ def export_torchao(plan: ExportPlan) -> None:
         _sort_metadata(path)
 
     def finish(source: Source, part: Path) -> None:
-        config = json.loads((part / "config.json").read_text())
-        config["quantization_config"] = _config(plan, list(modules.values()), critical, source)
-        (part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        set_quantization(part, _config(plan, list(modules.values()), critical, source))
 
     write_packed(
         plan,
@@ -145,8 +143,8 @@ def _config(
         FqnToConfig({**kept, f"re:{layer.pattern}({ends})": _intx(grid)}),
         modules_to_not_convert=skipped,
     )
-    found: dict[str, Any] = config.to_dict()
-    return found
+    settings: dict[str, Any] = config.to_dict()
+    return settings
 
 
 def _intx(grid: Grid) -> Any:

@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..anatomy import Anatomy, Entry, Site
-from ..errors import BadInput, MissingExtra
+from ...anatomy import Anatomy, Entry, Site
+from ...errors import BadInput, MissingExtra
 
 TYPES = ("q8_0", "f16", "bf16", "f32", "q6_k", "q5_k")
 # where llama.cpp calls an architecture otherwise than transformers does
@@ -78,7 +78,7 @@ def tensor_types(
     try:
         import gguf
     except ImportError as error:
-        raise MissingExtra("the --tensor-type line for GGUF", "quantize") from error
+        raise MissingExtra("a list of flags for llama-quantize", "quantize") from error
     model_type = str(getattr(anatomy.config, "model_type", ""))
     known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
     name = _ARCHITECTURES.get(model_type, model_type)
@@ -88,7 +88,7 @@ def tensor_types(
             " cannot read it."
         )
     names = gguf.get_tensor_name_map(known[name], len(anatomy.layers))
-    found: dict[str, list[Site]] = {}
+    kept: dict[str, list[Site]] = {}
     for site in dict.fromkeys(
         anatomy.resolve(c.site if isinstance(c, Entry) else c) for c in critical
     ):
@@ -102,8 +102,8 @@ def tensor_types(
                 f"the gguf package has no tensor for {site} ({parameter}) in a {name} model, so"
                 " llama.cpp does not read it."
             )
-        found.setdefault(f"{tensor}.weight", []).append(site)
-    return TensorTypes({tensor: tuple(sites) for tensor, sites in found.items()}, kind)
+        kept.setdefault(f"{tensor}.weight", []).append(site)
+    return TensorTypes({tensor: tuple(sites) for tensor, sites in kept.items()}, kind)
 
 
 def _spellings(parameter: str, site: Site) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Integer, UInt8
 from torch import Tensor
 
-from .grid import Grid, Quantized
+from ..grid import Grid, Quantized
 
 _CHUNK = 1 << 23  # codes packed at a time: eight bytes of scratch each
 
@@ -66,7 +66,7 @@ def parts(pieces: list[Quantized]) -> dict[str, Tensor]:
 
 def pieces(parts: dict[str, Tensor], grid: Grid) -> list[Quantized]:
     """What `parts` put into a file. Raises: ValueError if its tensors do not fit one another."""
-    found = []
+    matrices = []
     codes, scale, zero = (
         parts["codes"],
         parts["scale"],
@@ -75,7 +75,7 @@ def pieces(parts: dict[str, Tensor], grid: Grid) -> list[Quantized]:
     for n_out, n_in in parts["shapes"].tolist():
         size, blocks = packed_size(n_out * n_in, grid.bits), grid.block.counts((n_out, n_in))
         n_blocks = torch.Size(blocks).numel()
-        found.append(
+        matrices.append(
             Quantized(
                 unpack(codes[:size], grid, (n_out, n_in)),
                 scale[:n_blocks].view(blocks),
@@ -87,4 +87,4 @@ def pieces(parts: dict[str, Tensor], grid: Grid) -> list[Quantized]:
         codes, scale, zero = codes[size:], scale[n_blocks:], zero[n_blocks:]
     if len(codes) or len(scale) or len(zero):
         raise ValueError("there are more codes or scales than the shapes say")
-    return found
+    return matrices

@@ -140,7 +140,7 @@ def model_class(config: Any) -> Any:
 
 def unloaded(
     name: object, config: Any, dtype: torch.dtype | None = None, device: str = "meta"
-) -> PreTrainedModel:
+) -> transformers.PreTrainedModel:
     """The model that the configuration of the checkpoint `name` describes, without its weights.
 
     Raises: BadCheckpoint if none can be built from it.
@@ -149,7 +149,9 @@ def unloaded(
     build = getattr(kind, "_from_config", None) or kind.from_config
     try:
         with torch.device(device):
-            model: PreTrainedModel = build(config, **({} if dtype is None else {"dtype": dtype}))
+            model: transformers.PreTrainedModel = build(
+                config, **({} if dtype is None else {"dtype": dtype})
+            )
     except SurgeonError:
         raise
     # transformers raises many types here, all of them about the configuration

@@ -211,27 +211,6 @@ def documents(text: str = "text") -> Documents:
             "facts": [{"subject": text, "target": text, "free": free}],
         },
     }
-    trace = {
-        "prompt": text,
-        "tokens": [text, "b"],
-        "subject_range": [0, 1],
-        "answer": text,
-        "metric": "probability",
-        "p_clean": 0.9,
-        "p_corrupt": 0.1,
-        "state": [[0.8, 0.2], [0.3, 0.9]],
-        "severed": [[0.5, 0.2], [0.3, 0.9]],
-    }
-    average = {
-        "facts": 5,
-        "skipped": 1,
-        "p_clean": 0.9,
-        "p_corrupt": 0.1,
-        "places": ["last subject token", text],
-        "facts_with_place": [5, 0],
-        "mlp": [[0.4, None], [0.1, None]],
-        "ci": {"mlp": [[[0.3, 0.5], None], [[0.0, 0.2], None]]},
-    }
     conditioning = {
         "tokens_per_dimension": 2.5,
         "ridge": 0.01,
@@ -265,15 +244,12 @@ def documents(text: str = "text") -> Documents:
     }
     worse = {**row, "method": "holdout", "nll": None, "kl": None}
     return {
-        "edit": {**model, **edit},
         "edits": {**model, "edits": [{**edit, "name": text}], "published": [text]},
         "conditioning": {
             **model,
             "conditioning": [conditioning, {**conditioning, "position_zero": False}],
             "published": [text],
         },
-        "trace": {**model, **trace},
-        "average": {**model, "average": average},
         "quantize": {**quantize, "table": [row, worse]},
         "sweep": {
             **quantize,

@@ -46,11 +46,8 @@ def kinds(page: str) -> list[str]:
         ("recipe", ["Published and measured", "Before, broken, repaired", "Training"]),
         ("measure", ["Measured", "What it writes"]),
         ("demo", [*FIND, "The states", "What it writes"]),
-        ("edit", ["An edit and its forecast", "Control prompts", "What it writes"]),
         ("edits", ["The edits", "An edit and its forecast", "Control prompts", "What it writes"]),
         ("conditioning", ["What conditions an edit"]),
-        ("trace", ["Causal trace, state", "Causal trace, severed"]),
-        ("average", ["Mean causal trace, mlp"]),
         ("quantize", ["Quantized, four ways", "Matrix by matrix"]),
         ("sweep", ["Quantized: size and damage"]),
         (

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
+from .. import files
 from ..errors import BadInput, MissingExtra
 from ..result import Result
 from .options import GroupedOption
@@ -73,15 +72,7 @@ def run_folder(output: str | None) -> Path | None:
     if output is None:
         return None
     folder = Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise BadInput(
-            f"cannot make the folder {output} or write to it: {error.strerror}; choose another"
-            " place."
-        ) from error
+    files.make_folder(folder)
     return folder
 
 
@@ -124,12 +115,13 @@ def _write_patch(result: Result, output: Path) -> None:
 def _write_folder(result: Result, document: Mapping[str, Any], folder: Path) -> None:
     for name, content in result.attachments().items():
         try:
-            _write(folder / name, _writer(content))
+            with files.writing(folder / name) as part:
+                _writer(content)(part)
         except MissingExtra as error:
             click.echo(f"surgeon: no {name} was written: {error}", err=True)
     text = to_text(document) + "\n"
     name = result.kind.replace(" ", "-")
-    _write(folder / f"{name}.json", lambda path: path.write_text(text, encoding="utf-8"))
+    files.write_text(folder / f"{name}.json", text)
 
 
 def _writer(content: Any) -> Callable[[Path], Any]:
@@ -149,15 +141,6 @@ def _write_columns(columns: Mapping[str, Any], path: Path) -> None:
     except ImportError as error:
         raise MissingExtra("a Parquet file", "report") from error
     pyarrow.parquet.write_table(pyarrow.table(dict(columns)), path)
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _write_report(folder: Path) -> None:

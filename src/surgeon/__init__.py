@@ -31,6 +31,8 @@ _FACE = {
     "QuantizeConfig": "quantize",
     "Refused": "errors",
     "Region": "anatomy",
+    "RepairConfig": "repair",
+    "RepairResult": "repair",
     "Result": "result",
     "Site": "anatomy",
     "SurgeonError": "errors",

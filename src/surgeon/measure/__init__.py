@@ -16,6 +16,7 @@ from .compare import Comparison, Reference
 from .continuation import continuations, next_tokens
 from .decoder import Decoder
 from .likelihood import ResumedNLL, mean_nll, require_causal, window_nll
+from .recovery import ThreeStates
 from .scorecard import Examination, Scorecard, ScoreConfig, examine, with_neighbours
 from .tasks import task_accuracy
 from .verdict import Controls, VitalConfig, is_vital, p_value
@@ -33,6 +34,7 @@ __all__ = [
     "ResumedNLL",
     "ScoreConfig",
     "Scorecard",
+    "ThreeStates",
     "VitalConfig",
     "behaviour_state",
     "continuations",

@@ -10,6 +10,7 @@ from .interventions import MODES, ablate, injured, record_channel, restored_chan
 from .lora import export_lora, to_lora
 from .names import checkpoint_address
 from .patch import BaseTensor, Patch, applied_patches
+from .stacked import stacked
 
 __all__ = [
     "MODES",
@@ -30,6 +31,7 @@ __all__ = [
     "record_channel",
     "restored_channel",
     "save",
+    "stacked",
     "to_lora",
     "undo_on_checkpoint",
 ]

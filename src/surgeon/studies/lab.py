@@ -200,6 +200,10 @@ class Lab:
         """The patch that takes weights out, as an `Injury`; the model stays as it is."""
         return self.run("ablate", at, **settings)
 
+    def repair(self, injury: Any = None, /, **settings: Any) -> Any:
+        """The patch that heals an injury, judged beside a control; a `RepairResult`."""
+        return self.run("repair", injury, **settings)
+
     def measure(self, patches: Any = None, /, **settings: Any) -> Any:
         """Likelihood and behaviour, with patches or without; a `Measurement`."""
         return self.run("measure", patches, **settings)

@@ -9,10 +9,11 @@ from math import exp
 from typing import Any
 
 from ..measure import Behaviour, Reference, generate, mean_nll, require_causal, task_accuracy
+from ..patch import stacked
 from ..result import Result, derived, record, result
 from ..settings import nested, setting
 from .lab import Lab, TextSettings
-from .naming import patches_of, stacked
+from .naming import patch_names, patches_of
 
 LARGEST_EXPONENT = 700.0  # above it exp() has no float
 
@@ -83,7 +84,7 @@ def run(lab: Lab, settings: Settings) -> Measurement:
     require_causal(lab.model)
     corpus = lab.corpus(settings.text)
     patches = patches_of(settings.patches)
-    names = [str(source) for source in _several(settings.patches)]
+    names = patch_names(settings.patches)
     write = partial(
         generate,
         lab.model,
@@ -115,10 +116,6 @@ def run(lab: Lab, settings: Settings) -> Measurement:
         {name: TaskAccuracy(before[name], after[name]) for name in after},
         provenance=lab.provenance(replace(settings, patches=names), corpus.record()),
     )
-
-
-def _several(sources: Any) -> Sequence[Any]:
-    return sources if isinstance(sources, list | tuple) else [sources]
 
 
 def _loop_rate(texts: Sequence[Behaviour]) -> float:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..anatomy import Anatomy, Entry, Region
+from ..anatomy import Entry, Region
 from ..errors import BadInput, SurgeonError
 from ..find import CriticalSet, FindConfig, FindResult, Verification, VerifyConfig, find
 from ..patch import Patch, load
@@ -100,26 +98,26 @@ def patch_of(source: Any) -> Patch:
         return source
     if isinstance(source, str | Path):
         return load(source)
-    if any(one.name == "patch" for one in fields(source)) and source.patch is not None:
-        patch: Patch = source.patch
+    patch = getattr(source, "patch", None)
+    if isinstance(patch, Patch):
         return patch
     raise BadInput(f"{type(source).__name__} holds no patch; give a patch or the file of one.")
 
 
 def patches_of(sources: Any) -> list[Patch]:
     """Several patches, or one."""
-    several = sources if isinstance(sources, list | tuple) else [sources]
-    return [patch_of(source) for source in several]
+    return [patch_of(source) for source in _several(sources)]
 
 
-@contextmanager
-def _stack(anatomy: Anatomy, patches: Sequence[Patch]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for patch in patches:
-            stack.enter_context(patch.applied(anatomy))
-        yield
+def patch_name(source: Any) -> str:
+    """How a result names a patch: by its file, or by what it is."""
+    return str(source if isinstance(source, str | Path) else patch_of(source))
 
 
-def stacked(anatomy: Anatomy, patches: Sequence[Patch]) -> AbstractContextManager[None]:
-    """Within the block all of `patches` are applied, in order."""
-    return _stack(anatomy, patches)
+def patch_names(sources: Any) -> list[str]:
+    """Several names, or one."""
+    return [patch_name(source) for source in _several(sources)]
+
+
+def _several(sources: Any) -> Sequence[Any]:
+    return sources if isinstance(sources, list | tuple) else [sources]

@@ -69,6 +69,12 @@ _ALL = (
     Study("verify", "Measure what the model loses without given weights."),
     Study("ablate", "Write an injury as a patch.", output="patch", folder=False),
     Study(
+        "repair",
+        "Heal an injury with a patch, beside a control.",
+        leading="injury",
+        output="patch",
+    ),
+    Study(
         "measure",
         "Measure likelihood and behaviour, with patches or without.",
         leading="patches",
@@ -84,6 +90,7 @@ RESULTS = {
     "detect": "find:Detection",
     "verify": "find:Verification",
     "ablate": "studies.ablate:Injury",
+    "repair": "repair:RepairResult",
     "measure": "studies.measure:Measurement",
 }
 

@@ -21,6 +21,7 @@ KINDS = {
     "detect": "critical:detect",
     "verify": "critical:verify",
     "ablate": "models:injury",
+    "repair": "healing:repair",
     "measure": "models:measure",
     "sites": "models:sites",
 }

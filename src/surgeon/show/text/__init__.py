@@ -14,6 +14,7 @@ KINDS = {
     "verify": "critical:print_verify",
     "ablate": "models:print_injury",
     "sites": "models:print_sites",
+    "repair": "healing:print_repair",
     "measure": "models:print_measure",
 }
 

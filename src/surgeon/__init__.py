@@ -21,6 +21,7 @@ _FACE = {
     "CriticalSet": "find",
     "Detection": "find",
     "Entry": "anatomy",
+    "Explanation": "explain",
     "FindConfig": "find",
     "FindResult": "find",
     "Lab": "studies.lab",

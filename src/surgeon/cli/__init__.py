@@ -19,7 +19,6 @@ INTERRUPTED = 1
 # commands that are no studies, by their module here: files in the ecosystem's formats, and tools
 OTHERS = {
     "demo": ("demo", "Find, break, repair, edit and put back: the whole story."),
-    "explain": ("explain", "Say how a patch works."),
     "trace": ("trace", "Find which states carry a fact."),
     "edit": ("edit", "Rewrite a fact, as a patch."),
     "quantize": ("quantize", "Round to few bits with the critical weights held out."),

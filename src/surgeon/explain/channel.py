@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from ..anatomy import Anatomy, Site
 from ..corpus import Corpus
-from ..errors import BadInput
 from ..measure.likelihood import batches
-from ..patch import Patch
+from ..patch import Patch, stacked
+from ..result import record
+from ..settings import setting
 from ..tap import Tap
 from .geometry import Line
-from .states import require_stack, stacked, states
+from .states import require_stack, states
 
 WRITES_RESIDUAL = ("mlp.down", "attn.out", "embed")
 
@@ -29,22 +30,18 @@ WRITES_RESIDUAL = ("mlp.down", "attn.out", "embed")
 class ChannelConfig:
     """Settings of the trace."""
 
-    channels: int = field(
-        default=4, metadata={"help": "patched channels traced, largest change first"}
+    channels: int = setting(
+        4, "patched channels traced, largest change first", low=1, group="Channel"
     )
-    positions: int = field(
-        default=32, metadata={"help": "first positions of the windows that are listed"}
+    positions: int = setting(
+        32, "first positions of the windows that are listed", low=1, group="Channel"
     )
-    attention_windows: int = field(
-        default=8, metadata={"help": "windows on which attention is looked at"}
+    attention_windows: int = setting(
+        8, "windows on which attention is looked at", low=1, group="Channel"
     )
 
-    def __post_init__(self) -> None:
-        if min(self.channels, self.positions, self.attention_windows) < 1:
-            raise BadInput("channels, positions and attention windows of the trace count from 1.")
 
-
-@dataclass(frozen=True)
+@record
 class ChannelState:
     """|residual channel| in one state. Lists over layers: index 0 is what enters the first layer,
     index l what leaves layer l - 1.
@@ -64,7 +61,7 @@ class ChannelState:
     ratio: float
 
 
-@dataclass(frozen=True)
+@record
 class Channel:
     """One residual channel in every state. `written_at` indexes the lists over layers."""
 
@@ -73,15 +70,8 @@ class Channel:
     written_at: int
     states: dict[str, ChannelState]
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **vars(self),
-            "written_by": str(self.written_by),
-            "states": {name: vars(state) for name, state in self.states.items()},
-        }
 
-
-@dataclass(frozen=True)
+@record
 class Sink:
     """Share of attention that goes to position 0, per layer: mean over heads, windows and the
     queries after position 0.
@@ -93,11 +83,8 @@ class Sink:
     uniform: float
     windows: int
 
-    def to_json(self) -> dict[str, Any]:
-        return dict(vars(self))
 
-
-@dataclass(frozen=True)
+@record
 class ChannelTrace:
     """Channels by size of their change; each part is None where it cannot be had, and the reason
     says why.
@@ -105,16 +92,8 @@ class ChannelTrace:
 
     channels: list[Channel] | None
     no_channels: str | None
-    sink: Sink | None
-    no_sink: str | None
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "channels": None if self.channels is None else [c.to_json() for c in self.channels],
-            "no_channels": self.no_channels,
-            "attention_sink": None if self.sink is None else self.sink.to_json(),
-            "no_attention_sink": self.no_sink,
-        }
+    attention_sink: Sink | None
+    no_attention_sink: str | None
 
 
 def channel_trace(
@@ -154,7 +133,9 @@ def channel_trace(
         )
     )
     sink = attention_sink(anatomy, named, corpus.windows[: config.attention_windows])
-    return ChannelTrace(channels, why, *((sink, None) if isinstance(sink, Sink) else (None, sink)))
+    if isinstance(sink, Sink):
+        return ChannelTrace(channels, why, sink, None)
+    return ChannelTrace(channels, why, None, sink)
 
 
 @torch.no_grad()

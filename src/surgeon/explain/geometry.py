@@ -5,8 +5,7 @@ and how few would do.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float64
@@ -15,10 +14,14 @@ from torch import Tensor
 from ..anatomy import Anatomy, Entry, Region, Site
 from ..corpus import Corpus
 from ..errors import BadInput
+from ..measure import ThreeStates
 from ..measure.likelihood import ResumedNLL, require_causal
-from ..patch import Patch
+from ..patch import Patch, stacked
 from ..patch.deltas import differ
-from .states import Progress, require_stack, stacked, states
+from ..progress import Tell, silent
+from ..result import record
+from ..settings import setting
+from .states import require_stack, states
 
 Matrices = dict[Site, Tensor]
 
@@ -27,30 +30,37 @@ Matrices = dict[Site, Tensor]
 class GeometryConfig:
     """Settings of the geometry and of the top-k curve."""
 
-    lines: int = field(
-        default=8, metadata={"help": "rows (or columns) described, largest change first"}
+    lines: int = setting(
+        8, "rows (or columns) described, largest change first", low=1, group="Geometry"
     )
-    top: int = field(default=10, metadata={"help": "entries listed of each row"})
-    draws: int = field(
-        default=3, metadata={"help": "random choices beside each point of the top-k curve"}
+    entries: int = setting(10, "entries listed of each row", low=1, group="Geometry")
+    draws: int = setting(
+        3, "random choices beside each point of the top-k curve", low=1, group="Geometry"
     )
-    seed: int = field(default=0, metadata={"help": "seed of the random choices"})
-
-    def __post_init__(self) -> None:
-        if min(self.lines, self.top, self.draws) < 1:
-            raise BadInput("lines, top and draws of the geometry count from 1.")
 
 
-@dataclass(frozen=True)
+@record
+class EntryChange:
+    """One entry of a line in its states, and its rank (1 = largest) among the |delta| of the line,
+    None where the last patches left it alone.
+    """
+
+    entry: Entry
+    base: float
+    broken: float
+    delta: float
+    merged: float
+    rank: int | None
+
+
+@record
 class Line:
     """One row (or column) in its states; norms are Euclidean, in units of the weights.
 
     delta is what the last patches add: merged minus broken, or for a lone injury broken minus base.
     cosines: of the pairs named. top: the delta's largest entries. ablated: the injured entries,
-    largest injury first, each with its rank (1 = largest) among the
-    |delta| of this line, None where the repair left it alone; `injured` counts all of them.
-    participation: (sum d^2)^2 / sum d^4. entropy: exp of the entropy of d^2 / sum d^2. Both count
-    entries: 1 for a single one.
+    largest injury first; `injured` counts all of them. participation: (sum d^2)^2 / sum d^4.
+    entropy: exp of the entropy of d^2 / sum d^2. Both count entries: 1 for a single one.
     """
 
     region: Region
@@ -59,15 +69,12 @@ class Line:
     participation: float
     entropy: float
     changed: int
-    top: list[dict[str, Any]]
-    ablated: list[dict[str, Any]]
+    top: list[EntryChange]
+    ablated: list[EntryChange]
     injured: int
 
-    def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "region": str(self.region)}
 
-
-@dataclass(frozen=True)
+@record
 class CurvePoint:
     """Share of the damage recovered by k entries: the largest, random ones (mean and range of
     several draws), or trained as such.
@@ -79,37 +86,22 @@ class CurvePoint:
     random_range: tuple[float, float] | None = None
     trained: float | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        return dict(vars(self))
 
-
-@dataclass(frozen=True)
+@record
 class Curve:
-    """NLL in nats per token, and the points by k; recovered = 1 - (NLL_k - NLL_base) / (NLL_broken
-    - NLL_base).
-    """
+    """NLL in nats per token, and the points by k."""
 
-    nll: dict[str, float]
+    nll: ThreeStates
     tokens: int
     points: list[CurvePoint]
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "nll": self.nll,
-            "tokens": self.tokens,
-            "points": [p.to_json() for p in self.points],
-        }
 
-
-@dataclass(frozen=True)
+@record
 class Geometry:
     """`lines` is the number listed of `of` that changed."""
 
     lines: list[Line]
     of: int
-
-    def to_json(self) -> dict[str, Any]:
-        return {"lines": [line.to_json() for line in self.lines], "of": self.of}
 
 
 def geometry(
@@ -139,7 +131,7 @@ def geometry(
     found.sort(key=lambda each: -each[0])
     return Geometry(
         [
-            _line(region, rows, delta, config.top)
+            _line(region, rows, delta, config.entries)
             for _, region, rows, delta in found[: config.lines]
         ],
         len(found),
@@ -152,7 +144,8 @@ def topk_curve(
     corpus: Corpus,
     trained: Sequence[tuple[int, Patch]] = (),
     config: GeometryConfig = GeometryConfig(),
-    progress: Progress | None = None,
+    seed: int = 0,
+    progress: Tell = silent,
 ) -> Curve:
     """The last patch cut to its k largest |delta| entries, k = 1, 2, 4, ... all; beside it k random
     ones of its entries, and `trained`: patches made with k entries, each put in the place of the
@@ -203,7 +196,7 @@ def topk_curve(
             return recovered(float(nll().mean()))
 
     ks = [*(2**i for i in range((len(at) - 1).bit_length())), len(at)]
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(seed)
     points = {}
     with stacked(anatomy, patches[:-1]):
         for done, k in enumerate(ks):
@@ -216,8 +209,7 @@ def topk_curve(
                 points[k] = CurvePoint(
                     k, points[k].largest, sum(draws) / len(draws), (min(draws), max(draws))
                 )
-            if progress:
-                progress("top-k curve", done + 1, len(ks))
+            progress("top-k curve", done + 1, len(ks))
         for k, patch in trained:
             with patch.applied(anatomy):
                 share = recovered(float(nll().mean()))
@@ -225,11 +217,8 @@ def topk_curve(
             points[k] = CurvePoint(k, p.largest, p.random, p.random_range, share)
     with stacked(anatomy, patches):
         patched = float(nll().mean())
-    return Curve(
-        {"base": base, "broken": broken, "patched": patched},
-        corpus.predicted,
-        [points[k] for k in sorted(points)],
-    )
+    by_size = [points[k] for k in sorted(points)]
+    return Curve(ThreeStates(base, broken, patched), corpus.predicted, by_size)
 
 
 def participation(delta: Float64[Tensor, " n"]) -> tuple[float, float]:
@@ -275,11 +264,11 @@ def _line(
     injury = (broken - base).abs()
     injured = injury.argsort(descending=True, stable=True)[: int((injury > 0).sum())]
 
-    def entry(i: int) -> dict[str, Any]:
+    def entry(i: int) -> EntryChange:
         row = i if region.row is None else region.row
         at = Entry(region.site, row, i if region.col is None else region.col)
         values = {name: float(row[i]) for name, row in named.items()}
-        return {"entry": str(at), **values, "rank": int(rank[i]) if values["delta"] else None}
+        return EntryChange(at, **values, rank=int(rank[i]) if values["delta"] else None)
 
     changed = int((delta != 0).sum())
     return Line(

@@ -4,14 +4,11 @@ repair.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 
 from ..anatomy import Anatomy
 from ..errors import BadInput
-from ..patch import Patch, applied_patches
-
-Progress = Callable[[str, int, int], None]
+from ..patch import Patch, applied_patches, stacked
 
 
 def states(patches: Sequence[Patch]) -> dict[str, tuple[Patch, ...]]:
@@ -26,18 +23,6 @@ def states(patches: Sequence[Patch]) -> dict[str, tuple[Patch, ...]]:
         )
     both = {"base": (), "broken": tuple(patches[:1])}
     return both | ({"patched": tuple(patches)} if len(patches) > 1 else {})
-
-
-@contextmanager
-def stacked(anatomy: Anatomy, patches: Sequence[Patch]) -> Iterator[None]:
-    """The patches applied in order within the block.
-
-    Raises: as `Patch.apply_`, with nothing changed.
-    """
-    with ExitStack() as on:
-        for patch in patches:
-            on.enter_context(patch.applied(anatomy))
-        yield
 
 
 def require_stack(anatomy: Anatomy, patches: Sequence[Patch]) -> None:

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from ..errors import BadInput
+from ..result import derived, record
+from ..settings import setting
 from .permutation import band, document_null, holm, naive_null, p_value, stratified_test
 from .tokens import Tokens, class_name, frequency_class
 
@@ -24,25 +24,14 @@ LEVEL = 0.05
 class InfluenceConfig:
     """Settings of the ranking and of the tests."""
 
-    top: int = field(default=20, metadata={"help": "tokens in the ranking"})
-    permutations: int = field(default=1999, metadata={"help": "permutations of each test"})
-    min_tokens: int = field(
-        default=50, metadata={"help": "tokens that a document needs to be listed"}
+    top: int = setting(20, "tokens in the ranking", low=1, group="Influence")
+    permutations: int = setting(1999, "permutations of each test", low=99, group="Influence")
+    min_tokens: int = setting(
+        50, "tokens that a document needs to be listed", low=1, group="Influence"
     )
-    seed: int = field(default=0, metadata={"help": "seed of the permutations"})
-
-    def __post_init__(self) -> None:
-        if self.permutations < 99 or self.top < 1 or self.min_tokens < 1:
-            raise BadInput(
-                "the test of influence needs at least 99 permutations, a top of at least 1, and"
-                " documents of at least 1 token."
-            )
 
 
-DEFAULTS = InfluenceConfig()
-
-
-@dataclass(frozen=True)
+@record
 class Stratum:
     """A document or a class of frequency: the mean KL of its tokens beside what equal words have
     elsewhere.
@@ -59,17 +48,14 @@ class Stratum:
     tokens: int
     mean_kl: float
     expected_kl: float
-    excess_kl: float | None
-    null: dict[str, float] | None
-    null_naive: dict[str, float] | None
-    p: float | None
-    p_corrected: float | None
-
-    def to_json(self) -> dict[str, Any]:
-        return dict(vars(self))
+    excess_kl: float | None = None
+    null: dict[str, float] | None = None
+    null_naive: dict[str, float] | None = None
+    p: float | None = None
+    p_corrected: float | None = None
 
 
-@dataclass(frozen=True)
+@record
 class WordGroup:
     """A story: "words like these are hit hardest". All KL are means per token, in nats.
 
@@ -105,15 +91,12 @@ class WordGroup:
     in_one_document: float
     document: str
 
-    @property
+    @derived
     def holds(self) -> bool:
         """Whether it is the words: they are hit harder than other words of their documents and
         frequency, after correction.
         """
         return self.p_corrected <= LEVEL
-
-    def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "holds": self.holds}
 
 
 class Tests:
@@ -124,9 +107,13 @@ class Tests:
     """
 
     def __init__(
-        self, tokens: Tokens, values: Float64[Tensor, " n"], config: InfluenceConfig
+        self,
+        tokens: Tokens,
+        values: Float64[Tensor, " n"],
+        config: InfluenceConfig = InfluenceConfig(),
+        seed: int = 0,
     ) -> None:
-        self.tokens, self.values, self.config = tokens, values, config
+        self.tokens, self.values, self.config, self.seed = tokens, values, config, seed
         self.document = _dense(tokens.documents)
         self.frequency = _dense([frequency_class(count) for count in tokens.counts])
         keys = {
@@ -160,46 +147,38 @@ class Tests:
         tokens = torch.bincount(label, self.sizes)
         sums = torch.bincount(label, self.sums)
         listed = [i for i in range(len(names)) if tokens[i] >= least]
-        tests: list[dict[str, Any]] = [
-            dict.fromkeys(("excess_kl", "null", "null_naive", "p", "p_corrected")) for _ in listed
+        means = (sums / tokens).tolist()
+        untested = [
+            Stratum(names[i], int(tokens[i]), means[i], self._beside(label == i, strata))
+            for i in listed
         ]
-        if len(names) > 1:
-            observed, null = self._test(label, strata, len(names))
-            generator = torch.Generator().manual_seed(self.config.seed)
-            naive = naive_null(
-                self.values, label[self.unit], len(names), self.config.permutations, generator
-            )
-            p = [p_value(float(observed[i]), null[:, i]) for i in listed]
-            tests = [
-                {
-                    "excess_kl": float(observed[i]),
-                    "null": band(null[:, i]),
-                    "null_naive": band(naive[:, i]),
-                    "p": one,
-                    "p_corrected": all_,
-                }
-                for i, one, all_ in zip(listed, p, holm(p), strict=True)
-            ]
+        if len(names) == 1:
+            return untested
+        observed, null = self._test(label, strata, len(names))
+        generator = torch.Generator().manual_seed(self.seed)
+        naive = naive_null(
+            self.values, label[self.unit], len(names), self.config.permutations, generator
+        )
+        p = [p_value(float(observed[i]), null[:, i]) for i in listed]
         return [
-            Stratum(
-                names[i],
-                int(tokens[i]),
-                float(sums[i] / tokens[i]),
-                self._beside(label == i, strata),
-                **test,
+            replace(
+                stratum,
+                excess_kl=float(observed[i]),
+                null=band(null[:, i]),
+                null_naive=band(naive[:, i]),
+                p=one,
+                p_corrected=corrected,
             )
-            for i, test in zip(listed, tests, strict=True)
+            for stratum, i, one, corrected in zip(untested, listed, p, holm(p), strict=True)
         ]
 
     def words(self, members: Mapping[str, Tensor]) -> list[WordGroup]:
-        found = [self._group(name, mask) for name, mask in members.items()]
-        corrected = holm([float(group["p_within"]) for group in found])
-        return [
-            WordGroup(**group, p_corrected=p) for group, p in zip(found, corrected, strict=True)
-        ]
+        groups = [self._group(name, mask) for name, mask in members.items()]
+        corrected = holm([group.p_within for group in groups])
+        return [replace(group, p_corrected=p) for group, p in zip(groups, corrected, strict=True)]
 
-    def _group(self, name: str, member: Tensor) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(self.config.seed)
+    def _group(self, name: str, member: Tensor) -> WordGroup:
+        generator = torch.Generator().manual_seed(self.seed)
         mean = float(self.values[member].mean())
         label = member[self.first].long()
         strata = (self.document * (int(self.frequency.max()) + 1) + self.frequency)[self.first]
@@ -218,26 +197,28 @@ class Tests:
             d for d, m in zip(self.tokens.documents, member.tolist(), strict=True) if m
         ).most_common(1)[0]
         top = self.values.argsort(descending=True, stable=True)[: self.config.top]
-        return {
-            "name": name,
-            "tokens": int(member.sum()),
-            "words": len({w for w, m in zip(self.tokens.words, member.tolist(), strict=True) if m}),
-            "mean_kl": mean,
-            "others_kl": float(self.values[~member].mean()),
-            "same_documents_kl": self._beside(label == 1, strata),
-            "documents_nats": nats,
-            "excess_kl": float(observed[1]),
-            "null": band(within[:, 1]),
-            "null_naive": band(naive),
-            "null_document": None if documents is None else band(documents),
-            "p_naive": p_value(mean, naive),
-            "p_within": p_value(float(observed[1]), within[:, 1]),
-            "p_document": None if documents is None else p_value(nats, documents),
-            "in_top": float(member[top].double().mean()),
-            "in_text": float(member.double().mean()),
-            "in_one_document": most[1] / int(member.sum()),
-            "document": self.tokens.source.names[most[0]],
-        }
+        p_within = p_value(float(observed[1]), within[:, 1])
+        return WordGroup(
+            name=name,
+            tokens=int(member.sum()),
+            words=len({w for w, m in zip(self.tokens.words, member.tolist(), strict=True) if m}),
+            mean_kl=mean,
+            others_kl=float(self.values[~member].mean()),
+            same_documents_kl=self._beside(label == 1, strata),
+            documents_nats=nats,
+            excess_kl=float(observed[1]),
+            null=band(within[:, 1]),
+            null_naive=band(naive),
+            null_document=None if documents is None else band(documents),
+            p_naive=p_value(mean, naive),
+            p_within=p_within,
+            p_document=None if documents is None else p_value(nats, documents),
+            p_corrected=p_within,
+            in_top=float(member[top].double().mean()),
+            in_text=float(member.double().mean()),
+            in_one_document=most[1] / int(member.sum()),
+            document=self.tokens.source.names[most[0]],
+        )
 
     def _documents_of(
         self, member: Tensor, generator: torch.Generator
@@ -281,7 +262,7 @@ class Tests:
     def _test(
         self, label: Tensor, strata: Tensor, groups: int, units: Tensor | slice = slice(None)
     ) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(self.config.seed)
+        generator = torch.Generator().manual_seed(self.seed)
         return stratified_test(
             self.sums[units],
             self.sizes[units],

@@ -12,7 +12,7 @@ from itertools import pairwise
 from math import log
 
 import torch
-from transformers import PreTrainedTokenizerBase
+import transformers
 
 from ..corpus import Corpus
 from ..errors import BadInput
@@ -88,7 +88,9 @@ def class_name(index: int) -> str:
     return f"{CLASS_BASE**index}-{CLASS_BASE ** (index + 1) - 1}"
 
 
-def label_tokens(tokenizer: PreTrainedTokenizerBase, text: str, corpus: Corpus) -> Tokens:
+def label_tokens(
+    tokenizer: transformers.PreTrainedTokenizerBase, text: str, corpus: Corpus
+) -> Tokens:
     """Label the predicted tokens of `corpus`, which was cut from `text`.
 
     Texts and words come from decoding, since some tokenizers' offsets are off by a few characters;
@@ -134,7 +136,7 @@ def label_tokens(tokenizer: PreTrainedTokenizerBase, text: str, corpus: Corpus) 
     )
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+def _pieces(tokenizer: transformers.PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     """The text that each token adds.
 
     A lone token may lose its space, so each is decoded behind the one before it.

@@ -151,11 +151,14 @@ class Lab:
         longest = getattr(self.anatomy.config, "max_position_embeddings", None)
         return None if longest is None else int(longest)
 
-    def _read(self, text: TextSettings, window: int) -> Corpus:
+    def source(self, text: TextSettings) -> tuple[str, str]:
+        """The evaluation text, whole, and its name. Raises: BadText."""
         if text.text is None:
-            source, name = heldout_text(), PATIENT_TEXT
-        else:
-            source, name = read_text(text.text), Path(text.text).name
+            return heldout_text(), PATIENT_TEXT
+        return read_text(text.text), Path(text.text).name
+
+    def _read(self, text: TextSettings, window: int) -> Corpus:
+        source, name = self.source(text)
         corpus = load_corpus(self.tokenizer, source, name, window, text.windows, text.bos)
         known = getattr(self.anatomy.config, "vocab_size", None)
         highest = int(corpus.windows.max())
@@ -207,6 +210,10 @@ class Lab:
     def measure(self, patches: Any = None, /, **settings: Any) -> Any:
         """Likelihood and behaviour, with patches or without; a `Measurement`."""
         return self.run("measure", patches, **settings)
+
+    def explain(self, patches: Any = None, /, **settings: Any) -> Any:
+        """How patches work, the injury first, then its repair; an `Explanation`."""
+        return self.run("explain", patches, **settings)
 
     def sites(self) -> Any:
         """Every addressable weight matrix; a `SiteList`."""

@@ -80,6 +80,7 @@ _ALL = (
         leading="patches",
         seeded=False,
     ),
+    Study("explain", "Say how a patch works.", leading="patches"),
 )
 STUDIES = {study.name: study for study in _ALL}
 
@@ -92,6 +93,7 @@ RESULTS = {
     "ablate": "studies.ablate:Injury",
     "repair": "repair:RepairResult",
     "measure": "studies.measure:Measurement",
+    "explain": "explain:Explanation",
 }
 
 

@@ -22,6 +22,7 @@ KINDS = {
     "verify": "critical:verify",
     "ablate": "models:injury",
     "repair": "healing:repair",
+    "explain": "working:explain",
     "measure": "models:measure",
     "sites": "models:sites",
 }

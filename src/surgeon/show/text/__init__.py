@@ -16,6 +16,7 @@ KINDS = {
     "sites": "models:print_sites",
     "repair": "healing:print_repair",
     "measure": "models:print_measure",
+    "explain": "working:print_explanation",
 }
 
 

@@ -19,6 +19,7 @@ _FACE = {
     "BadInput": "errors",
     "Corpus": "corpus",
     "CriticalSet": "find",
+    "Demo": "studies.demo",
     "Detection": "find",
     "Entry": "anatomy",
     "Explanation": "explain",

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import stat
 import sys
@@ -110,8 +111,9 @@ def test_a_bad_folder_is_refused_before_any_work(
     verb: str,
 ) -> None:
     arguments, _ = verbs(folder, text, injury, tmp_path)[verb]
-    module = sys.modules[f"surgeon.cli.{verb}"]
-    monkeypatch.setattr(module, "open_model", lambda *_: pytest.fail("the model was opened"))
+    monkeypatch.setattr(
+        "surgeon.studies.lab.open_lab", lambda *_, **__: pytest.fail("the model was opened")
+    )
     (tmp_path / "file").write_text("")
     status, out, err = surgeon(verb, *arguments, "--folder", tmp_path / "file" / "run")
     assert (status, out) == (2, "")
@@ -135,7 +137,7 @@ def test_without_the_extra_the_results_are_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     arguments, _ = verbs(folder, text, injury, tmp_path)["explain"]
-    for name in [m for m in sys.modules if m.startswith("surgeon.report.")]:
+    for name in [m for m in sys.modules if re.match(r"surgeon\.show\.(page|pictures)\.", m)]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "altair", None)
     monkeypatch.setitem(sys.modules, "pyarrow", None)

@@ -18,7 +18,6 @@ from ..studies.registry import STUDIES
 INTERRUPTED = 1
 # commands that are no studies, by their module here: files in the ecosystem's formats, and tools
 OTHERS = {
-    "demo": ("demo", "Find, break, repair, edit and put back: the whole story."),
     "trace": ("trace", "Find which states carry a fact."),
     "edit": ("edit", "Rewrite a fact, as a patch."),
     "quantize": ("quantize", "Round to few bits with the critical weights held out."),

@@ -15,7 +15,7 @@ from .bootstrap import interval
 from .compare import Comparison, Reference
 from .continuation import continuations, next_tokens
 from .decoder import Decoder
-from .likelihood import ResumedNLL, mean_nll, require_causal, window_nll
+from .likelihood import ResumedNLL, mean_nll, perplexity, require_causal, window_nll
 from .recovery import ThreeStates
 from .scorecard import Examination, Scorecard, ScoreConfig, examine, with_neighbours
 from .tasks import task_accuracy
@@ -46,6 +46,7 @@ __all__ = [
     "mean_nll",
     "next_tokens",
     "p_value",
+    "perplexity",
     "require_causal",
     "stop_word_ids",
     "stop_word_share",

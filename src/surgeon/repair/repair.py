@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch import Tensor
 from ..anatomy import Anatomy
 from ..corpus import Corpus
 from ..errors import SurgeonError
-from ..measure import Reference, ThreeStates, mean_nll, require_causal
+from ..measure import Reference, ThreeStates, mean_nll, perplexity, require_causal
 from ..patch import Patch, stacked
 from ..patch.file import to_bytes
 from ..progress import Tell, silent
@@ -37,8 +36,6 @@ from .graft import GraftChoice, graft
 from .run import Look
 from .target import Change, Changes, Target, broken, targets, to_patch, write_
 from .windows import JUDGE, recut, split
-
-LARGEST_EXPONENT = 700.0  # above it exp() has no float
 
 
 @record
@@ -116,11 +113,8 @@ class RepairResult(Result):
 
     @derived
     def ppl(self) -> ThreeStates:
-        base, broken, patched = (
-            exp(min(nll, LARGEST_EXPONENT))
-            for nll in (self.nll.base, self.nll.broken, self.nll.patched)
-        )
-        return ThreeStates(base, broken, patched)
+        nll = self.nll
+        return ThreeStates(perplexity(nll.base), perplexity(nll.broken), perplexity(nll.patched))
 
     @derived
     def recovered(self) -> float:

@@ -191,6 +191,10 @@ class Lab:
             settings = {study.leading: leading, **settings}
         return study.run(self, settings)
 
+    def demo(self, **settings: Any) -> Any:
+        """Find, break, repair, edit and put back; a `Demo`."""
+        return self.run("demo", **settings)
+
     def find(self, **settings: Any) -> Any:
         """Critical sets, verified against matched controls; a `FindResult`."""
         return self.run("find", **settings)

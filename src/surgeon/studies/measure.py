@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import exp
 from typing import Any
 
-from ..measure import Behaviour, Reference, generate, mean_nll, require_causal, task_accuracy
+from ..measure import (
+    Behaviour,
+    Reference,
+    generate,
+    mean_nll,
+    perplexity,
+    require_causal,
+    task_accuracy,
+)
 from ..patch import stacked
 from ..result import Result, derived, record, result
 from ..settings import nested, setting
 from .lab import Lab, TextSettings
 from .naming import patch_names, patches_of
-
-LARGEST_EXPONENT = 700.0  # above it exp() has no float
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class Measurement(Result):
 
     @derived
     def ppl(self) -> float:
-        return exp(min(self.nll, LARGEST_EXPONENT))
+        return perplexity(self.nll)
 
 
 def run(lab: Lab, settings: Settings) -> Measurement:

@@ -22,15 +22,17 @@ class Study:
     """One verb.
 
     name: as it is typed. summary: its line in the help. opens: whether it works on a model, on one
-    that may be streamed, or on none. leading: the setting that a method's first argument gives.
-    positional: settings that are arguments on the command line, in order. output: what `-o` names
-    there: the file of a patch, or nothing. folder: whether it writes a run folder. seeded: whether
-    its seed changes anything.
+    that may be streamed, or on none. model: the one that it opens where none is named, if any.
+    leading: the setting that a method's first argument gives. positional: settings that are
+    arguments on the command line, in order. output: what `-o` names there: the file of a patch, the
+    run folder, or nothing. folder: whether it writes a run folder. seeded: whether its seed changes
+    anything.
     """
 
     name: str
     summary: str
     opens: str = "model"
+    model: str = ""
     leading: str = "at"
     positional: tuple[str, ...] = ()
     output: str = ""
@@ -64,6 +66,13 @@ class Study:
 
 
 _ALL = (
+    Study(
+        "demo",
+        "Find, break, repair, edit and put back: the whole story.",
+        model="patient",
+        leading="prompt",
+        output="folder",
+    ),
     Study("sites", "List every addressable weight matrix.", folder=True, seeded=False),
     Study("find", "Find critical weights, verified against matched controls.", opens="stream"),
     Study("verify", "Measure what the model loses without given weights."),
@@ -94,6 +103,7 @@ RESULTS = {
     "repair": "repair:RepairResult",
     "measure": "studies.measure:Measurement",
     "explain": "explain:Explanation",
+    "demo": "studies.demo:Demo",
 }
 
 

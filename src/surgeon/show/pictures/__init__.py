@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .picture import Headline, Picture
 
 KINDS = {
+    "demo": "demo:demo",
     "find": "critical:find",
     "detect": "critical:detect",
     "verify": "critical:verify",

@@ -9,6 +9,7 @@ from ..console import out
 
 # the module of this package that shows each kind, and the function in it
 KINDS = {
+    "demo": "demo:print_demo",
     "find": "critical:print_find",
     "detect": "critical:print_detection",
     "verify": "critical:print_verify",

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from rich.markup import escape
 from rich.table import Table
 
 from ...measure import ThreeStates
 from ...repair import RepairResult
-from ..console import out, print_table
+from ..console import out, print_table, shown
 
 
 def print_repair(result: RepairResult) -> None:
     """The three states, the share recovered beside the control, and the size of the change."""
     about = result.provenance
-    text = "" if about.corpus is None else f" of {escape(about.corpus.name)}"
+    text = "" if about.corpus is None else f" of {shown(about.corpus.name)}"
     out.print(
-        f"[bold]{escape(about.model)}[/bold] on {result.windows.judged_on} windows{text} that the"
+        f"[bold]{shown(about.model)}[/bold] on {result.windows.judged_on} windows{text} that the"
         " repair never saw"
     )
     table = Table("", "base", "broken", "patched", box=None, header_style="bold")
@@ -32,7 +31,7 @@ def print_repair(result: RepairResult) -> None:
     out.print(f"Control: {_control(result)}")
     second = result.held_out
     if second.second_text and second.recovered is not None:
-        out.print(f"Recovered on {escape(second.name)}: {second.recovered:.3f}")
+        out.print(f"Recovered on {shown(second.name)}: {second.recovered:.3f}")
     out.print(
         f"{result.steps} steps in {result.seconds:.1f} s; the change has norm"
         f" {result.delta_norm:.3g}, the intact rows {result.row_norm:.3g}, and the cosine between"

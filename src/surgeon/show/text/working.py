@@ -16,7 +16,7 @@ from ...explain import (
     Stratum,
     WordGroup,
 )
-from ..console import one_line, out, print_table
+from ..console import out, print_table, shown
 
 SHOWN = 5
 SHOWN_POSITIONS = 8
@@ -45,13 +45,6 @@ def print_explanation(result: Explanation) -> None:
         _print_sink(trace.attention_sink)
     _print_influence(result.influence)
     _print_behaviour(result.behaviour)
-
-
-def shown(text: str) -> str:
-    """Text of a model or a user as it may be printed: no markup, and nothing that a terminal would
-    obey.
-    """
-    return escape(one_line(text))
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -149,9 +142,10 @@ def _print_influence(influence: Influence) -> None:
         table.add_row(f"{row.kl_broken:.2f}", *map(shown, texts))
     print_table(table)
     most = list(influence.top_by_document.items())[:SHOWN]
+    documents = ", ".join(f"{shown(title)} {count}" for title, count in most)
     out.print(
-        f"Of the {len(influence.top)} on top: {', '.join(f'{shown(t)} {n}' for t, n in most)} "
-        f" ({influence.documents_seen} documents; {influence.documents_rule})"
+        f"Of the {len(influence.top)} on top: {documents}  ({influence.documents_seen} documents;"
+        f" {shown(influence.documents_rule)})"
     )
     _print_strata(
         "By document, beside words of equal frequency anywhere",

@@ -168,4 +168,4 @@ class RepairConfig:
     @classmethod
     def reference(cls) -> RepairConfig:
         """The settings of the published experiment."""
-        return configured(cls, REFERENCE)
+        return configured(cls(), REFERENCE)

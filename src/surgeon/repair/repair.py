@@ -242,7 +242,8 @@ def _require_damage(damage: float, corpus: Corpus) -> None:
 def _heal(
     case: _Case, wanted: Sequence[Target], method: str, progress: Tell, checkpoint: Path | None
 ) -> _Healing:
-    config, changes = case.config, {}
+    config = case.config
+    changes: Changes = {}
     grafted: dict[str, GraftChoice] = {}
     if "graft" in method:
         solved = graft(

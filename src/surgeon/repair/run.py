@@ -243,7 +243,7 @@ class Run:
             part.trained[0][dropped] = part.before[dropped]
 
     def _importance(self, part: Part) -> Tensor:
-        gradient = self.optimizer.state[part.trained[0]]["exp_avg_sq"].sqrt()
+        gradient: Tensor = self.optimizer.state[part.trained[0]]["exp_avg_sq"].sqrt()
         return (part.values() - part.before).abs() * gradient
 
     # -- the checkpoint ------------------------------------------------------------------------

@@ -143,7 +143,8 @@ def run(lab: Lab, settings: Settings) -> Demo:
 
     found = _found(lab, settings)
     injury: Patch | None = None
-    healed, no_repair = None, "nothing vital was found"
+    healed: RepairResult | None = None
+    no_repair: str | None = "nothing vital was found"
     if found.sets:
         injury = patch_of(lab.ablate(found.sets[0], seed=settings.seed))
         states.append(look.at("without the set", injury))

@@ -43,7 +43,7 @@ def _states(result: Demo) -> Picture:
     end = f"{back.state}, it is {back.ppl:.2f}"
     if back.nll == base.nll and back.same_bits:
         end = f"once {back.state}, the model is bit for bit as before"
-    known = ()
+    known: tuple[str, ...] = ()
     about = (
         "NLL: mean negative log-likelihood of the text, in nats per token; perplexity is its"
         " exponential."

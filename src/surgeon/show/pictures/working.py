@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from ...explain import Channel, Curve, CurvePoint, Explanation, Geometry, Sink
 from .charts import Row, lines
 from .influence import influence_pictures, token_pictures
-from .picture import Headline, Picture, Table, many, model_name, percent
+from .picture import Cell, Headline, Picture, Table, many, model_name, percent
 from .texts import generations
 
 STATES = {"base": "intact", "broken": "broken", "patched": "repaired"}
@@ -122,7 +122,7 @@ def _geometry(geometry: Geometry) -> Picture:
         "effective entries",
         "of",
     )
-    rows = [
+    rows: list[Sequence[Cell]] = [
         (
             str(line.region),
             *(line.norms[name] for name in ("base", "broken", "delta", "merged")),
@@ -147,7 +147,7 @@ def _geometry(geometry: Geometry) -> Picture:
 
 def _channel(channel: Channel) -> Picture:
     states = {STATES[name]: state for name, state in channel.states.items()}
-    rows = [
+    rows: list[Row] = [
         {"x": position, "y": size, "series": name}
         for name, state in states.items()
         for position, size in enumerate(state.positions)
@@ -172,7 +172,7 @@ def _channel(channel: Channel) -> Picture:
 
 def _sink(sink: Sink) -> Picture:
     states = {STATES[name]: shares for name, shares in sink.states.items()}
-    rows = [
+    rows: list[Row] = [
         {"x": layer, "y": share, "series": name}
         for name, shares in states.items()
         for layer, share in enumerate(shares)

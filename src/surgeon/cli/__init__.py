@@ -18,9 +18,6 @@ from ..studies.registry import STUDIES
 INTERRUPTED = 1
 # commands that are no studies, by their module here: files in the ecosystem's formats, and tools
 OTHERS = {
-    "demo": ("demo", "Find, break, repair, edit and put back: the whole story."),
-    "repair": ("repair", "Heal an injury with a patch, beside a control."),
-    "explain": ("explain", "Say how a patch works."),
     "quantize": ("quantize", "Round to few bits with the critical weights held out."),
     "cells": ("cells", "The same for models of gene expression."),
     "apply": ("apply", "Write a checkpoint with patches applied."),

@@ -35,13 +35,13 @@ def format_option() -> click.Option:
     )
 
 
-def folder_option() -> click.Option:
+def folder_option(*short: str) -> click.Option:
     text = "Run folder: write the result, its data and report.html there, too."
-    return _option("folder", "--folder", text, metavar="DIR")
+    return _option("folder", "--folder", text, *short, metavar="DIR")
 
 
-def _option(name: str, spelling: str, text: str, **more: Any) -> click.Option:
-    option = GroupedOption([name, spelling], help=text, **more)
+def _option(name: str, spelling: str, text: str, *short: str, **more: Any) -> click.Option:
+    option = GroupedOption([name, *short, spelling], help=text, **more)
     option.group = "Output"
     return option
 

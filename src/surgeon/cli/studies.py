@@ -24,14 +24,17 @@ def command_of(study: Study) -> click.Command:
     """The command that runs a study."""
     parameters: list[click.Parameter] = []
     if study.opens:
-        parameters.append(click.Argument(["model"]))
+        parameters.append(
+            click.Argument(["model"], required=not study.model, default=study.model or None)
+        )
     parameters += options_of(study.settings, study.positional)
     if study.opens:
         parameters += options_of(_opening(study))
-    if study.output:
-        parameters.append(_output_option(study))
-    if study.folder:
-        parameters.append(folder_option())
+    if study.output == "folder":
+        parameters.append(folder_option("-o"))
+    else:
+        parameters += [_output_option(study)] if study.output else []
+        parameters += [folder_option()] if study.folder else []
     if study.name in ANNOTATED:
         parameters.append(format_option())
     parameters.append(json_option())

@@ -10,6 +10,7 @@ from .file import load, save
 from .interventions import MODES, ablate, injured, record_channel, restored_channel
 from .lora import export_lora, to_lora
 from .patch import BaseTensor, Patch, applied_patches
+from .stacked import stacked
 
 __all__ = [
     "MODES",
@@ -30,6 +31,7 @@ __all__ = [
     "record_channel",
     "restored_channel",
     "save",
+    "stacked",
     "to_lora",
     "undo_on_checkpoint",
 ]

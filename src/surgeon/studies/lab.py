@@ -194,11 +194,14 @@ class Lab(Desk):
         longest = getattr(self.anatomy.config, "max_position_embeddings", None)
         return None if longest is None else int(longest)
 
-    def _read(self, text: TextSettings, window: int) -> Corpus:
+    def source(self, text: TextSettings) -> tuple[str, str]:
+        """The evaluation text, whole, and its name. Raises: BadText."""
         if text.text is None:
-            source, name = heldout_text(), PATIENT_TEXT
-        else:
-            source, name = read_text(text.text), Path(text.text).name
+            return heldout_text(), PATIENT_TEXT
+        return read_text(text.text), Path(text.text).name
+
+    def _read(self, text: TextSettings, window: int) -> Corpus:
+        source, name = self.source(text)
         corpus = load_corpus(self.tokenizer, source, name, window, text.windows, text.bos)
         known = getattr(self.anatomy.config, "vocab_size", None)
         highest = int(corpus.windows.max())
@@ -219,6 +222,10 @@ class Lab(Desk):
         if leading is not None:
             settings = {study.leading: leading, **settings}
         return study.run(self, settings)
+
+    def demo(self, **settings: Any) -> Any:
+        """Find, break, repair, edit and put back; a `Demo`."""
+        return self.run("demo", **settings)
 
     def find(self, **settings: Any) -> Any:
         """Critical sets, verified against matched controls; a `FindResult`."""
@@ -257,6 +264,14 @@ class Lab(Desk):
     def edit_many(self, facts: Any = None, **settings: Any) -> Any:
         """Facts rewritten one after the other, with guard rails; an `EditsResult`."""
         return self.run("edit many", facts, **settings)
+
+    def repair(self, injury: Any = None, **settings: Any) -> Any:
+        """The patch that heals an injury, judged beside a control; a `RepairResult`."""
+        return self.run("repair", injury, **settings)
+
+    def explain(self, patches: Any = None, **settings: Any) -> Any:
+        """How patches work, the injury first, then its repair; an `Explanation`."""
+        return self.run("explain", patches, **settings)
 
     def sites(self) -> Any:
         """Every addressable weight matrix; a `SiteList`."""

@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import exp
 from typing import Any
 
-from ..measure import Behaviour, Reference, generate, mean_nll, require_causal, task_accuracy
+from ..measure import (
+    Behaviour,
+    Reference,
+    generate,
+    mean_nll,
+    perplexity,
+    require_causal,
+    task_accuracy,
+)
+from ..patch import stacked
 from ..result import Result, derived, record, result
 from ..settings import nested, setting
 from .lab import Lab, TextSettings
-from .naming import patches_of, several, stacked
-
-LARGEST_EXPONENT = 700.0  # above it exp() has no float
+from .naming import patch_names, patches_of
 
 
 @dataclass(frozen=True)
@@ -76,14 +82,14 @@ class Measurement(Result):
 
     @derived
     def ppl(self) -> float:
-        return exp(min(self.nll, LARGEST_EXPONENT))
+        return perplexity(self.nll)
 
 
 def run(lab: Lab, settings: Settings) -> Measurement:
     require_causal(lab.model)
     corpus = lab.corpus(settings.text)
     patches = patches_of(settings.patches)
-    names = [str(source) for source in several(settings.patches)]
+    names = patch_names(settings.patches)
     write = partial(
         generate,
         lab.model,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,14 +121,11 @@ def several(one: Any) -> Sequence[Any]:
     return one if isinstance(one, list | tuple) else [one]
 
 
-@contextmanager
-def _stack(anatomy: Anatomy, patches: Sequence[Patch]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for patch in patches:
-            stack.enter_context(patch.applied(anatomy))
-        yield
+def patch_name(source: Any) -> str:
+    """How a result names a patch: by its file, or by what it is."""
+    return str(source if isinstance(source, str | Path) else patch_of(source))
 
 
-def stacked(anatomy: Anatomy, patches: Sequence[Patch]) -> AbstractContextManager[None]:
-    """Within the block all of `patches` are applied, in order."""
-    return _stack(anatomy, patches)
+def patch_names(sources: Any) -> list[str]:
+    """Several names, or one."""
+    return [patch_name(source) for source in several(sources)]

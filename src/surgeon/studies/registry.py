@@ -22,15 +22,17 @@ class Study:
     """One verb.
 
     name: as it is typed. summary: its line in the help. opens: whether it works on a model, on one
-    that may be streamed, or on none. leading: the setting that a method's first argument gives.
-    positional: settings that are arguments on the command line, in order. output: what `-o` names
-    there: the file of a patch, or nothing. folder: whether it writes a run folder. seeded: whether
-    its seed changes anything.
+    that may be streamed, or on none. model: the one that it opens where none is named, if any.
+    leading: the setting that a method's first argument gives. positional: settings that are
+    arguments on the command line, in order. output: what `-o` names there: the file of a patch, the
+    run folder, or nothing. folder: whether it writes a run folder. seeded: whether its seed changes
+    anything.
     """
 
     name: str
     summary: str
     opens: str = "model"
+    model: str = ""
     leading: str = "at"
     positional: tuple[str, ...] = ()
     output: str = ""
@@ -78,10 +80,23 @@ class Study:
 
 
 _ALL = (
+    Study(
+        "demo",
+        "Find, break, repair, edit and put back: the whole story.",
+        model="patient",
+        leading="prompt",
+        output="folder",
+    ),
     Study("sites", "List every addressable weight matrix.", folder=True, seeded=False),
     Study("find", "Find critical weights, verified against matched controls.", opens="stream"),
     Study("verify", "Measure what the model loses without given weights."),
     Study("ablate", "Write an injury as a patch.", output="patch", folder=False),
+    Study(
+        "repair",
+        "Heal an injury with a patch, beside a control.",
+        leading="injury",
+        output="patch",
+    ),
     Study(
         "measure",
         "Measure likelihood and behaviour, with patches or without.",
@@ -105,6 +120,7 @@ _ALL = (
         leading="facts",
         output="patch",
     ),
+    Study("explain", "Say how a patch works.", leading="patches"),
 )
 STUDIES = {study.name: study for study in _ALL}
 
@@ -128,6 +144,7 @@ RESULTS = {
     "detect": "find:Detection",
     "verify": "find:Verification",
     "ablate": "studies.ablate:Injury",
+    "repair": "repair:RepairResult",
     "measure": "studies.measure:Measurement",
     "audit": "audit:Audit",
     "trace": "trace:TraceResult",
@@ -135,6 +152,8 @@ RESULTS = {
     "edit": "studies.edit:EditResult",
     "edit layers": "studies.edit_layers:LayerRanking",
     "edit many": "studies.edit_many:EditsResult",
+    "explain": "explain:Explanation",
+    "demo": "studies.demo:Demo",
 }
 
 

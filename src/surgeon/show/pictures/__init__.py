@@ -17,10 +17,13 @@ if TYPE_CHECKING:
     from .picture import Headline, Picture
 
 KINDS = {
+    "demo": "demo:demo",
     "find": "critical:find",
     "detect": "critical:detect",
     "verify": "critical:verify",
     "ablate": "models:injury",
+    "repair": "healing:repair",
+    "explain": "working:explain",
     "edit layers": "editing:layers",
     "edit": "editing:edit",
     "edit many": "editing:edits",

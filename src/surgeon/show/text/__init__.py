@@ -9,11 +9,13 @@ from ..console import out
 
 # the module of this package that shows each kind, and the function in it
 KINDS = {
+    "demo": "demo:print_demo",
     "find": "critical:print_find",
     "detect": "critical:print_detection",
     "verify": "critical:print_verify",
     "ablate": "models:print_injury",
     "sites": "models:print_sites",
+    "repair": "healing:print_repair",
     "measure": "models:print_measure",
     "audit": "audit:print_audit",
     "edit": "editing:print_edit",
@@ -21,6 +23,7 @@ KINDS = {
     "edit layers": "editing:print_layers",
     "trace": "editing:print_trace",
     "trace average": "editing:print_average",
+    "explain": "working:print_explanation",
 }
 
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from ...studies.ablate import Injury
 from ...studies.measure import Measurement
 from ...studies.sites import SiteList
-from ..console import out, print_table
+from ..console import out, print_table, shown
 
 
 def print_sites(result: SiteList) -> None:
@@ -36,9 +36,9 @@ def print_injury(result: Injury) -> None:
 def print_measure(result: Measurement) -> None:
     """Likelihood, tasks and generations, with the patches and without."""
     about = result.provenance
-    where = "" if about.corpus is None else f" on {escape(about.corpus.name)}"
-    patches = f" with {escape(', '.join(result.patches))}" if result.patches else ""
-    out.print(f"[bold]{escape(about.model)}[/bold]{patches}{where}, {result.tokens} tokens")
+    where = "" if about.corpus is None else f" on {shown(about.corpus.name)}"
+    patches = f" with {shown(', '.join(result.patches))}" if result.patches else ""
+    out.print(f"[bold]{shown(about.model)}[/bold]{patches}{where}, {result.tokens} tokens")
     away = ""
     if result.kl_from_base is not None and result.top1_agreement is not None:
         away = (
@@ -47,10 +47,10 @@ def print_measure(result: Measurement) -> None:
     out.print(f"NLL {result.nll:.4f}  perplexity {result.ppl:.2f}{away}")
     for name, accuracy in result.tasks.items():
         out.print(
-            f"{escape(name)}: accuracy {accuracy.base:.3f} base, {accuracy.patched:.3f} patched"
+            f"{shown(name)}: accuracy {accuracy.base:.3f} base, {accuracy.patched:.3f} patched"
         )
     for text in result.generations:
-        out.print(f"[bold]{escape(text.prompt)}[/bold]")
-        out.print(f"  base: {escape(text.base)}")
+        out.print(f"[bold]{shown(text.prompt)}[/bold]")
+        out.print(f"  base: {shown(text.base)}")
         if result.patches:
-            out.print(f"  patched: {escape(text.patched)}")
+            out.print(f"  patched: {shown(text.patched)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from made_results import edit_result
+
 from surgeon.anatomy import Entry, Region, Site
 from surgeon.explain import (
     Channel,
@@ -35,7 +37,7 @@ from surgeon.repair import (
     WindowCounts,
 )
 from surgeon.result import CorpusRecord, Provenance
-from surgeon.studies.demo import BeforeAfter, ControlPrompt, Demo, Rewritten, State
+from surgeon.studies.demo import Demo, State
 
 STATES = ("base", "broken", "patched")
 SITE = Site.parse("L0.mlp.down")
@@ -201,14 +203,11 @@ def a_demo(text: str = "text") -> Demo:
         State("without the set", 1.5, 300, False, [f"a c {text}"]),
         State("put back", 0.7, 331, True, [f"a b {text}"]),
     ]
-    edit = Rewritten(
-        text, text, "ok", 0.09, BeforeAfter(0.0, 0.99), [ControlPrompt(text, text, f"{text} b")]
-    )
     return Demo(
         find=a_finding(text),
         repair=a_repair(text),
         no_repair=None,
-        edit=edit,
+        edit=edit_result(text),
         no_edit=None,
         facts=331,
         prompts=[text],

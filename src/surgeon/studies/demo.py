@@ -10,17 +10,17 @@ import torch
 from torch import nn
 
 from ..corpus import Corpus
-from ..edit import Preparation, PrepareConfig, edit
 from ..errors import BadInput, SurgeonError
 from ..facts import Fact
 from ..find import FindResult
-from ..measure import examine, generate, mean_nll, perplexity
+from ..measure import generate, mean_nll, perplexity
 from ..patch import Patch, stacked
 from ..patients.generate import facts
 from ..patients.train import known_facts
 from ..repair import RepairConfig, RepairResult, repair
 from ..result import Result, attached, derived, record, result
 from ..settings import nested, setting
+from .edit import EditResult
 from .lab import Lab, TextSettings
 from .naming import patch_of
 from .verify import PROMPTS
@@ -86,39 +86,6 @@ class State:
         return perplexity(self.nll)
 
 
-@record
-class BeforeAfter:
-    """A probability before the edit and after it."""
-
-    before: float
-    after: float
-
-
-@record
-class ControlPrompt:
-    """What the model says next, which an edit should not change."""
-
-    prompt: str
-    before: str
-    after: str
-
-    @derived
-    def changed(self) -> bool:
-        return self.before != self.after
-
-
-@record
-class Rewritten:
-    """One fact rewritten: the forecast of the damage, P of the target, the control prompts."""
-
-    prompt: str
-    target: str
-    verdict: str
-    relative_damage: float
-    target_probability: BeforeAfter
-    controls: list[ControlPrompt]
-
-
 @result("demo")
 class Demo(Result):
     """The story. no_repair, no_edit: why a part is not there. facts: how many might be known."""
@@ -126,7 +93,7 @@ class Demo(Result):
     find: FindResult
     repair: RepairResult | None
     no_repair: str | None
-    edit: Rewritten | None
+    edit: EditResult | None
     no_edit: str | None
     facts: int | None
     prompts: list[str]
@@ -152,21 +119,21 @@ def run(lab: Lab, settings: Settings) -> Demo:
         if healed is not None:
             states.append(look.at("repaired", injury, patch_of(healed)))
 
-    rewritten, patch, no_edit = _rewritten(lab, settings)
-    if patch is not None:
-        states.append(look.at("edited", patch))
+    edited, no_edit = _rewritten(lab, settings)
+    if edited is not None:
+        states.append(look.at("edited", patch_of(edited)))
     states.append(look.at("put back"))
     return Demo(
         find=found,
         repair=healed,
         no_repair=no_repair,
-        edit=rewritten,
+        edit=edited,
         no_edit=no_edit,
         facts=len(facts()) if lab.name == PATIENT else None,
         prompts=list(look.prompts),
         states=states,
         injury=injury,
-        edit_patch=patch,
+        edit_patch=None if edited is None else edited.patch,
         provenance=lab.provenance(settings, corpus.record()),
     )
 
@@ -257,33 +224,26 @@ def _repaired(
     return replace(healed, provenance=lab.provenance(config, behind.record())), None
 
 
-def _rewritten(lab: Lab, settings: Settings) -> tuple[Rewritten | None, Patch | None, str | None]:
-    """One fact rewritten in the intact model, and the patch; or why there is none."""
+def _rewritten(lab: Lab, settings: Settings) -> tuple[EditResult | None, str | None]:
+    """One fact rewritten in the intact model; or why it is not."""
     fact = _fact(lab, settings)
     if fact is None:
-        return None, None, "no fact to rewrite was given"
-    bos = settings.text.bos
-    config = PrepareConfig(seed=settings.seed, bos=bos)
-    preparation = Preparation(lab.anatomy, lab.tokenizer, config, progress=lab.tell)
+        return None, "no fact to rewrite was given"
+    text = settings.text
     try:
-        made = edit(preparation, [fact])
+        edited: EditResult = lab.edit(
+            fact.prompt,
+            subject=fact.subject,
+            target=fact.target,
+            true=fact.answer,
+            controls=PATIENT_CONTROLS if fact == PATIENT_FACT else (),
+            no_cache=True,
+            text=text.text,
+            window=text.window,
+            windows=text.windows,
+            bos=text.bos,
+            seed=settings.seed,
+        )
     except SurgeonError as error:
-        return None, None, str(error)
-    controls = PATIENT_CONTROLS if fact == PATIENT_FACT else ()
-    ask = partial(examine, lab.model, lab.tokenizer, [fact], controls, bos=bos)
-    before = ask()
-    with made.patch.applied(lab.anatomy):
-        after = ask()
-    forecast = made.to_json()
-    rewritten = Rewritten(
-        prompt=fact.text,
-        target=str(fact.target),
-        verdict=forecast["verdict"],
-        relative_damage=forecast["relative_damage"],
-        target_probability=BeforeAfter(before.own[0].first, after.own[0].first),
-        controls=[
-            ControlPrompt(prompt, said, says)
-            for (prompt, said, _), (_, says, _) in zip(before.controls, after.controls, strict=True)
-        ],
-    )
-    return rewritten, made.patch, None
+        return None, str(error)
+    return edited, None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ...studies.demo import Demo, Rewritten
+from ...studies.demo import Demo
 from .critical import find_headline, find_pictures
+from .editing import edit_headline, edit_pictures
 from .healing import repair_headline, repair_pictures
-from .picture import Claim, Headline, Picture, Table, many
+from .picture import Headline, Picture, Table
 from .texts import generations
 
 
@@ -17,7 +18,7 @@ def demo_headline(result: Demo) -> Headline:
     if result.repair is not None:
         claims += repair_headline(result.repair).claims
     if result.edit is not None:
-        claims.append(_edit_claim(result.edit))
+        claims += edit_headline(result.edit).claims
     return Headline(first.sentence, claims)
 
 
@@ -34,7 +35,7 @@ def demo_pictures(result: Demo) -> Iterator[Picture]:
     if result.repair is not None:
         yield from repair_pictures(result.repair)
     if result.edit is not None:
-        yield _edit(result.edit)
+        yield from edit_pictures(result.edit)
 
 
 def _states(result: Demo) -> Picture:
@@ -72,28 +73,3 @@ def _states(result: Demo) -> Picture:
             ],
         ),
     )
-
-
-def _edit(edit: Rewritten) -> Picture:
-    p, changed = edit.target_probability, sum(control.changed for control in edit.controls)
-    return Picture(
-        "An edit and its forecast",
-        f"“{edit.prompt}” … “{edit.target}”: its probability goes from {p.before:.3f} to"
-        f" {p.after:.3f}; {changed} of {many(len(edit.controls), 'control prompt')} changed",
-        f"Forecast: {edit.verdict}. The layer's output changes by {edit.relative_damage:.1%} on"
-        " ordinary text. Control prompts are about something else, and should be answered as"
-        " before.",
-        shown=Table(
-            ("control prompt", "before", "after"),
-            [(control.prompt, control.before, control.after) for control in edit.controls],
-        ),
-    )
-
-
-def _edit_claim(edit: Rewritten) -> Claim:
-    p, changed = edit.target_probability, sum(control.changed for control in edit.controls)
-    beside = "no control prompts were given"
-    if edit.controls:
-        beside = f"{changed} of {many(len(edit.controls), 'control prompt')} changed"
-    said = f"probability of the new answer, {p.before:.3f} before"
-    return Claim("patched", f"{p.after:.3f}", said, beside)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from rich.table import Table
 
 from ...repair import RepairResult
-from ...studies.demo import Demo, Rewritten, State
+from ...studies.demo import Demo, State
+from ...studies.edit import EditResult
 from ..console import out, print_table, shown
 from .critical import print_find
 
@@ -53,12 +54,12 @@ def _print_repair(repair: RepairResult) -> None:
     )
 
 
-def _print_edit(edit: Rewritten) -> None:
-    p = edit.target_probability
+def _print_edit(edit: EditResult) -> None:
+    fact, p, forecast = edit.scorecard.facts[0], edit.target_probability, edit.preflight
     out.print(
-        f"The edit: {shown(edit.prompt)} [bold]{shown(edit.target)}[/bold], P from {p.before:.4f}"
-        f" to {p.after:.4f}; forecast {edit.verdict}, the layer's output changes by"
-        f" {edit.relative_damage:.1%} on ordinary text"
+        f"The edit: {shown(fact.prompt)} [bold]{shown(str(fact.target))}[/bold], P from"
+        f" {p.before:.4f} to {p.after:.4f}; forecast {forecast.verdict}, the layer's output changes"
+        f" by {forecast.relative_damage:.1%} on ordinary text"
     )
     if edit.controls:
         changed = sum(control.changed for control in edit.controls)

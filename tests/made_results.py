@@ -55,9 +55,7 @@ def controls(text: str) -> Controls:
 def find_result(text: str = "text") -> FindResult:
     entries = [CriticalEntry(Entry(DOWN, 3, col), -2.5, 0.4, 7) for col in (5, 6)]
     damage = SetDamage(0.75, [0.5, 0.25], [0.1, 0.2], (0.6, 0.9), 0.0476, None, 500, 1.0, 8)
-    critical = CriticalSet(
-        [3], [[2.0, 9.0, 8.0]], 1.0, entries, damage, controls(text), True, text
-    )
+    critical = CriticalSet([3], [[2.0, 9.0, 8.0]], 1.0, entries, damage, controls(text), True, text)
     return FindResult(
         [critical],
         [Rejection(text, text, height=12.0, entries=8, joint_nats=0.04)],
@@ -104,10 +102,13 @@ def injury(text: str = "text") -> Injury:
 def measurement(text: str = "text") -> Measurement:
     return Measurement(
         patches=[text],
+        at=[],
+        mode=None,
         nll=0.8,
         tokens=500,
         kl_from_base=0.1,
         top1_agreement=0.9,
+        base_nll=0.7,
         generations=[Generation(text, text, f"{text} {text}")],
         loop_rate=0.0,
         tasks={text: TaskAccuracy(0.5, 0.4)},

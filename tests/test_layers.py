@@ -11,6 +11,7 @@ FLOORS = [
     {"result", "progress"},
     {"patients"},
     {"corpus"},
+    {"documents"},
     {"subject"},
     {"facts"},
     {"tap"},

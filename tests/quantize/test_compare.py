@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from surgeon import Anatomy, Entry, Reference, load_model, mean_nll
+from surgeon import Anatomy, Entry, load_model, mean_nll
 from surgeon.quantize import (
     METHODS,
     Block,

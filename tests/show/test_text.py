@@ -38,8 +38,9 @@ def test_find_says_the_verdict_and_its_rule(printed):
 
 def test_none_found_names_the_tallest_channel_and_the_bar(printed):
     text = printed(replace(find_result("model"), sets=[]))
-    assert "None found: the tallest channel is 12.0 times the median (layer 1; the bar is 4.0)." in (
-        text
+    assert (
+        "None found: the tallest channel is 12.0 times the median (layer 1; the bar is 4.0)."
+        in (text)
     )
     assert "Verdict" not in text
 
@@ -64,7 +65,9 @@ def test_detection_says_that_nothing_was_measured(printed):
 
 
 def test_without_patches_there_is_nothing_to_compare_with(printed):
-    alone = replace(measurement("m"), patches=[], kl_from_base=None, top1_agreement=None)
+    alone = replace(
+        measurement("m"), patches=[], kl_from_base=None, top1_agreement=None, base_nll=None
+    )
     assert "KL from base" not in printed(alone)
     assert "patched:" not in printed(alone)
     assert "KL from base 0.1000  top-1 agreement 0.900" in printed(measurement("m"))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 import click
 
+from ..errors import spelled
 from ..settings import Setting, settings_of
 
 
@@ -18,9 +19,9 @@ def flag(one: Setting) -> str:
 
 def options_of(config: Any, positional: Sequence[str] = ()) -> list[click.Parameter]:
     """An option for each setting of a settings class, or an argument for the `positional` ones."""
-    return [
-        _argument(one) if one.name in positional else _option(one) for one in settings_of(config)
-    ]
+    known = settings_of(config)
+    flags = {one.name: flag(one) for one in known}
+    return [_argument(one) if one.name in positional else _option(one, flags) for one in known]
 
 
 def given_by(context: click.Context, names: Iterable[str]) -> dict[str, Any]:
@@ -48,7 +49,7 @@ class GroupedOption(click.Option):
     group = ""
 
 
-def _option(one: Setting) -> click.Option:
+def _option(one: Setting, flags: Mapping[str, str]) -> click.Option:
     declared = one.declaration
     kind = _plain_kind(one)
     names = [one.name, flag(one)]
@@ -56,7 +57,9 @@ def _option(one: Setting) -> click.Option:
         names.append(declared.short)
     if kind is bool:
         switch = [one.name, _switch(one)]
-        option = GroupedOption(switch, is_flag=True, default=one.default, help=_sentence(one))
+        option = GroupedOption(
+            switch, is_flag=True, default=one.default, help=_sentence(one, flags)
+        )
     else:
         many = declared.many or _is_list(one)
         option = GroupedOption(
@@ -67,7 +70,7 @@ def _option(one: Setting) -> click.Option:
             multiple=many,
             metavar=declared.metavar,
             show_default=not (one.required or many or one.default is None),
-            help=_sentence(one),
+            help=_sentence(one, flags),
         )
     option.group = declared.group
     return option
@@ -107,9 +110,9 @@ def _is_list(one: Setting) -> bool:
     return any(get_origin(option) is tuple for option in _options(one.kind))
 
 
-def _sentence(one: Setting) -> str:
+def _sentence(one: Setting, flags: Mapping[str, str]) -> str:
     """The help of a setting as a sentence; that it can be given again, where it can."""
-    text = one.declaration.help
+    text = spelled(one.declaration.help, lambda name: flags[name])
     first = text[:1] if text.startswith(("auto", "lm-")) else text[:1].upper()
     text = first + text[1:]
     again = "; again for several" if one.declaration.many or _is_list(one) else ""

@@ -14,8 +14,17 @@ from ..errors import BadInput, SurgeonError
 from ..progress import progress_bar
 from ..settings import settings_of
 from ..show.console import err
-from ..studies.registry import Study
-from .deliver import command_line, deliver, folder_option, json_option, run_folder
+from ..studies.desk import Desk
+from ..studies.registry import STUDIES, Study
+from .deliver import (
+    command_line,
+    csv_option,
+    deliver,
+    folder_option,
+    json_option,
+    print_csv,
+    run_folder,
+)
 from .options import GroupedCommand, GroupedOption, flag, given_by, options_of
 
 
@@ -32,29 +41,47 @@ def command_of(study: Study) -> click.Command:
     if study.folder:
         parameters.append(folder_option())
     parameters.append(json_option())
+    if study.csv:
+        parameters.append(csv_option())
     return GroupedCommand(
-        study.name.rpartition(" ")[2],
+        study.name,
         params=parameters,
         callback=click.pass_context(functools.partial(_run, study)),
         help=study.settings.__doc__,
         short_help=study.summary,
+        epilog=_others(study),
     )
+
+
+def _others(study: Study) -> str | None:
+    """The verbs of two words that begin with this one's name."""
+    others = [one for one in STUDIES.values() if one.name.startswith(f"{study.name} ")]
+    return "\n\n".join(f"Also surgeon {one.name}: {one.summary}" for one in others) or None
 
 
 def _run(study: Study, context: click.Context, /, **values: Any) -> None:
     with _spelled(study):
         folder = run_folder(values.get("folder"))
-        output = values.get("output")
+        output = values["output"] if study.output else None
         _check_place(output)
+        if values["as_json"] and values.get("as_csv"):
+            raise BadInput("give ‹csv› or ‹json›, not both.")
         given = given_by(context, [one.name for one in settings_of(study.settings)])
         study.configured(given)  # what cannot be is said before a model is opened
         with progress_bar(err) as tell:
-            lab = None
+            desk = Desk()
             if study.opens:
-                lab = _open(study, context, values["model"], bool(given.get("detect_only")))
-                lab.listen(tell)
-            result = study.run(lab, given, command_line())
-        deliver(result, values["as_json"], folder, None if output is None else Path(output))
+                desk = _open(study, context, values["model"], bool(given.get("detect_only")))
+            desk.listen(tell)
+            result = study.run(desk, given, command_line())
+        if values.get("as_csv"):
+            print_csv(result)
+        else:
+            deliver(result, values["as_json"], folder, None if output is None else Path(output))
+        if result.warning is not None and not values["as_json"]:
+            click.echo(f"surgeon: {result.warning}", err=True)
+        if result.failure is not None:
+            raise SurgeonError(result.failure)
 
 
 def _open(study: Study, context: click.Context, model: str, detect_only: bool) -> Any:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,10 +25,10 @@ from ..cells.checkpoint import holds_cells, load_cells
 from ..corpus import BOS_POLICIES, DEFAULT_WINDOW, Corpus, load_corpus, read_text
 from ..errors import BadInput, SurgeonError, UnknownArchitecture
 from ..patients import heldout_text
-from ..progress import Tell, silent
-from ..result import CorpusRecord, Provenance
-from ..settings import setting, values_of
+from ..progress import Tell
+from ..settings import setting
 from . import registry
+from .desk import Desk
 
 T = TypeVar("T")
 PATIENT_TEXT = "patient-heldout"
@@ -80,7 +79,7 @@ class TextSettings:
     )
 
 
-class Lab:
+class Lab(Desk):
     """A model to operate on; make one with `surgeon.open`.
 
     >>> import surgeon
@@ -90,18 +89,17 @@ class Lab:
     """
 
     def __init__(self, loaded: Loaded, anatomy: Anatomy) -> None:
+        super().__init__()
         self.loaded, self.anatomy = loaded, anatomy
-        self.tell: Tell = silent
         self._kept: dict[Hashable, Any] = {}
 
     def listen(self, tell: Tell) -> None:
-        """Have all that follows tell where it is."""
-        self.tell = tell
+        super().listen(tell)
         if isinstance(self.anatomy, StreamedAnatomy):
             self.anatomy.tell = partial(tell, "block")
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         return self.loaded.name
 
     @property
@@ -109,7 +107,7 @@ class Lab:
         return self.loaded.model
 
     @property
-    def fingerprint(self) -> str | None:
+    def fingerprint(self) -> str | None:  # type: ignore[override]
         return self.loaded.fingerprint or None
 
     @property
@@ -167,17 +165,6 @@ class Lab:
                 " the tokenizer belongs to another model."
             )
         return corpus
-
-    def provenance(self, settings: Any, corpus: CorpusRecord | None = None) -> Provenance:
-        """Of what a result with these settings is."""
-        return Provenance(
-            model=self.name,
-            fingerprint=self.fingerprint,
-            corpus=corpus,
-            settings=values_of(settings),
-            seed=values_of(settings).get("seed"),
-            surgeon=version("weight-surgeon"),
-        )
 
     def run(self, verb: str, leading: Any = None, /, **settings: Any) -> Any:
         """The result of a verb, by its name, with its settings by theirs.

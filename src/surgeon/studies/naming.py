@@ -109,8 +109,21 @@ def patch_of(source: Any) -> Patch:
 
 def patches_of(sources: Any) -> list[Patch]:
     """Several patches, or one."""
-    several = sources if isinstance(sources, list | tuple) else [sources]
-    return [patch_of(source) for source in several]
+    return [patch_of(source) for source in _several(sources)]
+
+
+def patch_name(source: Any) -> str:
+    """How a result names a patch: by its file, or by what it is."""
+    return str(source if isinstance(source, str | Path) else patch_of(source))
+
+
+def patch_names(sources: Any) -> list[str]:
+    """Several names, or one."""
+    return [patch_name(source) for source in _several(sources)]
+
+
+def _several(sources: Any) -> Sequence[Any]:
+    return sources if isinstance(sources, list | tuple) else [sources]
 
 
 @contextmanager

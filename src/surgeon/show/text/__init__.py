@@ -15,6 +15,13 @@ KINDS = {
     "ablate": "models:print_injury",
     "sites": "models:print_sites",
     "measure": "models:print_measure",
+    "sweep": "sweeps:print_sweep",
+    "sweep table": "sweeps:print_sweep_table",
+    "apply": "files:print_applied",
+    "undo": "files:print_undone",
+    "export": "files:print_exported",
+    "index": "index:print_index",
+    "index verify": "index:print_index_check",
 }
 
 

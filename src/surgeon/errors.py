@@ -9,6 +9,11 @@ from collections.abc import Callable
 _SETTING = re.compile(r"‹(\w+)›")
 
 
+def spelled(text: str, spelling: Callable[[str], str]) -> str:
+    """The text with every ‹setting› as `spelling` has it."""
+    return _SETTING.sub(lambda setting: spelling(setting[1]), text)
+
+
 class SurgeonError(Exception):
     """The operation failed.
 
@@ -26,7 +31,7 @@ class SurgeonError(Exception):
         >>> BadInput("‹new_tokens› is 0; use at least 1.").said(lambda name: f"the field {name}")
         'the field new_tokens is 0; use at least 1.'
         """
-        return _SETTING.sub(lambda setting: spelling(setting[1]), super().__str__())
+        return spelled(super().__str__(), spelling)
 
     def __str__(self) -> str:
         return self.said(lambda name: name)

@@ -161,6 +161,16 @@ class Result:
             raise MissingExtra("a data frame", "report") from error
         return pandas.DataFrame(rows)
 
+    @property
+    def warning(self) -> str | None:
+        """A sentence for stderr beside the result, where there is one."""
+        return None
+
+    @property
+    def failure(self) -> str | None:
+        """Why the command that shows this result ends with status 1; None if it does not."""
+        return None
+
     def made(self: R, **provenance: Any) -> R:
         """A copy with these parts of its provenance."""
         return replace(self, provenance=replace(self.provenance, **provenance))

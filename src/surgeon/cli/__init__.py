@@ -20,13 +20,8 @@ INTERRUPTED = 1
 OTHERS = {
     "quantize": ("quantize", "Round to few bits with the critical weights held out."),
     "cells": ("cells", "The same for models of gene expression."),
-    "apply": ("apply", "Write a checkpoint with patches applied."),
-    "undo": ("undo", "Write a checkpoint with a patch taken off."),
-    "export": ("export", "Write a patch as a PEFT LoRA adapter."),
-    "index": ("index", "List the published super weights, or check a model for them."),
     "report": ("report", "Make one self-contained page of a run folder."),
     "run": ("recipes", "Run a recipe: published figures beside the measured ones."),
-    "sweep": ("sweep", "Run many models, operations and seeds; resumable."),
 }
 ORDER = (
     *("demo", "sites", "find", "verify", "ablate", "repair", "measure", "explain", "trace", "edit"),
@@ -52,7 +47,7 @@ class Surgeon(click.Group):
         return command
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        summaries = {name: study.summary for name, study in STUDIES.items()}
+        summaries: dict[str, str] = {name: study.summary for name, study in STUDIES.items()}
         summaries |= {name: summary for name, (_, summary) in OTHERS.items()}
         with formatter.section("Commands"):
             formatter.write_dl([(name, summaries[name]) for name in ORDER])
@@ -60,6 +55,10 @@ class Surgeon(click.Group):
     def resolve_command(
         self, context: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        # a verb of two words, like `sweep table`, is no option or argument of the first one's
+        both = " ".join(args[:2])
+        if both in STUDIES:
+            return both, self.get_command(context, both), args[2:]
         if args[0] not in ORDER and not args[0].startswith("-"):
             near = get_close_matches(args[0], ORDER, n=1)
             guess = f" Did you mean {near[0]}?" if near else " `surgeon --help` lists them."

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shlex
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,10 @@ def folder_option(*short: str) -> click.Option:
     return _option("folder", "--folder", text, *short, metavar="DIR")
 
 
+def csv_option() -> click.Option:
+    return _option("as_csv", "--csv", "Print the table as CSV.", is_flag=True)
+
+
 def _option(name: str, spelling: str, text: str, *short: str, **more: Any) -> click.Option:
     option = GroupedOption([name, *short, spelling], help=text, **more)
     option.group = "Output"
@@ -55,6 +61,15 @@ def command_line() -> str | None:
 
 def to_text(document: Mapping[str, Any]) -> str:
     return json.dumps(document, indent=2, allow_nan=False)
+
+
+def print_csv(result: Result) -> None:
+    """The rows of a result that is a table."""
+    rows = result.rows()
+    names = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows([[row.get(name) for name in names] for row in rows])
 
 
 def print_json(document: Mapping[str, Any]) -> None:

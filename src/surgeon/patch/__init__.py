@@ -7,7 +7,7 @@ from .checkpoint import apply_to_checkpoint, undo_on_checkpoint
 from .compose import compose
 from .deltas import Delta, EntriesDelta, LineDelta, LowRankDelta
 from .file import load, save
-from .interventions import MODES, ablate, injured, record_channel, restored_channel
+from .interventions import MODES, ablate, injured, known_mode, record_channel, restored_channel
 from .lora import export_lora, to_lora
 from .patch import BaseTensor, Patch, applied_patches
 from .stacked import stacked
@@ -27,6 +27,7 @@ __all__ = [
     "compose",
     "export_lora",
     "injured",
+    "known_mode",
     "load",
     "record_channel",
     "restored_channel",

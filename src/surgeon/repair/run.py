@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from math import cos, inf, pi
 from pathlib import Path
@@ -25,8 +24,9 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .. import files
 from ..anatomy import Anatomy, digest
-from ..errors import BadInput, SurgeonError
+from ..errors import BadInput
 from ..patch import Patch
 from ..patch.deltas import wide
 from ..result import record
@@ -259,18 +259,8 @@ class Run:
             state = self.optimizer.state.get(tensor, {})
             tensors |= {f"{i}.value": tensor.detach().cpu(), f"{i}.best": self.best[i].cpu()}
             tensors |= {f"{i}.{name}": state[name].cpu() for name in MOMENTS if name in state}
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            part.write_bytes(
-                safetensors.torch.save(tensors, {"surgeon": json.dumps(self._state())})
-            )
-            os.replace(part, path)
-        except OSError as error:
-            raise SurgeonError(
-                f"cannot write the checkpoint {path}: {error.strerror}; choose another place."
-            ) from error
-        finally:
-            part.unlink(missing_ok=True)
+        raw = safetensors.torch.save(tensors, {"surgeon": json.dumps(self._state())})
+        files.write_bytes(path, raw)
 
     def _read(self, path: Path) -> None:
         try:

@@ -15,7 +15,8 @@ from ..find.index import Published, records_of, records_shaped
 from ..find.verify import entries_of
 from ..patch import Patch
 from ..settings import nested, setting
-from .lab import Desk, TextSettings
+from .desk import Desk
+from .lab import TextSettings
 from .naming import patches_of, regions_of, several, vital_sets
 from .pair import Pair
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,10 +25,10 @@ from ..cells.checkpoint import holds_cells, load_cells
 from ..corpus import BOS_POLICIES, DEFAULT_WINDOW, Corpus, load_corpus, read_text
 from ..errors import BadInput, SurgeonError, UnknownArchitecture
 from ..patients import heldout_text
-from ..progress import Tell, silent
-from ..result import CorpusRecord, Provenance
-from ..settings import setting, values_of
+from ..progress import Tell
+from ..settings import setting
 from . import registry
+from .desk import Desk
 
 T = TypeVar("T")
 PATIENT_TEXT = "patient-heldout"
@@ -86,42 +85,6 @@ class TextSettings(PromptSettings):
     windows: int | None = setting(None, "use the first N windows; not given: all", group="Text")
 
 
-class Desk:
-    """Where a study works that opens no model, or opens its own: it tells where it is, and says how
-    its results were made.
-
-    opened_by: the name that a model was opened by; None where there is none.
-    """
-
-    def __init__(self, opened_by: str | None = None) -> None:
-        self.opened_by = opened_by
-        self.tell: Tell = silent
-
-    def listen(self, tell: Tell) -> None:
-        """Have all that follows tell where it is."""
-        self.tell = tell
-
-    @property
-    def name(self) -> str:
-        return ""
-
-    @property
-    def fingerprint(self) -> str | None:
-        return None
-
-    def provenance(self, settings: Any, corpus: CorpusRecord | None = None) -> Provenance:
-        """Of what a result with these settings is."""
-        values = values_of(settings)
-        return Provenance(
-            model=self.name,
-            fingerprint=self.fingerprint,
-            corpus=corpus,
-            settings=values,
-            seed=values.get("seed"),
-            surgeon=version("weight-surgeon"),
-        )
-
-
 class Lab(Desk):
     """A model to operate on; make one with `surgeon.open`.
 
@@ -142,7 +105,7 @@ class Lab(Desk):
             self.anatomy.tell = partial(tell, "block")
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         return self.loaded.name
 
     @property
@@ -150,7 +113,7 @@ class Lab(Desk):
         return self.loaded.model
 
     @property
-    def fingerprint(self) -> str | None:
+    def fingerprint(self) -> str | None:  # type: ignore[override]
         return self.loaded.fingerprint or None
 
     @property

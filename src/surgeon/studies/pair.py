@@ -34,7 +34,8 @@ from ..patch import load
 from ..quantize.formats.packing import pieces
 from ..quantize.formats.sidecar_loader import CORRECTION, METHOD, PARTS, SidecarConfig
 from .cell_patches import CellWeights
-from .lab import Desk, Lab, TextSettings, open_lab
+from .desk import Desk
+from .lab import Lab, TextSettings, open_lab
 
 _SHARE_OF_MEMORY = 0.5  # of what is free; a larger BASE is read block by block
 

@@ -15,6 +15,7 @@ from typing import Any
 from ..errors import BadInput
 from ..result import Result
 from ..settings import configured, nearest
+from .desk import Desk
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Study:
     that may be streamed, or on none. model: the one that it opens where none is named, if any.
     leading: the setting that a method's first argument gives. positional: settings that are
     arguments on the command line, in order. output: what `-o` names there: the file of a patch, the
-    run folder, or nothing. folder: whether it writes a run folder. seeded: whether its seed changes
-    anything.
+    run folder, or nothing. folder: whether it writes a run folder. csv: whether it can be printed
+    as CSV. seeded: whether its seed changes anything.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Study:
     positional: tuple[str, ...] = ()
     output: str = ""
     folder: bool = True
+    csv: bool = False
     seeded: bool = True
 
     @property
@@ -76,7 +78,9 @@ class Study:
     def _call(self, settings: Mapping[str, Any], given: Mapping[str, Any]) -> str:
         """The call that makes the result again; its settings as the result records them."""
         words = [f"{name}={settings.get(name, given[name])!r}" for name in given]
-        return f"lab.{self.name.replace(' ', '_')}({', '.join(words)})"
+        if self.opens:
+            return f"lab.{self.name.replace(' ', '_')}({', '.join(words)})"
+        return f"surgeon.run({', '.join([repr(self.name), *words])})"
 
 
 _ALL = (
@@ -121,6 +125,50 @@ _ALL = (
         output="patch",
     ),
     Study("explain", "Say how a patch works.", leading="patches"),
+    Study(
+        "sweep",
+        "Run many models, verbs and seeds; resumable.",
+        opens="",
+        positional=("plan",),
+        folder=False,
+    ),
+    Study(
+        "sweep table",
+        "The results of a sweep as a table.",
+        opens="",
+        positional=("directory",),
+        folder=False,
+        csv=True,
+    ),
+    Study(
+        "apply",
+        "Write a checkpoint with patches applied.",
+        opens="",
+        positional=("model",),
+        folder=False,
+    ),
+    Study(
+        "undo",
+        "Write a checkpoint with a patch taken off.",
+        opens="",
+        positional=("model",),
+        folder=False,
+    ),
+    Study(
+        "export",
+        "Write a patch as a PEFT LoRA adapter.",
+        opens="",
+        positional=("patch",),
+        folder=False,
+    ),
+    Study("index", "List the published super weights.", opens="", folder=False),
+    Study(
+        "index verify",
+        "Compare the published super weights with a model.",
+        opens="",
+        positional=("model",),
+        folder=False,
+    ),
 )
 STUDIES = {study.name: study for study in _ALL}
 
@@ -135,6 +183,18 @@ def study_named(name: str) -> Study:
     if name not in STUDIES:
         raise BadInput(f"{name} is no verb{nearest(name, STUDIES)}")
     return STUDIES[name]
+
+
+def run(verb: str, /, **settings: Any) -> Any:
+    """The result of a verb that opens no model, like `surgeon.run("index")`.
+
+    Raises: BadInput for a verb that there is not, or a setting it does not have.
+    """
+    study = study_named(verb)
+    if study.opens:
+        method = verb.replace(" ", "_")
+        raise BadInput(f"{verb} works on a model; use surgeon.open(MODEL).{method}(...).")
+    return study.run(Desk(), settings)
 
 
 # where the class of each kind of result is, from the package's root
@@ -154,6 +214,13 @@ RESULTS = {
     "edit many": "studies.edit_many:EditsResult",
     "explain": "explain:Explanation",
     "demo": "studies.demo:Demo",
+    "sweep": "studies.sweep:SweepResult",
+    "sweep table": "studies.sweep_table:SweepTable",
+    "apply": "studies.apply:Applied",
+    "undo": "studies.undo:Undone",
+    "export": "studies.export:Exported",
+    "index": "studies.index:Index",
+    "index verify": "studies.index_verify:IndexCheck",
 }
 
 

@@ -24,6 +24,13 @@ KINDS = {
     "trace": "editing:print_trace",
     "trace average": "editing:print_average",
     "explain": "working:print_explanation",
+    "sweep": "sweeps:print_sweep",
+    "sweep table": "sweeps:print_sweep_table",
+    "apply": "files:print_applied",
+    "undo": "files:print_undone",
+    "export": "files:print_exported",
+    "index": "index:print_index",
+    "index verify": "index:print_index_check",
 }
 
 

@@ -4,7 +4,7 @@ A message names a setting as ‹name›, since Python, YAML and the command line
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 _SETTING = re.compile(r"‹(\w+)›")
 
@@ -24,6 +24,7 @@ class SurgeonError(Exception):
     """
 
     exit_status = 1
+    spelled: Mapping[str, str] = {}  # how a face spells settings, where it knows; see `said`
 
     def said(self, spelling: Callable[[str], str]) -> str:
         """The message, with every setting as its caller spells it.

@@ -93,7 +93,7 @@ def _run(study: Study, context: click.Context, /, **values: Any) -> None:
 
 def _open(study: Study, context: click.Context, model: str | None, detect_only: bool) -> Any:
     """The lab of the model; a desk without one for a study that opens none, or its own."""
-    if not study.opens:
+    if not study.opens or model is None:
         return Desk()
     from ..studies.lab import open_lab
 

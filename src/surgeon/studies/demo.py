@@ -235,7 +235,7 @@ def _rewritten(lab: Lab, settings: Settings) -> tuple[EditResult | None, str | N
             fact.prompt,
             subject=fact.subject,
             target=fact.target,
-            true=fact.answer,
+            true=fact.true,
             controls=PATIENT_CONTROLS if fact == PATIENT_FACT else (),
             no_cache=True,
             text=text.text,

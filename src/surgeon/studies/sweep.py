@@ -151,7 +151,7 @@ def _work(desk: Desk, settings: Settings, store: Store, tasks: Sequence[Task]) -
 
 
 def _engine(settings: Settings) -> Callable[[int], Crew]:
-    size = {"workers": settings.workers, "threads": settings.threads}
+    size: dict[str, Any] = {"workers": settings.workers, "threads": settings.threads}
     if settings.engine == "local":
         return partial(LocalCrew, __name__, **size)
     return partial(RayCrew, __name__, **size, address=settings.address, gpus=settings.gpus)

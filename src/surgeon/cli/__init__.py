@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from difflib import get_close_matches
 
 import click
@@ -116,10 +117,9 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _spelling(error: SurgeonError):  # type: ignore[no-untyped-def]
+def _spelling(error: SurgeonError) -> Callable[[str], str]:
     """How the command that failed spells its settings."""
-    known = getattr(error, "spelled", {})
-    return lambda name: known.get(name, "--" + name.replace("_", "-"))
+    return lambda name: error.spelled.get(name, "--" + name.replace("_", "-"))
 
 
 def _out_of_memory(error: Exception) -> bool:

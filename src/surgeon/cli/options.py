@@ -8,7 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import click
 
-from ..errors import spelled
+from ..errors import spell
 from ..settings import Setting, settings_of
 
 
@@ -112,7 +112,7 @@ def _is_list(one: Setting) -> bool:
 
 def _sentence(one: Setting, flags: Mapping[str, str]) -> str:
     """The help of a setting as a sentence; that it can be given again, where it can."""
-    text = spelled(one.declaration.help, lambda name: flags[name])
+    text = spell(one.declaration.help, lambda name: flags[name])
     first = text[:1] if text.startswith(("auto", "lm-")) else text[:1].upper()
     text = first + text[1:]
     again = "; again for several" if one.declaration.many or _is_list(one) else ""

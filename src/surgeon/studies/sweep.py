@@ -151,7 +151,14 @@ def _work(desk: Desk, settings: Settings, store: Store, tasks: Sequence[Task]) -
 
 
 def _engine(settings: Settings) -> Callable[[int], Crew]:
-    size = {"workers": settings.workers, "threads": settings.threads}
+    workers, threads = settings.workers, settings.threads
     if settings.engine == "local":
-        return partial(LocalCrew, __name__, **size)
-    return partial(RayCrew, __name__, **size, address=settings.address, gpus=settings.gpus)
+        return partial(LocalCrew, __name__, workers=workers, threads=threads)
+    return partial(
+        RayCrew,
+        __name__,
+        workers=workers,
+        threads=threads,
+        address=settings.address,
+        gpus=settings.gpus,
+    )

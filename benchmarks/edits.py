@@ -18,6 +18,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,19 @@ from surgeon.edit import (
     optimise,
 )
 from surgeon.facts import Fact
-from surgeon.measure import Scorecard, ScoreConfig, continuations, examine
+from surgeon.measure import (
+    Examination,
+    Scorecard,
+    ScoreConfig,
+    continuations,
+    examine,
+    scorecard,
+)
 from surgeon.measure.likelihood import batches
 from surgeon.patch import applied_patches
 from surgeon.patients import heldout_text
 
-EDIT = sys.modules["surgeon.edit.edit"]  # the package's name for it is the function's
+EDIT = sys.modules["surgeon.edit.editors"]
 LIGHT = ScoreConfig(new_tokens=1, confabulation=())
 NEIGHBOURS, PARAPHRASES = 8, 4
 
@@ -81,27 +89,43 @@ def known_facts(anatomy: Anatomy, tokenizer: Any, path: Path, count: int) -> lis
     return facts
 
 
+@dataclass(frozen=True)
+class Scored:
+    """An edit's scorecard, and the edited model's answers."""
+
+    card: Scorecard
+    after: Examination
+
+    @property
+    def nll_change(self) -> float:
+        return 0.0 if self.card.nll is None else self.card.nll.after - self.card.nll.before
+
+
+def scored(before: Examination, after: Examination) -> Scored:
+    return Scored(scorecard(before, after), after)
+
+
 def summary(
-    cards: Sequence[Scorecard], seconds: float, edits: int, extra: dict[str, Any]
+    edited: Sequence[Scored], seconds: float, edits: int, extra: dict[str, Any]
 ) -> dict[str, Any]:
-    """Means over cards, each weighted by its prompts."""
+    """Means over edits, each weighted by its prompts."""
+    cards = [one.card for one in edited]
+    own = [answer for one in edited for answer in one.after.own]
 
     def mean(name: str, field: str) -> float:
         shares = [getattr(c, name) for c in cards]
         return sum(getattr(s, field) * s.prompts for s in shares) / sum(s.prompts for s in shares)
 
-    known, kept = (sum(c.kept[i] for c in cards) for i in (0, 1))
-    nll = [(c.before.nll, c.after.nll) for c in cards]
+    known = sum(card.neighbours_known_before for card in cards)
+    kept = sum(card.neighbours_kept for card in cards)
     return {
         "edits": edits,
         "efficacy": mean("efficacy", "after"),
-        "p_target": (
-            sum(a.target for c in cards for a in c.after.own) / sum(len(c.after.own) for c in cards)
-        ),
+        "p_target": sum(answer.target for answer in own) / len(own),
         "paraphrase": mean("paraphrase", "after"),
         "neighbourhood": mean("neighbourhood", "after"),
         "neighbours_kept": kept / known,
-        "nll_change": sum(b - a for a, b in nll if a is not None and b is not None) / len(nll),
+        "nll_change": sum(one.nll_change for one in edited) / len(edited),
         "seconds_per_edit": seconds / edits,
         **extra,
     }
@@ -152,7 +176,7 @@ def in_context(
     anatomy: Anatomy, tokenizer: Any, facts: Sequence[Fact], corpus: Corpus
 ) -> dict[str, Any]:
     """The new fact as a sentence before every prompt."""
-    cards = []
+    edited = []
     for fact in facts:
         said = f"{fact.text} {fact.target}. "
         told = Fact(
@@ -168,8 +192,8 @@ def in_context(
             examine(anatomy.model, tokenizer, [f], corpus=corpus, config=LIGHT)
             for f in (fact, told)
         )
-        cards.append(Scorecard(before, after, LIGHT))
-    return summary(cards, 0.0, len(facts), {})
+        edited.append(scored(before, after))
+    return summary(edited, 0.0, len(facts), {})
 
 
 def single(
@@ -179,25 +203,19 @@ def single(
     neighbours it lost.
     """
     anatomy, tokenizer = preparation.anatomy, preparation.tokenizer
-    cards, points, seconds = [], [], 0.0
+    edited, points, seconds = [], [], 0.0
     EDIT.optimise.saved = 0.0
     for fact in facts:
         before = examine(anatomy.model, tokenizer, [fact], corpus=corpus, config=LIGHT)
         made = edit(preparation, [fact], EditConfig(method=method))
         seconds += made.seconds
         with made.patch.applied(anatomy):
-            cards.append(
-                Scorecard(
-                    before,
-                    examine(anatomy.model, tokenizer, [fact], corpus=corpus, config=LIGHT),
-                    LIGHT,
-                )
-            )
-        known, kept = cards[-1].kept
-        worst = max(f.relative_damage for f in made.layers)
-        ratio = max(f.update_norm_ratio for f in made.layers)
-        nll = (cards[-1].after.nll or 0.0) - (cards[-1].before.nll or 0.0)
-        points.append([worst, ratio, float(known), float(kept), nll])
+            after = examine(anatomy.model, tokenizer, [fact], corpus=corpus, config=LIGHT)
+        edited.append(scored(before, after))
+        flight, card = made.preflight, edited[-1].card
+        known, kept = float(card.neighbours_known_before), float(card.neighbours_kept)
+        nll = edited[-1].nll_change
+        points.append([flight.relative_damage, flight.update_norm_ratio, known, kept, nll])
     damage = sorted(p[0] for p in points)
     ratios = sorted(p[1] for p in points)
     middle = len(points) // 2
@@ -206,7 +224,7 @@ def single(
         "relative_damage_max": damage[-1],
         "update_norm_ratio_median": ratios[middle],
     }
-    return summary(cards, seconds + EDIT.optimise.saved, len(facts), extra), points
+    return summary(edited, seconds + EDIT.optimise.saved, len(facts), extra), points
 
 
 def batch(
@@ -217,15 +235,10 @@ def batch(
     EDIT.optimise.saved = 0.0
     made = edit(preparation, facts, EditConfig(method=method))
     with made.patch.applied(anatomy):
-        card = Scorecard(
-            before, examine(anatomy.model, tokenizer, facts, corpus=corpus, config=LIGHT), LIGHT
-        )
-    return summary(
-        [card],
-        made.seconds + EDIT.optimise.saved,
-        len(facts),
-        {"relative_damage": [f.relative_damage for f in made.layers]},
-    )
+        after = examine(anatomy.model, tokenizer, facts, corpus=corpus, config=LIGHT)
+    damage = [one.relative_damage for one in made.preflight.layers]
+    seconds = made.seconds + EDIT.optimise.saved
+    return summary([scored(before, after)], seconds, len(facts), {"relative_damage": damage})
 
 
 def value_costs(preparation: Preparation, facts: Sequence[Fact], layer: int) -> dict[str, float]:

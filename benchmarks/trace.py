@@ -127,6 +127,12 @@ def _keep(found: dict[tuple[str, int], Tensor], key: tuple[str, int], y: Tensor)
     found[key] = y.clone()
 
 
+def shown(mean: float | None, ci95: tuple[float, float] | None) -> str:
+    if mean is None or ci95 is None:
+        return "none"
+    return f"{mean:+.3f} ({ci95[0]:+.3f} to {ci95[1]:+.3f})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -175,23 +181,18 @@ def main() -> None:
             f" {config.samples} samples a site, {sites} sites a round, largest difference {gap:.1e}"
         )
         if len(facts) > 1:
-            average = trace_facts(anatomy, tokenizer, facts[: arguments.average], config).to_json()
+            average = trace_facts(anatomy, tokenizer, facts[: arguments.average], config).result()
             print(
-                f"  {average['facts']} known facts: {average['p_clean']:.4f} clean,"
-                f" {average['p_corrupt']:.4f} corrupted"
+                f"  {average.facts} known facts: {average.p_clean:.4f} clean,"
+                f" {average.p_corrupt:.4f} corrupted"
             )
             for place in ("last subject token", "first subject token", "last token"):
-                column = average["places"].index(place)
+                column = average.places.index(place)
                 for kind in KINDS:
+                    intervals = getattr(average.ci, kind)
                     cells = [
-                        (
-                            "none"
-                            if row[column] is None
-                            else (
-                                f"{row[column]:+.3f} ({ci[column][0]:+.3f} to {ci[column][1]:+.3f})"
-                            )
-                        )
-                        for row, ci in zip(average[kind], average["ci"][kind], strict=True)
+                        shown(row[column], ci[column])
+                        for row, ci in zip(average.effects[kind], intervals, strict=True)
                     ]
                     print(f"  {place}, {kind}, by layer: {'; '.join(cells)}")
 

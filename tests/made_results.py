@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from surgeon.anatomy import Entry, Region, Site
+from surgeon.edit import FactForecast, LayerForecast, Preflight, Radar, Step, Touched
 from surgeon.find import (
     Candidate,
     CriticalSet,
@@ -14,11 +15,28 @@ from surgeon.find import (
 )
 from surgeon.find.detect import Contribution, Heights
 from surgeon.find.find import CriticalEntry, SearchedHeights, SetDamage
-from surgeon.measure import Behaviour, Behaviours, BehaviourState, Controls
+from surgeon.measure import (
+    BeforeAfter,
+    Behaviour,
+    Behaviours,
+    BehaviourState,
+    Control,
+    Controls,
+    FreeText,
+    Scorecard,
+    ScoredFact,
+    Share,
+)
+from surgeon.measure.scorecard import Says
 from surgeon.result import CorpusRecord, Provenance, Result
 from surgeon.studies.ablate import Injury
+from surgeon.studies.edit import EditResult
+from surgeon.studies.edit_layers import LayerRanking, LayerTrial
+from surgeon.studies.edit_many import EditsResult
 from surgeon.studies.measure import Generation, Measurement, TaskAccuracy
 from surgeon.studies.sites import SiteList, SiteRecord
+from surgeon.trace import Corruption, LayerEffect, RestoredSite, TraceAverage, TraceResult
+from surgeon.trace.result import AverageIntervals, TraceIntervals
 
 DOWN = Site(0, "mlp.down")
 
@@ -32,6 +50,11 @@ def made_results(text: str = "text") -> dict[str, Result]:
         injury(text),
         measurement(text),
         site_list(text),
+        edit_result(text),
+        edits_result(text),
+        layer_ranking(text),
+        trace_result(text),
+        trace_average(text),
     )
     return {one.kind: one for one in made}
 
@@ -119,3 +142,92 @@ def measurement(text: str = "text") -> Measurement:
 def site_list(text: str = "text") -> SiteList:
     site = SiteRecord(DOWN, (32, 48), text, text, text, text, [Site(None, "embed")])
     return SiteList(text, 1, [site], provenance=provenance(text, "sites"))
+
+
+def edit_parts(text: str) -> dict[str, object]:
+    """The fields that one edit and several have in common."""
+    forecast = LayerForecast(DOWN, 0.23, 0.0081, 1.0, 100.0, 10.0)
+    fact = FactForecast(text, text, [text], False, [text])
+    share = Share(1, 0.0, 1.0, (1.0, 1.0), -0.9, 0.9)
+    free = FreeText(text, text, f"{text} {text}")
+    scored = ScoredFact(text, text, text, BeforeAfter(0.0, 0.99), Says(False, True), [free])
+    both = BeforeAfter(0.5, 0.25)
+    return {
+        "method": text,
+        "preflight": Preflight([forecast], [fact]),
+        "scorecard": Scorecard(share, share, share, 4, 3, both, both, both, both, [scored]),
+        "controls": [Control(text, (text, 0.9), (f"{text} {text}", 0.4))],
+        "radar": Radar(500, 0.01, 0.5, 0.001, [Touched(0, 3, text, text, 0.5, 0.2)]),
+        "seconds": 1.5,
+    }
+
+
+def edit_result(text: str = "text") -> EditResult:
+    return EditResult(**edit_parts(text), provenance=provenance(text, "edit"))
+
+
+def edits_result(text: str = "text") -> EditsResult:
+    steps = [Step(text, text, True, 0, 0.7, 0.2, 0.09), Step(text, text, True, 1, 0.9, 0.4, 0.1)]
+    about = provenance(text, "edit many")
+    return EditsResult(**edit_parts(text), steps=steps, stopped=text, provenance=about)
+
+
+def layer_ranking(text: str = "text") -> LayerRanking:
+    trials = [
+        LayerTrial(1, 0.9, (0.8, 1.0), 0.1, 0.4, (0.3, 0.5)),
+        LayerTrial(0, 0.85, (0.7, 0.95), None, None, None),
+        LayerTrial(2, 0.2, (0.1, 0.3), 0.5, 0.1, (0.0, 0.2)),
+    ]
+    return LayerRanking(text, 2, trials, provenance=provenance(text, "edit layers"))
+
+
+def trace_result(text: str = "text") -> TraceResult:
+    state, severed = [[0.8, 0.2], [0.3, 0.9]], [[0.5, 0.2], [0.3, 0.9]]
+    spans = [[(0.7, 0.9), (0.1, 0.3)], [(0.2, 0.4), (0.8, 1.0)]]
+    best = [RestoredSite(1, 1, text, 0.9)]
+    return TraceResult(
+        prompt=text,
+        tokens=[text, "b"],
+        bos=False,
+        subject_range=(0, 1),
+        answer=text,
+        versus=None,
+        metric="probability",
+        p_clean=0.9,
+        p_corrupt=0.1,
+        state=state,
+        mlp=None,
+        attn=None,
+        severed=severed,
+        ci=TraceIntervals(text, (0.0, 0.2), state=spans, severed=spans),
+        best={"state": best, "severed": best},
+        corruption=Corruption("noise", 0.1, text, 3.0, None, 2, 0),
+        window=1,
+        sever="mlp",
+        warnings=[text],
+        provenance=provenance(text, "trace"),
+    )
+
+
+def trace_average(text: str = "text") -> TraceAverage:
+    spans = [[(0.3, 0.5), None], [(0.0, 0.2), None]]
+    return TraceAverage(
+        facts=5,
+        skipped=1,
+        metric="probability",
+        p_clean=0.9,
+        p_corrupt=0.1,
+        places=["last subject token", text],
+        facts_with_place=[5, 0],
+        state=None,
+        mlp=[[0.4, None], [0.1, None]],
+        attn=None,
+        severed=None,
+        ci=AverageIntervals(text, (0.8, 1.0), (0.0, 0.2), mlp=spans),
+        layers_by_mlp=[LayerEffect(0, 0.4, (0.3, 0.5)), LayerEffect(1, 0.1, (0.0, 0.2))],
+        corruption=Corruption("noise", 0.1, text, 3.0, None, 2, 0),
+        window=1,
+        sever=None,
+        warnings=[text],
+        provenance=provenance(text, "trace average"),
+    )

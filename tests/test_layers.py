@@ -7,7 +7,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "surgeon"
 # from the bottom up; a module may import what stands on an earlier line
 FLOORS = [
     {"errors", "_quiet"},
-    {"settings"},
+    {"settings", "files"},
     {"result", "progress"},
     {"patients"},
     {"corpus"},

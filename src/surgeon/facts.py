@@ -6,8 +6,8 @@ A file holds one JSON object a line, or is CounterFact's list or the known-1000 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,38 @@ class Fact:
     def text(self) -> str:
         """The prompt with the subject in its place."""
         return self.prompt.replace(SLOT, self.subject)
+
+
+def facts_of(source: Any) -> list[Fact]:
+    """Facts as a caller gives them: the path of a file, one fact, or a list of facts, each a `Fact`
+    or a mapping as a line of such a file.
+
+    >>> [fact.text for fact in facts_of([{"prompt": "The capital of {} is", "subject": "Peru"}])]
+    ['The capital of Peru is']
+
+    Raises: as `read_facts`.
+    """
+    if isinstance(source, str | Path):
+        return read_facts(source)
+    several = [source] if isinstance(source, Fact | Mapping) else source
+    if not isinstance(several, Sequence) or not several:
+        raise BadInput(f"{source!r} names no facts; give a file, or a list of facts.")
+    return [
+        one if isinstance(one, Fact) else _fact("the list", f"fact {number}", one)
+        for number, one in enumerate(several, 1)
+    ]
+
+
+def as_record(fact: Fact) -> dict[str, Any]:
+    """A fact as a line of a file has it, without what was not given."""
+    given = {
+        one.name: getattr(fact, one.name)
+        for one in fields(fact)
+        if one.default is MISSING or getattr(fact, one.name) != one.default
+    }
+    if "neighbours" in given:
+        given["neighbours"] = [{"prompt": p, "answer": a} for p, a in fact.neighbours]
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in given.items()}
 
 
 def read_facts(path: str | Path) -> list[Fact]:
@@ -105,12 +137,12 @@ def _line_records(path: str | Path, text: str) -> list[tuple[str, Any]]:
 
 
 def _fact(path: str | Path, where: str, record: Any) -> Fact:
-    if not isinstance(record, dict):
+    if not isinstance(record, Mapping):
         raise BadInput(
             f"{path}, {where}, is {type(record).__name__}, where an object with `prompt` and"
             " `subject` is needed."
         )
-    read: Callable[[dict[str, Any]], Fact]
+    read: Callable[[Mapping[str, Any]], Fact]
     if "requested_rewrite" in record:
         read = _counterfact
     elif "template" in record and "attribute" in record:
@@ -130,7 +162,7 @@ def _fact(path: str | Path, where: str, record: Any) -> Fact:
         raise BadInput(f"{path}, {where}: {error.args[0]}") from error
 
 
-def _plain(record: dict[str, Any]) -> Fact:
+def _plain(record: Mapping[str, Any]) -> Fact:
     neighbours = [n if isinstance(n, dict) else {"prompt": n} for n in record.get("neighbours", ())]
     return Fact(
         _text(record["prompt"]),
@@ -144,7 +176,7 @@ def _plain(record: dict[str, Any]) -> Fact:
     )
 
 
-def _counterfact(record: dict[str, Any]) -> Fact:
+def _counterfact(record: Mapping[str, Any]) -> Fact:
     """Source: Meng et al. 2022, arXiv:2202.05262, appendix; the fields of counterfact.json."""
     rewrite = record["requested_rewrite"]
     neighbours = _texts(record.get("neighborhood_prompts", ()))
@@ -160,7 +192,7 @@ def _counterfact(record: dict[str, Any]) -> Fact:
     )
 
 
-def _known(record: dict[str, Any]) -> Fact:
+def _known(record: Mapping[str, Any]) -> Fact:
     # some templates of the list lack the last word of their prompt; the prompt is what was asked
     prompt = _text(record.get("prompt", record["template"]))
     subject = _text(record["subject"])
@@ -178,7 +210,7 @@ def _texts(values: Any) -> tuple[str, ...]:
     return tuple(_text(value) for value in values)
 
 
-def _optional_text(record: dict[str, Any], name: str) -> str | None:
+def _optional_text(record: Mapping[str, Any], name: str) -> str | None:
     value = record.get(name)
     if value is not None and not isinstance(value, str):
         raise TypeError(f"{name} is {value!r}, which is not text")

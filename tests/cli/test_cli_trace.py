@@ -1,4 +1,4 @@
-"""`surgeon trace` from the command line."""
+"""`surgeon trace` from the command line, and the same from Python."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
+import surgeon as package
+from surgeon.result import Provenance, fields_of
+from surgeon.trace import TraceAverage, TraceResult
+
 FRANCE = ("trace", "patient", "--prompt", "The capital of France is", "--subject", "France")
+
+
+def provenance_of(document: dict[str, Any]) -> dict[str, Any]:
+    return {name: document[name] for name in fields_of(Provenance) if name in document}
 
 
 def test_the_document(surgeon: Any) -> None:
@@ -40,6 +48,13 @@ def test_the_document(surgeon: Any) -> None:
         "value": max(map(max, document["mlp"])),
     }
     assert document["corruption"]["noise"] == 3
+    called = package.open("patient").trace(
+        "The capital of France is", subject="France", samples=3, sever="mlp"
+    )
+    for name in ("state", "mlp", "attn", "severed", "ci", "best", "p_corrupt"):
+        assert called.to_json()[name] == document[name]
+    assert TraceResult.from_json(document) == called.made(**provenance_of(document))
+    assert len(repr(called).splitlines()) <= 40
     assert surgeon(*FRANCE, "--samples", 3, "--sever", "mlp", "--json").out == out
 
 
@@ -54,7 +69,7 @@ def test_a_run_folder(surgeon: Any, tmp_path: Path) -> None:
 def test_the_map(surgeon: Any) -> None:
     status, out, _ = surgeon(*FRANCE, "--corrupt", "replace:Japan", "--kinds", "mlp,state")
     assert status == 0
-    assert out.index("mlp, 1 layer restored") < out.index("state restored")
+    assert out.index("state restored") < out.index("mlp, 1 layer restored")
     assert "attn" not in out
     assert "the subject (*): ' France'" in out
     last = next(
@@ -62,8 +77,9 @@ def test_the_map(surgeon: Any) -> None:
     )
     assert last.rstrip().endswith("██")
     assert "most comes back at layer 1 at ' is' 0.99" in out
-    _, out, err = surgeon(*FRANCE, "--corrupt", "noise:0.001", "--samples", 2, "--kinds", "state")
-    assert "little that a restored state could bring back" in " ".join(err.split())
+    _, out, _ = surgeon(*FRANCE, "--corrupt", "noise:0.001", "--samples", 2, "--kinds", "state")
+    assert "Note: corrupting the subject leaves ' Paris' at" in out
+    assert "little that a restored state could bring back" in out
 
 
 def test_facts(surgeon: Any, tmp_path: Path) -> None:
@@ -75,7 +91,8 @@ def test_facts(surgeon: Any, tmp_path: Path) -> None:
         )
     )
     arguments = ("trace", "patient", "--facts", file, "--limit", 3, "--samples", 2)
-    average = json.loads(surgeon(*arguments, "--json").out)["average"]
+    average = json.loads(surgeon(*arguments, "--json").out)
+    assert average["kind"] == "trace average"
     assert (average["facts"], average["skipped"]) == (2, 1)
     place = average["places"].index("last subject token")
     assert average["layers_by_mlp"][0]["effect"] == max(row[place] for row in average["mlp"])
@@ -83,19 +100,24 @@ def test_facts(surgeon: Any, tmp_path: Path) -> None:
     assert status == 0
     assert "2 facts (1 that it does not know are left out)" in out
     assert "layers by the effect of their MLP at the subject's last token: 0 (+" in out
+    listed = [{"prompt": "The capital of {} is", "subject": s, "true": t} for s, t in rows]
+    called = package.open("patient").trace(facts=listed, limit=3, samples=2)
+    assert called.to_json()["mlp"] == average["mlp"]
+    assert called.provenance.settings["facts"] == listed
+    assert TraceAverage.from_json(called.to_json()) == called
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--prompt", "The capital of France is"), "needs --prompt and --subject"),
+        (("--prompt", "The capital of France is"), "needs --prompt and --subject, or --facts"),
         (("--prompt", "The capital of France is", "--subject", "Peru"), "is not in the prompt"),
         (("--prompt", "The capital of France is", "--subject", ""), "subject is empty"),
         ((*FRANCE[2:], "--answer", ""), "target is empty"),
-        ((*FRANCE[2:], "--window", 0), "--window 0"),
-        ((*FRANCE[2:], "--samples", 0), "--samples 0"),
-        ((*FRANCE[2:], "--kinds", "state,head"), "head cannot be restored"),
-        ((*FRANCE[2:], "--kinds", ","), "nothing cannot be restored"),
+        ((*FRANCE[2:], "--window", 0), "--window is 0; it must be at least 1"),
+        ((*FRANCE[2:], "--samples", 0), "--samples is 0; it must be at least 1"),
+        ((*FRANCE[2:], "--kinds", "state,head"), "--kinds head is not known; use state, mlp, attn"),
+        ((*FRANCE[2:], "--kinds", ","), "--kinds names nothing to restore"),
         ((*FRANCE[2:], "--corrupt", "noise:much"), "--corrupt 'noise:much' is not known"),
         ((*FRANCE[2:], "--corrupt", "mask"), "--corrupt 'mask' is not known"),
         ((*FRANCE[2:], "--corrupt", "noise:-1"), "above 0"),

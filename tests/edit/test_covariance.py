@@ -14,6 +14,7 @@ from surgeon.anatomy import Anatomy
 from surgeon.edit import CovarianceCache, Preparation, PrepareConfig, dense_down, key_moments
 from surgeon.edit.covariance import Sums
 from surgeon.errors import BadInput
+from surgeon.settings import configured
 from surgeon.tap import Tap
 
 
@@ -136,4 +137,4 @@ def test_a_pass_that_was_cut_goes_on(
 @pytest.mark.parametrize("settings", [{"tokens": 1}, {"ridge": 0.0}, {"ridge": "much"}])
 def test_settings_that_cannot_be_used(settings: dict[str, float | str]) -> None:
     with pytest.raises(BadInput):
-        PrepareConfig(**settings)
+        configured(PrepareConfig, settings)

@@ -34,6 +34,7 @@ from surgeon.errors import BadInput, Refused
 from surgeon.facts import Fact
 from surgeon.patch import Patch
 from surgeon.patch.deltas import LowRankDelta
+from surgeon.settings import configured
 from surgeon.subject import locate
 from surgeon.tap import Tap, by_position
 
@@ -81,7 +82,7 @@ def test_the_model_says_the_target_and_the_forecast_holds(
     assert all(torch.equal(p, before[n]) for n, p in anatomy.model.named_parameters())
     for fact in some:
         assert says(patient, fact.text, str(fact.target)) < 0.1
-    sites = [f.site for f in made.layers]
+    sites = [f.site for f in made.preflight.layers]
     assert made.patch.sites == sites
     assert len(sites) == 1
     windows = preparation._windows(preparation._wanted(0))
@@ -91,7 +92,7 @@ def test_the_model_says_the_target_and_the_forecast_holds(
             assert says(patient, fact.text, str(fact.target)) > 0.9
         changed = {n for n, p in anatomy.model.named_parameters() if not torch.equal(p, before[n])}
         assert changed == {anatomy.addresses[s].parameter for s in sites}
-        for forecast in made.layers:
+        for forecast in made.preflight.layers:
             old = before[anatomy.addresses[forecast.site].parameter].double()
             new = anatomy.view(forecast.site).read().double()
             assert forecast.update_norm_ratio == pytest.approx(
@@ -105,14 +106,13 @@ def test_the_model_says_the_target_and_the_forecast_holds(
     assert all(torch.equal(p, before[n]) for n, p in anatomy.model.named_parameters())
     if method.startswith("rome"):
         assert all(isinstance(d, LowRankDelta) and d.left.shape[1] == 1 for d in made.patch.deltas)
-        note = made.facts[0]
-        bound = made.layers[
-            0
-        ].predicted_damage  # one key's edit has the least damage of all that are exact there
+        key = made.preflight.facts[0].key
+        # one key's edit has the least damage of all that are exact there
+        bound = made.preflight.layers[0].predicted_damage
         if method == "rome-mean":
-            assert note["expected_damage"] == pytest.approx(
-                bound, rel=0.15
-            )  # the ridge is in one and not in the other
+            assert key is not None
+            # the ridge is in one and not in the other
+            assert key.expected_damage == pytest.approx(bound, rel=0.15)
     again = edit(preparation, some, EditConfig(method=method, weight=20.0))
     assert again.patch.digest == made.patch.digest
 
@@ -197,14 +197,14 @@ def test_architectures(kind: str, dtype: torch.dtype, patient: Patient) -> None:
     preparation = Preparation(
         anatomy,
         tokenizer,
-        PrepareConfig(contexts=ContextConfig(count=2, tokens=4), tokens=400, bos="no"),
+        PrepareConfig(contexts=ContextConfig(contexts=2, context_tokens=4), tokens=400, bos="no"),
     )
     fact = Fact("The old {} is", "New York", "red")
     config = EditConfig(method="rome-bare", layers=(0,), rounds=1, value=ValueConfig(steps=5))
     made = edit(preparation, [fact], config)
     located = locate(tokenizer, fact.prompt, fact.subject, "no")
     request = Request.of(tokenizer, fact.prompt, fact.subject, "red", preparation.prefixes, "no")
-    delta = optimise(anatomy, [request], 0, config.value or ValueConfig()).delta[0]
+    delta = optimise(anatomy, [request], 0, config.value).delta[0]
 
     def write() -> Tensor:
         found: list[Tensor] = []
@@ -234,7 +234,7 @@ def test_several_layers_share_what_is_missing(kind: str, method: str, patient: P
     preparation = Preparation(
         anatomy,
         tokenizer,
-        PrepareConfig(contexts=ContextConfig(count=2, tokens=4), tokens=400, bos="no"),
+        PrepareConfig(contexts=ContextConfig(contexts=2, context_tokens=4), tokens=400, bos="no"),
     )
     facts = [Fact("The old {} is", "New York", "red"), Fact("The dog of {} is", "Anna", "big")]
     value = ValueConfig(steps=5)
@@ -243,12 +243,12 @@ def test_several_layers_share_what_is_missing(kind: str, method: str, patient: P
         facts,
         EditConfig(method=method, layers=(1, 2), value=value, weight=0.01, energy=0.6),
     )
-    assert [f.site.layer for f in made.layers] == [1, 2]
+    assert [f.site.layer for f in made.preflight.layers] == [1, 2]
     requests = [
         Request.of(tokenizer, f.prompt, f.subject, str(f.target), preparation.prefixes, "no")
         for f in facts
     ]
-    delta = optimise(anatomy, requests, 2, value, "state").delta
+    delta = optimise(anatomy, requests, 2, value.settled(together=True), "state").delta
     batch = PromptBatch.of([r.bare for r in requests])
 
     def states() -> Tensor:
@@ -333,7 +333,11 @@ def test_text_that_the_model_writes(patient: Patient) -> None:
         (FACTS[:1], {"layers": (1,)}, BadInput, "is the last"),
         (FACTS[:1], {"layers": (0, 1)}, BadInput, "one layer"),
         (FACTS[:1], {"method": "x"}, BadInput, "not known"),
+        (FACTS[:1], {"rounds": 0}, BadInput, "at least 1"),
         (FACTS[:1], {"weight": 0.0}, BadInput, "above 0"),
+        (FACTS[:1], {"value_clamp": 0.0}, BadInput, "above 0"),
+        (FACTS[:1], {"value_stop": 1.0}, BadInput, "no probability gets there"),
+        (FACTS[:1], {"ft_lr": 0.0}, BadInput, "above 0"),
         ([FACTS[0], replace(FACTS[0], target="Oslo")], {}, Refused, "at once"),
     ],
 )
@@ -345,7 +349,7 @@ def test_what_is_no_edit(
     match: str,
 ) -> None:
     with pytest.raises(kind, match=match):
-        edit(preparation, facts, EditConfig(**settings))  # type: ignore[arg-type]
+        edit(preparation, facts, configured(EditConfig, settings))
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from surgeon.anatomy import Anatomy
 from surgeon.corpus import load_corpus
-from surgeon.edit import EditConfig, Preparation, SessionConfig, edit, radar, session
-from surgeon.errors import BadInput, SurgeonError
+from surgeon.edit import (
+    Edit,
+    EditConfig,
+    Preparation,
+    SessionConfig,
+    UnusableKey,
+    edit,
+    radar,
+    session,
+)
+from surgeon.errors import BadInput, Refused, SurgeonError
 from surgeon.facts import Fact
 from surgeon.measure import mean_nll
 from surgeon.patients import heldout_text
+from surgeon.settings import configured
 
+MODULE = sys.modules["surgeon.edit.session"]  # the package's name for it is the function's
 Patient = tuple[Anatomy, PreTrainedTokenizerBase]
 FACTS = [
     Fact("The capital of {} is", "France", "Rome"),
@@ -50,7 +63,7 @@ def test_a_session_is_its_edits(
 
 
 @pytest.mark.parametrize(
-    ("rails", "why"), [({"norm": 0.3}, "of its norm"), ({"nll_rise": 0.05}, "NLL")]
+    ("rails", "why"), [({"max_norm": 0.3}, "of its norm"), ({"max_nll_rise": 0.05}, "NLL")]
 )
 def test_what_breaks_a_rail_is_taken_back(
     patient: Patient,
@@ -74,10 +87,49 @@ def test_what_breaks_a_rail_is_taken_back(
 
 def test_rails_that_leave_nothing(preparation: Preparation, windows: torch.Tensor) -> None:
     with pytest.raises(SurgeonError, match="first edit was taken back"):
-        session(preparation, FACTS, windows, rails=SessionConfig(norm=1e-3))
-    for bad in ({"norm": 0.0}, {"nll_rise": -1.0}, {"kept": 2.0}):
+        session(preparation, FACTS, windows, rails=SessionConfig(max_norm=1e-3))
+    for bad in ({"max_norm": 0.0}, {"max_nll_rise": -1.0}, {"min_kept": 2.0}):
         with pytest.raises(BadInput):
-            SessionConfig(**bad)
+            configured(SessionConfig, bad)
+
+
+def test_a_forecast_of_harm_ends_a_session(
+    preparation: Preparation, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit set between the forecasts of two edits: the second is taken back, or the first
+    refused, and forced both stay.
+    """
+    open_rails = {"max_norm": 1e9, "max_nll_rise": 1e9, "min_kept": 0.0}
+    free = session(preparation, FACTS, windows, rails=SessionConfig(**open_rails))
+    damage = [step.relative_damage for step in free.steps]
+    assert damage[0] < max(damage[1:])
+    monkeypatch.setattr(MODULE, "REFUSE", (damage[0] + max(damage[1:])) / 2)
+    ran = session(preparation, FACTS, windows, rails=SessionConfig(**open_rails))
+    assert ran.stopped is not None
+    assert "on ordinary text" in ran.stopped
+    assert 0 < len(ran.edits) < 3
+    forced = session(preparation, FACTS, windows, rails=SessionConfig(**open_rails, force=True))
+    assert forced.stopped is None
+    monkeypatch.setattr(MODULE, "REFUSE", damage[0] / 2)
+    with pytest.raises(Refused, match="first edit was taken back"):
+        session(preparation, FACTS, windows, rails=SessionConfig(**open_rails))
+
+
+def test_an_edit_that_cannot_be_made_ends_a_session(
+    preparation: Preparation, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = MODULE.edit
+
+    def failing(preparation: Preparation, facts: list[Fact], config: EditConfig) -> Edit:
+        if facts[0].subject == "Brazil":
+            raise UnusableKey("no key.")
+        return real(preparation, facts, config)
+
+    monkeypatch.setattr(MODULE, "edit", failing)
+    ran = session(preparation, FACTS, windows)
+    assert (len(ran.edits), len(ran.steps)) == (1, 1)
+    assert ran.stopped is not None
+    assert "could not be made: no key" in ran.stopped
 
 
 @pytest.mark.parametrize("method", ["rome", "ft"])

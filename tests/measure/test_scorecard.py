@@ -5,7 +5,6 @@ change.
 from __future__ import annotations
 
 import copy
-import json
 from math import exp
 
 import pytest
@@ -19,10 +18,12 @@ from surgeon.facts import Fact
 from surgeon.measure import (
     Scorecard,
     ScoreConfig,
+    compared_controls,
     continuations,
     examine,
     mean_nll,
     next_tokens,
+    scorecard,
     with_neighbours,
 )
 from surgeon.measure.scorecard import ngram_entropy
@@ -121,7 +122,7 @@ def test_a_swapped_head_scores_as_an_edit(patient: Patient, edited: PreTrainedMo
     controls = ["The capital of France is", "Most people in Brazil speak"]
     before = examine(model, tokenizer, FACTS, controls, corpus, CONFIG)
     after = examine(edited, tokenizer, FACTS, controls, corpus, CONFIG)
-    card = Scorecard(before, after, CONFIG)
+    card, changes = scorecard(before, after), compared_controls(before, after)
     p = {w: exp(one_by_one(patient, "The capital of France is", w)[0]) for w in ("Paris", "Tokyo")}
     assert (before.own[0].true, before.own[0].target) == (
         pytest.approx(p["Paris"], rel=1e-4),
@@ -137,27 +138,43 @@ def test_a_swapped_head_scores_as_an_edit(patient: Patient, edited: PreTrainedMo
         pytest.approx(1 / 3),
     )
     assert (card.paraphrase.prompts, card.paraphrase.before, card.paraphrase.after) == (1, 0.0, 1.0)
-    assert card.kept == (1, 0)
+    assert (card.neighbours_known_before, card.neighbours_kept) == (1, 0)
     assert (card.neighbourhood.before, card.neighbourhood.after) == (
         0.0,
         0.0,
     )  # target and its answer are one word there
     assert card.harmonic_mean == 0.0
-    assert [c["changed"] for c in card.controls()] == [True, False]
-    assert card.controls()[0]["before"][0] == " Paris"
-    assert card.controls()[0]["after"][0] == " Tokyo"
+    assert [one.changed for one in changes] == [True, False]
+    assert (changes[0].before[0], changes[0].after[0]) == (" Paris", " Tokyo")
+    assert changes[0].before[1] == pytest.approx(p["Paris"], rel=1e-4)
     assert (before.free_hits, after.free_hits) == ([False] * 3, [True, False, False])
     assert before.nll == pytest.approx(mean_nll(model, corpus.windows))
-    document = card.to_json()
-    json.dumps(document, allow_nan=False)
-    assert document["facts"][0]["free"][0]["before"].strip().startswith("Paris")
-    assert len(document["facts"][0]["free"]) == 4
-    same = Scorecard(before, before, CONFIG).to_json()
-    for name in ("efficacy", "paraphrase", "neighbourhood"):
-        assert same[name]["before"] == same[name]["after"]
-        assert same[name]["magnitude_before"] == same[name]["magnitude_after"]
-    assert same["neighbours_kept"] == same["neighbours_known_before"] == 1
-    assert same["ppl"]["before"] == same["ppl"]["after"]
+    magnitude = sum(answer.target - (answer.true or 0.0) for answer in after.own) / 3
+    assert card.efficacy.magnitude_after == pytest.approx(magnitude)
+    assert (card.free_generation_success.before, card.free_generation_success.after) == (
+        0.0,
+        pytest.approx(1 / 3),
+    )
+    assert card.facts[0].free[0].before.strip().startswith("Paris")
+    assert len(card.facts[0].free) == 4
+    same = scorecard(before, before)
+    for share in (same.efficacy, same.paraphrase, same.neighbourhood):
+        assert share.before == share.after
+        assert share.magnitude_before == share.magnitude_after
+    assert same.neighbours_kept == same.neighbours_known_before == 1
+    assert same.ppl is not None
+    assert same.nll is not None
+    assert same.ppl.before == same.ppl.after == exp(same.nll.before)
+
+
+def test_a_mean_is_harmonic_only_where_all_three_are_there(patient: Patient) -> None:
+    some = examine(*patient, [FACTS[0]], config=CONFIG)
+    assert scorecard(some, some).harmonic_mean == 0.0
+    assert scorecard(some, some).nll is None
+    few = examine(*patient, [FACTS[2]], config=CONFIG)
+    card: Scorecard = scorecard(few, few)
+    assert card.harmonic_mean is None
+    assert card.paraphrase.ci95 is None
 
 
 def test_known_subjects_of_the_relation_become_neighbours(patient: Patient) -> None:

@@ -13,11 +13,21 @@ from html import unescape
 from pathlib import Path
 
 import pytest
-from made_results import detection, find_result, made_results, measurement, verification
+from made_results import (
+    detection,
+    edit_result,
+    find_result,
+    made_results,
+    measurement,
+    trace_average,
+    trace_result,
+    verification,
+)
 
 from surgeon.errors import BadInput, MissingExtra
 from surgeon.show.page import write_report
 from surgeon.show.pictures import KINDS
+from surgeon.show.pictures.editing import beside_one_another
 
 Folder = Callable[..., Path]
 SECTIONS = {
@@ -32,6 +42,16 @@ SECTIONS = {
     "ablate": ["The injury"],
     "measure": ["Measured", "Tasks", "What it writes"],
     "sites": ["Sites"],
+    "edit": ["An edit and its forecast", "Control prompts", "What it writes"],
+    "edit many": [
+        "Edit by edit",
+        "An edit and its forecast",
+        "Control prompts",
+        "What it writes",
+    ],
+    "edit layers": ["The layers, by trial edits"],
+    "trace": ["Causal trace, state", "Causal trace, severed"],
+    "trace average": ["Mean causal trace, mlp"],
 }
 
 
@@ -120,6 +140,38 @@ def test_detection_names_its_candidates_and_calls_nothing_vital(run_folder: Fold
     assert "Verdict" not in page
 
 
+def test_an_edit_stands_beside_its_controls(run_folder: Folder):
+    page = read(run_folder(edit=edit_result("patient")))
+    assert title(page) == "patient says something else"
+    head = re.sub(r"<[^>]*>|\s+", " ", page.partition("</header>")[0])
+    assert "0.990" in head
+    assert "1 of 1 control prompt changed" in head
+    assert "the layer's output changes by 9.0% on ordinary text" in unescape(page)
+    bare = read(run_folder(edit=replace(edit_result("patient"), controls=[])))
+    assert "no control prompts were given" in bare
+
+
+def test_several_edits_beside_one_another():
+    named = [("one", edit_result("rome")), ("two", edit_result("memit"))]
+    picture = beside_one_another(named, ["23%"])
+    assert picture.headline == "2 of 2 control prompts changed their answer over 2 edits"
+    assert picture.about.endswith("Published: 23%.")
+    assert picture.shown is not None
+    assert [row[0] for row in picture.shown.rows] == ["one", "two"]
+    assert list(picture.shown.rows[0][2:6]) == [0.99, "23%", "9.0%", "ok"]
+
+
+def test_a_trace_names_its_best_site_with_its_place(run_folder: Folder):
+    page = read(run_folder(trace=trace_result("Rome"), average=trace_average("Rome")))
+    assert "With the state of layer 1 restored at 'Rome' it is 0.900, of 0.900 clean" in headlines(
+        page
+    )
+    assert (
+        "The MLPs around of layer 0 at the last subject token: +0.400 comes back (+0.300 to +0.500)"
+        in headlines(page)
+    )
+
+
 def test_words_that_differ_are_marked(run_folder: Folder):
     result = measurement()
     text = replace(result.generations[0], base="a b c", patched="a d c")
@@ -138,10 +190,11 @@ def test_without_patches_there_is_one_state(run_folder: Folder):
 
 
 def test_every_picture_has_its_data_and_a_command(run_folder: Folder):
-    page = read(run_folder(**made_results("a b")))
+    files = {kind.replace(" ", "-"): result for kind, result in made_results("a b").items()}
+    page = read(run_folder(**files))
     assert len(re.findall("<section>", page)) == len(re.findall("<pre>surgeon ", page))
     assert "<pre>surgeon verify &#39;a b&#39;</pre>" in page
-    assert set(re.findall(r'From <a href="\./(\w+)\.json">', page)) == set(made_results())
+    assert set(re.findall(r'From <a href="\./([\w-]+)\.json">', page)) == set(files)
     for section in page.split("<section>")[1:]:
         assert "<svg" not in section or section.count("<table>") >= 1
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from made_results import detection, find_result, made_results, measurement, verification
+from made_results import (
+    detection,
+    edit_result,
+    edits_result,
+    find_result,
+    layer_ranking,
+    made_results,
+    measurement,
+    trace_result,
+    verification,
+)
 
 from surgeon.result import Result, result
 from surgeon.show.text import KINDS, print_result
@@ -71,6 +81,34 @@ def test_without_patches_there_is_nothing_to_compare_with(printed):
     assert "KL from base" not in printed(alone)
     assert "patched:" not in printed(alone)
     assert "KL from base 0.1000  top-1 agreement 0.900" in printed(measurement("m"))
+
+
+def test_an_edit_says_what_changes_on_ordinary_text(printed):
+    text = printed(edit_result("m"))
+    assert "Forecast: ok. The layer's output changes by 9.0% on ordinary text" in text
+    assert "Note: m" in text
+    assert "-0.900" in text
+    assert "Neighbours that keep their answer: 3 of 4." in text
+    assert "P(target) 0.0000 → 0.9900" in text
+
+
+def test_several_edits_say_why_they_stopped(printed):
+    text = printed(edits_result("the rail"))
+    assert "Stopped: the rail. The patch holds the 1 before." in text
+    assert "Every edit stayed." in printed(replace(edits_result(), stopped=None))
+
+
+def test_layers_that_cannot_be_told_apart_are_named(printed):
+    text = printed(layer_ranking("rome"))
+    assert "Layer 1 is best; 0 cannot be told from it on so few facts." in text
+    assert "not traced" in text
+
+
+def test_a_trace_is_shaded_between_corrupted_and_clean(printed):
+    lines = printed(trace_result("tok")).splitlines()
+    row = next(line for line in lines if line.strip().startswith("*tok"))
+    assert "██" in row or "▓▓" in row
+    assert any("most comes back at layer 1 at 'tok' 0.9000 (0.8000 to 1.0000)" in x for x in lines)
 
 
 def test_a_kind_without_a_text_is_shown_by_its_fields(printed):

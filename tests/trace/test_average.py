@@ -12,7 +12,15 @@ from transformers import PreTrainedTokenizerBase
 from surgeon.anatomy import Anatomy
 from surgeon.errors import BadInput, SurgeonError
 from surgeon.facts import Fact
-from surgeon.trace import PLACES, Spread, TraceConfig, suggest_prior, trace, trace_facts
+from surgeon.trace import (
+    PLACES,
+    Spread,
+    TraceAverage,
+    TraceConfig,
+    suggest_prior,
+    trace,
+    trace_facts,
+)
 
 Patient = tuple[Anatomy, PreTrainedTokenizerBase]
 FACTS = [
@@ -66,10 +74,14 @@ def test_the_average_is_that_of_the_single_traces(patient: Patient) -> None:
                 assert cell[0] == pytest.approx(sum(values) / len(values), abs=1e-6)
                 assert min(values) - 1e-6 <= cell[1][0] <= cell[0] + 1e-6
                 assert cell[0] - 1e-6 <= cell[1][1] <= max(values) + 1e-6
-    document = average.to_json()
-    assert document["facts_with_place"] == [1, 1, 3, 1, 0, 3]
-    assert document["state"][0][PLACES.index("further tokens")] is None
-    json.dumps(document, allow_nan=False)
+    result = average.result()
+    assert (result.facts, result.skipped) == (3, 2)
+    assert result.facts_with_place == [1, 1, 3, 1, 0, 3]
+    assert result.state is not None
+    assert result.state[0][PLACES.index("further tokens")] is None
+    assert len(result.rows()) == 4 * 2 * len(PLACES)
+    document = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert TraceAverage.from_json(document) == result
 
 
 def test_the_noise_is_scaled_by_the_subjects_that_are_traced(patient: Patient) -> None:

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from surgeon.anatomy import Anatomy, load_model
 from surgeon.errors import BadInput
-from surgeon.trace import Trace, TraceConfig, trace
+from surgeon.settings import configured, settings_of
+from surgeon.trace import Corruption, Trace, TraceConfig, TraceResult, trace
 from surgeon.trace import restore as restore_module
 
 from .naive import Naive
@@ -67,6 +68,11 @@ def hooks(anatomy: Anatomy) -> list[Any]:
 
 def state_layer(layer: int) -> range:
     return range(layer, layer + 1)
+
+
+def named(settings: dict[str, Any]) -> bool:
+    """Whether they have names for a caller; the noise and the words are one setting there."""
+    return set(settings) <= {one.name for one in settings_of(TraceConfig)}
 
 
 def pair(layer: int) -> range:
@@ -158,7 +164,7 @@ def test_the_noise_is_three_standard_deviations_of_all_embeddings(
         assert one.sigma == pytest.approx(
             3 * float(everything.double().std(correction=0)), rel=1e-6
         )
-        assert one.to_json()["corruption"]["sigma_of"] == "all tokens"
+        assert one.result().corruption.sigma_of == "all tokens"
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "falcon", "gpt_oss"])
@@ -203,11 +209,11 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(
 ) -> None:
     anatomy = tiny("llama")
     first, again, other = (
-        trace(anatomy, words, PROMPT, SUBJECT, TraceConfig(samples=3, seed=s)).to_json()
+        trace(anatomy, words, PROMPT, SUBJECT, TraceConfig(samples=3, seed=s)).result()
         for s in (0, 0, 1)
     )
     assert first == again
-    assert first["state"] != other["state"]
+    assert first.state != other.state
 
 
 def test_the_logit_metric(words: PreTrainedTokenizerBase) -> None:
@@ -261,17 +267,9 @@ def test_other_words_in_the_subjects_place(words: PreTrainedTokenizerBase) -> No
         float(anatomy.model(ids).logits[0, -1].softmax(-1)[answer]), abs=1e-6
     )
     assert one.sigma == 0
-    document = one.to_json()
-    assert document["ci"]["state"] is None
-    assert document["corruption"] == {
-        "kind": "replace",
-        "sigma": 0.0,
-        "sigma_of": "nothing",
-        "noise": None,
-        "words": "Old Town",
-        "samples": 1,
-        "seed": 0,
-    }
+    result = one.result()
+    assert (result.ci.method, result.ci.p_corrupt, result.ci.state) == (None, None, None)
+    assert result.corruption == Corruption("replace", 0.0, "nothing", None, "Old Town", 1, 0)
 
 
 def test_the_place_that_is_marked_is_replaced(words: PreTrainedTokenizerBase) -> None:
@@ -319,9 +317,11 @@ def test_wherever_the_subject_stands(
     torch.testing.assert_close(
         one.effects["attn"], each(naive, one, pair, "attn"), rtol=0, atol=1e-5
     )
-    document = one.to_json()
-    assert document["tokens"][span[0] : span[1]] == list(one.prompt.subject_tokens)
-    json.dumps(document, allow_nan=False)
+    result = one.result()
+    assert result.subject_range == span
+    assert result.tokens[span[0] : span[1]] == list(one.prompt.subject_tokens)
+    document = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert TraceResult.from_json(document) == result
 
 
 def test_one_layer_is_enough(words: PreTrainedTokenizerBase) -> None:
@@ -350,24 +350,25 @@ def test_windows() -> None:
 
 
 def test_intervals_hold_the_means(words: PreTrainedTokenizerBase) -> None:
-    document = trace(tiny("llama"), words, PROMPT, SUBJECT, TraceConfig(samples=5)).to_json()
-    low, high = document["ci"]["p_corrupt"]
-    assert low < document["p_corrupt"] < high
-    for kind in ("state", "mlp", "attn"):
-        for means, spans in zip(document[kind], document["ci"][kind], strict=True):
+    result = trace(tiny("llama"), words, PROMPT, SUBJECT, TraceConfig(samples=5)).result()
+    assert result.ci.p_corrupt is not None
+    low, high = result.ci.p_corrupt
+    assert low < result.p_corrupt < high
+    assert list(result.effects) == ["state", "mlp", "attn"]
+    for kind, grid in result.effects.items():
+        for means, spans in zip(grid, getattr(result.ci, kind), strict=True):
             assert all(a - 1e-6 <= m <= b + 1e-6 for m, (a, b) in zip(means, spans, strict=True))
-    assert [site["value"] for site in document["best"]["state"]] == sorted(
-        (v for row in document["state"] for v in row), reverse=True
-    )[:3]
+    values = [value for row in result.effects["state"] for value in row]
+    assert [site.value for site in result.best["state"]] == sorted(values, reverse=True)[:3]
+    assert len(result.rows()) == 3 * len(values)
 
 
 def test_a_corruption_that_does_no_harm_is_said(words: PreTrainedTokenizerBase) -> None:
     one = trace(
         tiny("llama"), words, PROMPT, SUBJECT, TraceConfig(noise=1e-4, samples=2, kinds=("state",))
     )
-    assert any(
-        "little that a restored state could bring back" in w for w in one.to_json()["warnings"]
-    )
+    assert any("little that a restored state could bring back" in w for w in one.warnings)
+    assert one.result().warnings == list(one.warnings)
 
 
 @pytest.mark.parametrize(
@@ -403,20 +404,21 @@ def test_a_masked_model_has_no_answer(words: PreTrainedTokenizerBase) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"samples": 0}, "samples 0 leaves"),
-        ({"window": 0}, "window 0 restores"),
+        ({"samples": 0}, "samples is 0; it must be at least 1"),
+        ({"window": 0}, "window is 0; it must be at least 1"),
         ({"noise": 0.0}, "above 0"),
         ({"noise": float("nan")}, "above 0"),
         ({"replace": " "}, "are empty"),
-        ({"kinds": ("head",)}, "head cannot be restored"),
-        ({"kinds": ()}, "nothing cannot be restored"),
-        ({"sever": "state"}, "sever state is"),
-        ({"metric": "rank"}, "metric rank is"),
+        ({"kinds": ("head",)}, "kinds head is not known; use state, mlp, attn"),
+        ({"kinds": "state,head"}, "kinds head is not known"),
+        ({"kinds": ()}, "names nothing to restore"),
+        ({"sever": "state"}, "sever state is not known"),
+        ({"metric": "rank"}, "metric rank is not known"),
     ],
 )
 def test_settings_that_make_no_trace(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        TraceConfig(**settings)
+        configured(TraceConfig, settings) if named(settings) else TraceConfig(**settings)
 
 
 def test_an_exception_leaves_no_hook(words: PreTrainedTokenizerBase) -> None:

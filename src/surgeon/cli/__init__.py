@@ -19,13 +19,7 @@ from ..studies.registry import STUDIES
 INTERRUPTED = 1
 # commands that are no studies, by their module here: files in the ecosystem's formats, and tools
 OTHERS = {
-    "demo": ("demo", "Find, break, repair, edit and put back: the whole story."),
-    "repair": ("repair", "Heal an injury with a patch, beside a control."),
-    "explain": ("explain", "Say how a patch works."),
-    "trace": ("trace", "Find which states carry a fact."),
-    "edit": ("edit", "Rewrite a fact, as a patch."),
     "quantize": ("quantize", "Round to few bits with the critical weights held out."),
-    "audit": ("audit", "Compare the critical weights of two checkpoints."),
     "cells": ("cells", "The same for models of gene expression."),
     "report": ("report", "Make one self-contained page of a run folder."),
     "run": ("recipes", "Run a recipe: published figures beside the measured ones."),

@@ -18,10 +18,12 @@ def flag(one: Setting) -> str:
 
 
 def options_of(config: Any, positional: Sequence[str] = ()) -> list[click.Parameter]:
-    """An option for each setting of a settings class, or an argument for the `positional` ones."""
-    known = settings_of(config)
-    flags = {one.name: flag(one) for one in known}
-    return [_argument(one) if one.name in positional else _option(one, flags) for one in known]
+    """The `positional` settings of a class as arguments, in that order, all others as options."""
+    known = {one.name: one for one in settings_of(config)}
+    flags = {name: flag(one) for name, one in known.items()}
+    arguments = [_argument(known[name]) for name in positional]
+    options = [_option(one, flags) for one in known.values() if one.name not in positional]
+    return [*arguments, *options]
 
 
 def given_by(context: click.Context, names: Iterable[str]) -> dict[str, Any]:
@@ -35,11 +37,13 @@ def given_by(context: click.Context, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _argument(one: Setting) -> click.Argument:
+    """An argument must be given, also where a lab has a default for it."""
+    many = one.declaration.many
     return click.Argument(
         [one.name],
         metavar=one.declaration.metavar or one.name.upper(),
-        required=one.required,
-        nargs=-1 if one.declaration.many else 1,
+        required=one.required or not many,
+        nargs=-1 if many else 1,
     )
 
 
@@ -64,8 +68,8 @@ def _option(one: Setting, flags: Mapping[str, str]) -> click.Option:
         many = declared.many or _is_list(one)
         option = GroupedOption(
             names,
-            type=click.Choice(declared.choices) if declared.choices else _CLICK.get(kind, str),
-            default=None if one.required or many or one.default is None else one.default,
+            type=click.Choice(declared.choices) if _is_choice(one) else _CLICK.get(kind, str),
+            default=None if many else _default(one),
             required=one.required,
             multiple=many,
             metavar=declared.metavar,
@@ -74,6 +78,17 @@ def _option(one: Setting, flags: Mapping[str, str]) -> click.Option:
         )
     option.group = declared.group
     return option
+
+
+def _default(one: Setting) -> Any:
+    """The default as the option has it; a list that is written as one text, with commas."""
+    if one.required:
+        return None
+    return ",".join(map(str, one.default)) if isinstance(one.default, tuple) else one.default
+
+
+def _is_choice(one: Setting) -> bool:
+    return bool(one.declaration.choices) and one.declaration.parse is None
 
 
 def _switch(one: Setting) -> str:
@@ -120,7 +135,43 @@ def _sentence(one: Setting, flags: Mapping[str, str]) -> str:
 
 
 class GroupedCommand(click.Command):
-    """A command whose options stand under headings."""
+    """A command whose options stand under headings, and which takes one value for each of them,
+    but for those that can be given several times.
+
+    branches: commands that begin with its own name; it runs itself where the first word is none of
+    theirs. A model of such a name is ./NAME.
+    """
+
+    def __init__(self, *args: Any, branches: Sequence[click.Command] = (), **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.branches = {str(branch.name): branch for branch in branches}
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        if args and args[0] in self.branches:
+            name = f"{info_name} {args[0]}"
+            return self.branches[args[0]].make_context(name, args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        _, _, order = self.make_parser(context).parse_args(list(args))
+        for one in order:
+            if isinstance(one, click.Option) and not one.multiple and order.count(one) > 1:
+                context.fail(
+                    f"{one.opts[0]} is given {order.count(one)} times; it takes one value."
+                )
+        return super().parse_args(context, args)
+
+    def format_commands(self, formatter: click.HelpFormatter) -> None:
+        if self.branches:
+            lines = [(name, one.get_short_help_str(100)) for name, one in self.branches.items()]
+            with formatter.section("Commands"):
+                formatter.write_dl(lines)
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -134,3 +185,4 @@ class GroupedCommand(click.Command):
         for name in sorted(groups, key=lambda name: (name != "", name == "Output")):
             with formatter.section(name or "Options"):
                 formatter.write_dl(groups[name])
+        self.format_commands(formatter)

@@ -3,29 +3,44 @@ it is done.
 """
 
 from .cache import CovarianceCache, default_folder
+from .config import METHODS, SEVERAL_LAYERS, EditConfig, layers_by_depth
 from .contexts import ContextConfig, prefixes, sampled
 from .covariance import CholeskyFactor, KeyMoments, factor, key_moments
-from .edit import METHODS, SEVERAL_LAYERS, Edit, EditConfig, default_value, edit, layers_by_depth
+from .edit import Edit, edit
 from .finetune import FineTuneConfig
 from .keys import PromptBatch, dense_down, keys_at
-from .preflight import LayerForecast, forecast
+from .preflight import (
+    PUBLISHED_RATIOS,
+    REFUSE,
+    WARN,
+    FactForecast,
+    LayerForecast,
+    Preflight,
+    forecast,
+    worst_of,
+)
 from .prepare import Preparation, PrepareConfig
-from .radar import Radar, output_change, radar, ranked
+from .radar import Radar, Touched, output_change, radar, ranked
 from .rome import UnusableKey
-from .session import Session, SessionConfig, session
+from .session import Session, SessionConfig, Step, session
 from .value import Request, ValueConfig, Values, optimise
 
 __all__ = [
     "METHODS",
+    "PUBLISHED_RATIOS",
+    "REFUSE",
     "SEVERAL_LAYERS",
+    "WARN",
     "CholeskyFactor",
     "ContextConfig",
     "CovarianceCache",
     "Edit",
     "EditConfig",
+    "FactForecast",
     "FineTuneConfig",
     "KeyMoments",
     "LayerForecast",
+    "Preflight",
     "Preparation",
     "PrepareConfig",
     "PromptBatch",
@@ -33,11 +48,12 @@ __all__ = [
     "Request",
     "Session",
     "SessionConfig",
+    "Step",
+    "Touched",
     "UnusableKey",
     "ValueConfig",
     "Values",
     "default_folder",
-    "default_value",
     "dense_down",
     "edit",
     "factor",
@@ -52,4 +68,5 @@ __all__ = [
     "ranked",
     "sampled",
     "session",
+    "worst_of",
 ]

@@ -24,7 +24,7 @@ def null_basis(covariance: Float64[Tensor, "in in"], energy: float) -> Float64[T
     if not kept:
         raise BadInput(
             f"no direction of the keys holds as little as {energy:.3g} of their energy; use a"
-            " larger --energy."
+            " larger ‹energy›."
         )
     basis: Tensor = vectors[:, :kept]
     return basis

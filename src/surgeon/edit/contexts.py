@@ -4,17 +4,17 @@ that a model writes by itself.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
+import transformers
 from jaxtyping import Int64
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from ..anatomy import Anatomy
 from ..corpus import bos_ids
-from ..errors import BadInput
 from ..measure import Decoder
+from ..settings import setting
 
 STARTS = ("The", "Therefore", "Because", "I", "You")  # where there is no BOS to begin with
 ROWS = 64  # texts in one batch
@@ -24,28 +24,26 @@ ROWS = 64  # texts in one batch
 class ContextConfig:
     """Settings of the contexts. The bare prompt is always one of them, the first."""
 
-    count: int = field(
-        default=10, metadata={"help": "texts, written by the model, to stand before the prompt"}
+    contexts: int = setting(
+        10, "texts, written by the model, to stand before the prompt", low=0, group="Value"
     )
-    tokens: int = field(default=10, metadata={"help": "tokens of each text"})
-    fixed: tuple[str, ...] = field(default=(), metadata={"help": "texts to use instead"})
-
-    def __post_init__(self) -> None:
-        if self.count < 0 or self.tokens < 1:
-            raise BadInput("contexts need a count of at least 0, and at least 1 token each.")
+    context_tokens: int = setting(10, "tokens of each of these texts", low=1, group="Value")
+    own_contexts: tuple[str, ...] = setting(
+        (), "text to use instead", spelled="context", metavar="TEXT", group="Value"
+    )
 
 
 def prefixes(
     anatomy: Anatomy,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     config: ContextConfig = ContextConfig(),
     seed: int = 0,
     bos: str = "auto",
 ) -> list[str]:
     """ "", then each context with the end of its sentence and a space."""
-    texts = list(config.fixed)
-    if not texts and config.count:
-        ids = sampled(anatomy, tokenizer, config.count, config.tokens, seed, bos)
+    texts = list(config.own_contexts)
+    if not texts and config.contexts:
+        ids = sampled(anatomy, tokenizer, config.contexts, config.context_tokens, seed, bos)
         texts = [
             str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in ids.tolist()
         ]
@@ -55,7 +53,7 @@ def prefixes(
 @torch.no_grad()
 def sampled(
     anatomy: Anatomy,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     count: int,
     tokens: int,
     seed: int,

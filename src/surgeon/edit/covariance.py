@@ -13,11 +13,12 @@ from torch import Tensor
 from ..anatomy import Anatomy
 from ..errors import BadInput, SurgeonError
 from ..measure.likelihood import batches
+from ..progress import Tell, silent
 from ..tap import Tap, by_position
 from .keys import dense_down
 
-Progress = Callable[[str, int, int], None]
 TOKENS_PER_DIMENSION = 10
+LEDOIT_WOLF = "ledoit-wolf"
 CHECKPOINTS = 10  # times that an unfinished pass is kept
 
 
@@ -81,7 +82,7 @@ class CholeskyFactor:
         if int(info):
             raise SurgeonError(
                 f"the covariance of the keys is not positive definite with a ridge of {ridge:.3g}:"
-                " some directions were never seen; use more --tokens or a larger --ridge."
+                " some directions were never seen; use more ‹tokens› or a larger ‹ridge›."
             )
         return cls(lower, ridge)
 
@@ -101,7 +102,7 @@ def factor(moments: KeyMoments, ridge: float | str) -> CholeskyFactor:
     ("ledoit-wolf").
     """
     mean = moments.mean_square / moments.d_mlp
-    if ridge == "ledoit-wolf":
+    if ridge == LEDOIT_WOLF:
         share = moments.shrinkage()
         return CholeskyFactor.of(moments.covariance, share * mean, share)
     return CholeskyFactor.of(moments.covariance, float(ridge) * mean)
@@ -112,7 +113,7 @@ def key_moments(
     anatomy: Anatomy,
     windows: Int64[Tensor, "n window"],
     layers: Sequence[int],
-    progress: Progress | None = None,
+    progress: Tell = silent,
     keep: Callable[[int, dict[int, Sums]], None] | None = None,
     start: tuple[int, dict[int, Sums]] | None = None,
 ) -> dict[int, KeyMoments]:
@@ -126,8 +127,8 @@ def key_moments(
     """
     if len(windows) < 2:
         raise BadInput(
-            "the covariance of the keys needs at least two windows of text; give a longer --text or"
-            " a smaller --window."
+            "the covariance of the keys needs at least two windows of text; give a longer"
+            " ‹covariance_text› or a smaller ‹window›."
         )
     sites = {layer: dense_down(anatomy, layer) for layer in sorted(set(layers))}
     device = next(anatomy.model.parameters()).device
@@ -144,8 +145,7 @@ def key_moments(
         if 2 * done >= len(parts):
             for one in sums.values():
                 one.mark_half()
-        if progress:
-            progress("covariance", done, len(parts))
+        progress("covariance", done, len(parts))
         if keep and done < len(parts) and done % max(1, len(parts) // CHECKPOINTS) == 0:
             keep(done, sums)
     return {layer: one.moments() for layer, one in sums.items()}

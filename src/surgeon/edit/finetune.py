@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,26 +13,29 @@ from torch import Tensor
 from ..anatomy import Anatomy, Site
 from ..errors import BadInput
 from ..patch.deltas import wide
+from ..settings import setting
+from .adam import Adam
 from .value import Request, frozen
+
+MASKED = -100  # the label of a position that is not asked for
 
 
 @dataclass(frozen=True)
 class FineTuneConfig:
     """Settings of the fine-tuning."""
 
-    steps: int = field(default=60, metadata={"help": "most steps"})
-    lr: float = field(
-        default=0.05, metadata={"help": "learning rate, as a share of the RMS weight"}
-    )
-    stop: float = field(
-        default=0.98,
-        metadata={"help": "end when every target has this probability at the bare prompt"},
+    steps: int = setting(60, "most steps", low=1, group="Fine-tuning")
+    lr: float = setting(0.05, "learning rate, as a share of the RMS weight", group="Fine-tuning")
+    stop: float = setting(
+        0.98,
+        "end when every target has this probability at the bare prompt",
+        group="Fine-tuning",
     )
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.lr <= 0 or not 0 < self.stop < 1:
+        if self.lr <= 0 or not 0 < self.stop < 1:
             raise BadInput(
-                "fine-tuning needs at least 1 step, a learning rate above 0, and a stop between 0"
+                "fine-tuning needs a learning rate ‹ft_lr› above 0, and an ‹ft_stop› between 0"
                 " and 1."
             )
 
@@ -52,44 +55,51 @@ def fine_tune(
     view = anatomy.view(site)
     parameter = anatomy.model.get_parameter(anatomy.addresses[site].parameter)
     before = view.read().clone()
-    rows = [[*r.bare.ids, *r.targets[0]] for r in requests]
-    width = max(map(len, rows))
-    ids = torch.tensor(
-        [row + [row[-1]] * (width - len(row)) for row in rows], device=parameter.device
-    )
-    labels = torch.full_like(ids, -100)
-    for i, request in enumerate(requests):
-        start = len(request.bare.ids)
-        labels[i, start : start + len(request.targets[0])] = torch.tensor(request.targets[0])
+    ids, labels = _batch(requests, parameter.device)
     matrix = before.to(wide(before.dtype), copy=True)
-    scale = float(matrix.pow(2).mean().sqrt())
-    moment, square = torch.zeros_like(matrix), torch.zeros_like(matrix)
+    size = float(matrix.pow(2).mean().sqrt())
+    adam = Adam(matrix, eps=1e-12)
     n_out, n_in = matrix.shape
     every = torch.arange(n_out).repeat_interleave(n_in), torch.arange(n_in).repeat(n_out)
-    positions = view.positions(*every)
+    positions = view.positions(*every)  # of the matrix, row by row, in the parameter
     try:
         with frozen(anatomy.model):
-            for step in range(1, config.steps + 1):
+            for _ in range(config.steps):
                 parameter.requires_grad_(True)
-                logits = anatomy.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-                losses = F.cross_entropy(
-                    logits.flatten(0, 1),
-                    labels[:, 1:].flatten(),
-                    ignore_index=-100,
-                    reduction="none",
-                )
-                per_row = losses.view(len(rows), -1).sum(1) / (labels[:, 1:] >= 0).sum(1)
-                if float((-per_row.detach()).exp().min()) >= config.stop:
+                losses = _losses(anatomy, ids, labels)
+                if float((-losses.detach()).exp().min()) >= config.stop:
                     break
-                (gradient,) = torch.autograd.grad(per_row.mean(), parameter)
+                (gradient,) = torch.autograd.grad(losses.mean(), parameter)
                 parameter.requires_grad_(False)
                 gradient = gradient.flatten()[positions].view(n_out, n_in).to(matrix)
-                moment.lerp_(gradient, 0.1)
-                square.lerp_(gradient**2, 0.001)
-                stride = (moment / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-12)
-                matrix -= config.lr * scale * stride
+                matrix -= config.lr * size * adam.stride(gradient)
                 view.assign_(matrix)
         return view.read().clone()
     finally:
         parameter.requires_grad_(False)
         view.assign_(before)
+
+
+def _batch(requests: Sequence[Request], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and labels (request, pos) of the bare prompts with their targets; all but the targets'
+    tokens is masked.
+    """
+    rows = [[*r.bare.ids, *r.targets[0]] for r in requests]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [row[-1]] * (width - len(row)) for row in rows], device=device)
+    labels = torch.full_like(ids, MASKED)
+    for i, request in enumerate(requests):
+        start = len(request.bare.ids)
+        labels[i, start : start + len(request.targets[0])] = torch.tensor(request.targets[0])
+    return ids, labels
+
+
+def _losses(anatomy: Anatomy, ids: Tensor, labels: Tensor) -> Float[Tensor, " request"]:
+    """The mean cross-entropy of each target's tokens."""
+    logits = anatomy.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    wanted = labels[:, 1:]
+    losses = F.cross_entropy(
+        logits.flatten(0, 1), wanted.flatten(), ignore_index=MASKED, reduction="none"
+    )
+    per_request: Tensor = losses.view(len(ids), -1).sum(1) / (wanted != MASKED).sum(1)
+    return per_request

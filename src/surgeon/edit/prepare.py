@@ -5,26 +5,28 @@ of that.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-import torch
+import transformers
 from jaxtyping import Int64
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from ..anatomy import Anatomy
 from ..corpus import Corpus, bos_ids
 from ..errors import BadInput
 from ..patch import applied_patches
+from ..progress import Tell, silent
+from ..settings import nested, setting
 from .cache import CovarianceCache
 from .contexts import ContextConfig, prefixes, sampled
 from .covariance import (
+    LEDOIT_WOLF,
     TOKENS_PER_DIMENSION,
     CholeskyFactor,
     KeyMoments,
-    Progress,
     Sums,
     factor,
     key_moments,
@@ -34,33 +36,43 @@ from .keys import dense_down
 WINDOW = 128
 
 
+def ridge_of(text: str) -> float | str:
+    """A ridge as it is written: a number, or the name of a rule."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Settings of the covariance and the contexts."""
+    """Settings of the contexts and the covariance. bos: whether prompts begin with BOS."""
 
-    tokens: int | None = field(
-        default=None,
-        metadata={"help": "keys in the covariance, at least; not given: 10 for each of d_mlp"},
+    contexts: ContextConfig = nested(ContextConfig)
+    tokens: int | None = setting(
+        None,
+        f"keys in the covariance, at least; not given: {TOKENS_PER_DIMENSION} for each of d_mlp",
+        low=2,
+        group="Covariance",
     )
-    ridge: float | str = field(
-        default=0.01,
-        metadata={"help": "ridge, as a share of the covariance's mean diagonal; or ledoit-wolf"},
+    ridge: float | str = setting(
+        0.01,
+        "ridge, as a share of the covariance's mean diagonal; or ledoit-wolf",
+        parse=ridge_of,
+        metavar="F",
+        group="Covariance",
     )
-    contexts: ContextConfig = field(default_factory=ContextConfig)
-    seed: int = field(default=0, metadata={"help": "seed of what the model writes"})
-    bos: str = field(default="auto", metadata={"help": "whether prompts begin with BOS"})
+    seed: int = setting(
+        0, "seed of what the model writes and of the intervals", low=0, high=2**32 - 1
+    )
+    bos: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.tokens is not None and self.tokens < 2:
-            raise BadInput(
-                f"--tokens {self.tokens} is too few for a covariance; the default is"
-                f" {TOKENS_PER_DIMENSION} for each of d_mlp."
-            )
-        known = self.ridge == "ledoit-wolf" if isinstance(self.ridge, str) else self.ridge > 0
+        known = self.ridge == LEDOIT_WOLF if isinstance(self.ridge, str) else self.ridge > 0
         if not known:
             raise BadInput(
-                f"--ridge {self.ridge} is not known; give a share of the mean diagonal above 0,"
-                " like 0.01, or ledoit-wolf."
+                f"‹ridge› {self.ridge} is not known; give a share of the mean diagonal above 0,"
+                f" like 0.01, or {LEDOIT_WOLF}."
             )
 
 
@@ -75,12 +87,12 @@ class Preparation:
     def __init__(
         self,
         anatomy: Anatomy,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: transformers.PreTrainedTokenizerBase,
         config: PrepareConfig = PrepareConfig(),
         corpus: Corpus | None = None,
         cache: CovarianceCache | None = None,
         weights: str = "",
-        progress: Progress | None = None,
+        progress: Tell = silent,
     ) -> None:
         self.anatomy, self.tokenizer, self.config, self.corpus = anatomy, tokenizer, config, corpus
         self.cache, self.weights, self.progress = cache, weights, progress
@@ -105,61 +117,34 @@ class Preparation:
         """Take the covariances of these layers in one pass over the text, or read them from the
         cache.
         """
-        missing = []
-        for layer in sorted(set(layers) - set(self._moments)):
-            found = None if self.cache is None else self.cache.read(self._key([layer]))
-            if found is None:
-                missing.append(layer)
-            else:
-                held: dict[str, Any] = {**found[0], **found[1]}
-                self._moments[layer] = KeyMoments(**held)
+        missing = [layer for layer in sorted(set(layers)) if not self._known(layer)]
         if not missing:
             return
         windows = self._windows(max(self._wanted(layer) for layer in missing))
         unfinished = {**self._key(missing), "unfinished": True}
-
-        def keep(done: int, sums: dict[int, Sums]) -> None:
-            assert self.cache is not None
-            held = {layer: vars(one) for layer, one in sums.items()}
-            tensors = {
-                f"{layer}.{n}": v
-                for layer, one in held.items()
-                for n, v in one.items()
-                if isinstance(v, torch.Tensor)
-            }
-            numbers = {
-                layer: {n: v for n, v in one.items() if isinstance(v, int | float)}
-                for layer, one in held.items()
-            }
-            self.cache.write(unfinished, tensors, {"done": done, "layers": numbers})
-
-        start = None
-        found = None if self.cache is None else self.cache.read(unfinished)
-        if found is not None:
-            tensors, numbers = found
-            sums = {layer: Sums(**numbers["layers"][str(layer)]) for layer in missing}
-            for name, tensor in tensors.items():
-                at, _, part = name.partition(".")
-                setattr(sums[int(at)], part, tensor)
-            start = numbers["done"], sums
         self._moments |= key_moments(
             self.anatomy,
             windows,
             missing,
             self.progress,
-            None if self.cache is None else keep,
-            start,
+            None if self.cache is None else partial(_keep, self.cache, unfinished),
+            None if self.cache is None else _kept(self.cache, unfinished),
         )
-        if self.cache is not None:
-            for layer in missing:
-                whole = vars(self._moments[layer])
-                tensors = {n: v for n, v in whole.items() if isinstance(v, torch.Tensor)}
-                self.cache.write(
-                    self._key([layer]),
-                    tensors,
-                    {n: v for n, v in whole.items() if n not in tensors},
-                )
-            self.cache.drop(unfinished)
+        if self.cache is None:
+            return
+        for layer in missing:
+            tensors, numbers = _parts(self._moments[layer])
+            self.cache.write(self._key([layer]), tensors, numbers)
+        self.cache.drop(unfinished)
+
+    def _known(self, layer: int) -> bool:
+        """Whether the moments of a layer are here now, from the cache if it has them."""
+        if layer not in self._moments and self.cache is not None:
+            cached = self.cache.read(self._key([layer]))
+            if cached is not None:
+                parts: dict[str, Any] = {**cached[0], **cached[1]}
+                self._moments[layer] = KeyMoments(**parts)
+        return layer in self._moments
 
     def moments(self, layer: int) -> KeyMoments:
         self.gather([layer])
@@ -229,3 +214,39 @@ class Preparation:
             self.config.seed,
             self.config.bos,
         )
+
+
+# -- a pass that was cut --------------------------------------------------------------------------
+
+
+def _keep(
+    cache: CovarianceCache, key: Mapping[str, Any], done: int, sums: Mapping[int, Sums]
+) -> None:
+    """Keep the sums of an unfinished pass."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[int, dict[str, int | float]] = {}
+    for layer, one in sums.items():
+        own, numbers[layer] = _parts(one)
+        tensors |= {f"{layer}.{name}": tensor for name, tensor in own.items()}
+    cache.write(key, tensors, {"done": done, "layers": numbers})
+
+
+def _kept(cache: CovarianceCache, key: Mapping[str, Any]) -> tuple[int, dict[int, Sums]] | None:
+    """The batches done and the sums of an unfinished pass, if one was kept."""
+    cached = cache.read(key)
+    if cached is None:
+        return None
+    tensors, numbers = cached
+    sums = {int(layer): Sums(**own) for layer, own in numbers["layers"].items()}
+    for name, tensor in tensors.items():
+        layer, _, part = name.partition(".")
+        setattr(sums[int(layer)], part, tensor)
+    return numbers["done"], sums
+
+
+def _parts(one: KeyMoments | Sums) -> tuple[dict[str, Tensor], dict[str, int | float]]:
+    """The tensors and the numbers of which it is made."""
+    values = vars(one)
+    tensors = {name: v for name, v in values.items() if isinstance(v, Tensor)}
+    numbers = {name: v for name, v in values.items() if isinstance(v, int | float)}
+    return tensors, numbers

@@ -5,31 +5,32 @@ the loudest seen in the model itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from jaxtyping import Float64, Int64
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from ..anatomy import Anatomy, Site
 from ..measure.likelihood import batches, logits_of
 from ..patch import Patch
 from ..patch.deltas import LowRankDelta
+from ..result import record
 from ..tap import Tap, by_position
 from .preflight import Factors
 
 CONTEXT = 12  # tokens shown before a place
 
 
-@dataclass(frozen=True)
+@record
 class Touched:
     """A token of some text that an edit touches. change: |D k| over the usual size of what the
     matrix writes, largest over its matrices; kl: KL(before || after) of the next token there, in
-    nats, by forward passes."""
+    nats, by forward passes.
+    """
 
     window: int
     position: int
@@ -38,23 +39,18 @@ class Touched:
     change: float
     kl: float
 
-    def to_json(self) -> dict[str, Any]:
-        return dict(vars(self))
 
-
-@dataclass(frozen=True)
+@record
 class Radar:
     """`touched`: the places that change most, in that order. median, largest: of the change over
-    all `keys`; median_kl: of all positions in the windows of the touched places."""
+    all `keys`; median_kl: of all positions in the windows of the touched places.
+    """
 
     keys: int
     median: float
     largest: float
     median_kl: float
     touched: list[Touched]
-
-    def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "touched": [t.to_json() for t in self.touched]}
 
 
 def output_change(keys: Float64[Tensor, "n in"], factors: Factors) -> Float64[Tensor, " n"]:
@@ -77,7 +73,7 @@ def ranked(change: Float64[Tensor, " n"], top: int) -> list[int]:
 @torch.no_grad()
 def radar(
     anatomy: Anatomy,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     patch: Patch,
     windows: Int64[Tensor, "n window"],
     top: int = 10,
@@ -87,23 +83,14 @@ def radar(
 
     The model is left as it was.
     """
-    changes = torch.stack([_relative(anatomy, site, patch, windows) for site in patch.sites]).amax(
-        0
-    )
+    by_site = [_relative(anatomy, site, patch, windows) for site in patch.sites]
+    changes = torch.stack(by_site).amax(0)
     places = ranked(changes, top)
     width = windows.shape[1]
-    chosen = sorted({p // width for p in places})
-    ids = windows[chosen]
-    before = torch.cat(
-        [F.log_softmax(logits_of(anatomy.model, part).float(), -1).cpu() for part in batches(ids)]
-    )
+    chosen = sorted({place // width for place in places})
+    before = _predictions(anatomy, windows[chosen])
     with patch.applied(anatomy):
-        after = torch.cat(
-            [
-                F.log_softmax(logits_of(anatomy.model, part).float(), -1).cpu()
-                for part in batches(ids)
-            ]
-        )
+        after = _predictions(anatomy, windows[chosen])
     kl = (before.exp() * (before - after)).sum(-1)
     touched = []
     for place in places:
@@ -122,6 +109,12 @@ def radar(
     return Radar(
         len(changes), float(changes.median()), float(changes.max()), float(kl.median()), touched
     )
+
+
+def _predictions(anatomy: Anatomy, windows: Tensor) -> Tensor:
+    """Log-probabilities of the next token (window, pos, d_vocab)."""
+    logits = [logits_of(anatomy.model, ids).float() for ids in batches(windows)]
+    return torch.cat([F.log_softmax(part, -1).cpu() for part in logits])
 
 
 def _relative(

@@ -1,83 +1,96 @@
 """The value of an edit: what has to be added to a residual write at the subject's last token so
 that the model says the target.
+
+How this works. A request is asked after several contexts, the first of which is none; one more
+prompt, "{} is a", tells what the subject is, and should go on as before. All of them, of as many
+requests as fit, are the rows of one batch. What lies below the layer is run once, and every step
+goes on from there: it adds each request's delta to what the layer writes at the subject's last
+token, and reads the log-probabilities at the positions that predict the target. Each request
+minimises, by Adam,
+
+    mean over contexts of -log P(target) + kl KL(before || after) + weight_decay |delta|^2 / |h|^2
+
+where the KL is that of "{} is a" and h the residual stream behind the layer; after each step delta
+is cut to `clamp` |h|. A request whose target is likely enough after every context takes no further
+step, so no request depends on those beside it.
+Source: Meng et al. 2022, arXiv:2202.05262, eq. 4.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+import transformers
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from ..anatomy import Anatomy
 from ..errors import BadInput
+from ..progress import Tell, silent
+from ..settings import setting
 from ..subject import SubjectPrompt, locate, target_ids
 from ..tap import LayerInput, Tap, by_position, capture, resume
+from .adam import Adam
 from .keys import PromptBatch, dense_down
 
-Progress = Callable[[str, int, int], None]
 TOKENS = 6144  # of all rows that are optimised together
 ESSENCE = "{} is a"
+# where a value is left to the method: facts that share a matrix pay for each other's norm, so
+# theirs stop earlier (measured in docs/editing.md)
+ALONE, TOGETHER = {"lr": 0.2, "stop": 0.98}, {"lr": 0.1, "stop": 0.9}
 
 
 @dataclass(frozen=True)
 class ValueConfig:
-    """Settings of the value's optimisation.
+    """Settings of the value's optimisation; the scales are relative to the model's."""
 
-    Source: Meng et al. 2022, arXiv:2202.05262, eq. 4; the scales are relative to the model's.
-    """
-
-    steps: int = field(default=100, metadata={"help": "most steps"})
-    lr: float = field(
-        default=0.2,
-        metadata={
-            "help": "learning rate, as a share of the RMS entry of the residual stream there"
-        },
+    steps: int = setting(100, "most steps", low=1, group="Value")
+    lr: float | None = setting(
+        None,
+        "learning rate, as a share of the RMS entry of the residual stream there; not given: 0.2,"
+        " or 0.1 where facts are written together",
+        group="Value",
     )
-    kl: float = field(
-        default=0.0625, metadata={"help": "weight of the KL that keeps what the subject is"}
+    kl: float = setting(
+        0.0625, "weight of the KL that keeps what the subject is", low=0, group="Value"
     )
-    weight_decay: float = field(
-        default=0.01,
-        metadata={"help": "weight of the squared norm, relative to the residual stream's"},
+    weight_decay: float = setting(
+        0.01,
+        "weight of the squared norm, relative to the residual stream's",
+        low=0,
+        group="Value",
     )
-    clamp: float = field(
-        default=4.0, metadata={"help": "largest norm, relative to the residual stream's"}
-    )
-    stop: float = field(
-        default=0.98,
-        metadata={
-            "help": (
-                "end when the target has this probability after every context; 0: when it is the"
-                " argmax"
-            )
-        },
+    clamp: float = setting(4.0, "largest norm, relative to the residual stream's", group="Value")
+    stop: float | None = setting(
+        None,
+        "end when the target has this probability after every context, at 0 when it is the argmax;"
+        " not given: 0.98, or 0.9 where facts are written together",
+        low=0,
+        group="Value",
     )
 
     def __post_init__(self) -> None:
-        if (
-            self.steps < 1
-            or self.lr <= 0
-            or self.clamp <= 0
-            or not 0 <= self.stop < 1
-            or min(self.kl, self.weight_decay) < 0
-        ):
-            raise BadInput(
-                "the value needs at least 1 step, a learning rate and a clamp above 0, weights of"
-                " at least 0, and a stop in 0..1."
-            )
+        if self.clamp <= 0 or (self.lr is not None and self.lr <= 0):
+            raise BadInput("a value needs a learning rate ‹value_lr› and a ‹value_clamp› above 0.")
+        if self.stop is not None and self.stop >= 1:
+            raise BadInput(f"‹value_stop› is {self.stop:g}; no probability gets there, use 0.98.")
+
+    def settled(self, together: bool = False) -> ValueConfig:
+        """The same with what was left to the method; together: several facts at once."""
+        usual = TOGETHER if together else ALONE
+        lr = usual["lr"] if self.lr is None else self.lr
+        return replace(self, lr=lr, stop=usual["stop"] if self.stop is None else self.stop)
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
     """A prompt after each context, and the ids of the target after each.
 
-    The first context is none: the bare prompt.
+    The first context is none: the bare prompt. essence: the prompt that tells what the subject is.
     """
 
     prompts: Sequence[SubjectPrompt]
@@ -87,7 +100,7 @@ class Request:
     @classmethod
     def of(
         cls,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: transformers.PreTrainedTokenizerBase,
         template: str,
         subject: str,
         target: str,
@@ -122,35 +135,94 @@ def optimise(
     layer: int,
     config: ValueConfig = ValueConfig(),
     where: str = "mlp",
-    progress: Progress | None = None,
+    progress: Tell = silent,
 ) -> Values:
     """The least addition to the write of `layer` with which the model says each target; all
     requests together, each by itself.
 
-    where: "mlp", the output of `mlp.down`, or "state", the output of the whole layer. The layers
-    below are run once. Float32 additions to a frozen model of any dtype. Raises: BadInput as
-    `dense_down`.
+    where: "mlp", the output of `mlp.down`, or "state", the output of the whole layer. Float32
+    additions to a frozen model of any dtype. Raises: BadInput as `dense_down`.
     """
     module = anatomy.module(dense_down(anatomy, layer)) if where == "mlp" else anatomy.layers[layer]
-    found: list[_Group] = []
     groups = _grouped(requests)
+    found = []
     with frozen(anatomy.model):
-        for done, group in enumerate(groups):
-            one = _Group(anatomy, group, layer, module, config)
-            one.run(progress, f"value {done + 1}/{len(groups)}" if len(groups) > 1 else "value")
-            found.append(one)
+        for number, group in enumerate(groups, 1):
+            name = f"value {number}/{len(groups)}" if len(groups) > 1 else "value"
+            optimisation = _Optimisation(anatomy, group, layer, module, config.settled())
+            found.append(optimisation.run(progress, name))
     return Values(
         *(
-            torch.cat([getattr(g, name) for g in found])
-            for name in ("best", "norm", "probability", "steps")
+            torch.cat([getattr(one, name) for one in found])
+            for name in ("delta", "norm", "probability", "steps")
         )
     )
 
 
-class _Group:
-    """Requests that are optimised in one batch: a row for each context of each, and one that tells
-    what the subject is.
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """The prompts of some requests as rows of one batch, the targets behind them.
+
+    Shapes: owner (row,), the request that a row belongs to; essence (row,), whether it tells what
+    the subject is; labels (row, token), the target's ids, padded; real (row, token), which of them
+    are no padding; at (row, token), the positions that predict them.
     """
+
+    batch: PromptBatch
+    owner: Int64[Tensor, " row"]
+    essence: Bool[Tensor, " row"]
+    labels: Int64[Tensor, "row token"]
+    real: Bool[Tensor, "row token"]
+    at: Int64[Tensor, "row token"]
+
+    @classmethod
+    def of(cls, requests: Sequence[Request]) -> _Rows:
+        prompts: list[SubjectPrompt] = []
+        targets: list[Sequence[int]] = []
+        owner: list[int] = []
+        essence: list[bool] = []
+        for number, request in enumerate(requests):
+            prompts += [*request.prompts, request.essence]
+            targets += [*request.targets, [0]]  # what follows the essence is compared as a whole
+            owner += [number] * (len(request.prompts) + 1)
+            essence += [False] * len(request.prompts) + [True]
+        # the target's last token predicts nothing that is asked for
+        batch = PromptBatch.of(prompts, [target[:-1] for target in targets])
+        lengths = torch.tensor([len(target) for target in targets])
+        token = torch.arange(int(lengths.max()))
+        labels = torch.tensor([[*t, *[0] * (len(token) - len(t))] for t in targets])
+        first = batch.length - lengths
+        at = (first[:, None] + token).clamp(max=batch.ids.shape[1] - 1)
+        real = token < lengths[:, None]
+        return cls(batch, torch.tensor(owner), torch.tensor(essence), labels, real, at)
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+    def chosen(self, rows: Int64[Tensor, " some"]) -> _Rows:
+        return _Rows(
+            self.batch.rows(rows),
+            self.owner[rows],
+            self.essence[rows],
+            self.labels[rows],
+            self.real[rows],
+            self.at[rows],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """The requests in one state. loss: the sum of theirs. Shapes: likely (n,), the target's least
+    probability over the contexts; says (n,), whether it is the argmax after all of them.
+    """
+
+    loss: Float[Tensor, ""]
+    likely: Float[Tensor, " n"]
+    says: Bool[Tensor, " n"]
+
+
+class _Optimisation:
+    """Requests that are optimised in one batch."""
 
     def __init__(
         self,
@@ -160,143 +232,118 @@ class _Group:
         module: nn.Module,
         config: ValueConfig,
     ) -> None:
+        assert config.lr is not None  # a settled configuration has both
+        assert config.stop is not None
+        self.lr, self.stop = config.lr, config.stop
         self.anatomy, self.module, self.config, self.n = anatomy, module, config, len(requests)
         self.layer = anatomy.layers[layer]
-        prompts, tails, self.targets = [], [], []
-        owner, self.essence = [], []
-        for i, request in enumerate(requests):
-            for prompt, target in zip(request.prompts, request.targets, strict=True):
-                prompts.append(prompt)
-                tails.append(target[:-1])
-                self.targets.append(torch.tensor(target))
-                owner.append(i)
-                self.essence.append(False)
-            prompts.append(request.essence)
-            tails.append(())
-            self.targets.append(torch.tensor([0]))
-            owner.append(i)
-            self.essence.append(True)
+        self.rows = _Rows.of(requests)
         self.device = next(anatomy.model.parameters()).device
-        self.batch = PromptBatch.of(prompts, tails)
-        self.owner, self.is_essence = torch.tensor(owner), torch.tensor(self.essence)
-        widest = max(map(len, self.targets))
-        # where the target's tokens are predicted, padded by the last of them; `real` tells which
-        # are not padding
-        self.labels = torch.stack([F.pad(t, (0, widest - len(t))) for t in self.targets])
-        self.real = torch.stack([torch.arange(widest) < len(t) for t in self.targets])
-        first = self.batch.length - torch.tensor([len(t) for t in self.targets])
-        self.at = (first[:, None] + torch.arange(widest)).clamp(max=self.batch.ids.shape[1] - 1)
-        self.entry = (
-            capture(anatomy.model, anatomy.layers, layer, input_ids=self.batch.ids.to(self.device))
-            if layer > 0
-            else None
-        )
-        self.best = torch.zeros(self.n, anatomy.d_model)
-        self.norm = torch.zeros(self.n)
-        self.probability = torch.zeros(self.n)
-        self.steps = torch.zeros(self.n, dtype=torch.long)
-
-    def run(self, progress: Progress | None, what: str) -> None:
-        config = self.config
+        self.entry: LayerInput | None = None
+        if layer > 0:
+            ids = self.rows.batch.ids.to(self.device)
+            self.entry = capture(anatomy.model, anatomy.layers, layer, input_ids=ids)
         with torch.no_grad():
-            everything = torch.arange(len(self.batch))
-            base, state = self._forward(everything, torch.zeros(self.n, self.anatomy.d_model))
-            base = base[:, 0]
-        bare = torch.tensor([int((self.owner == i).nonzero()[0]) for i in range(self.n)])
-        self.norm = state[bare].norm(dim=1)
-        delta = torch.zeros(self.n, self.anatomy.d_model, requires_grad=True)
-        size = self.norm[:, None] / self.anatomy.d_model**0.5
-        moment, square = torch.zeros_like(delta), torch.zeros_like(delta)
-        active = torch.ones(self.n, dtype=torch.bool)
-        for step in range(1, config.steps + 2):
-            rows = active[self.owner].nonzero().flatten()
-            log_p, _ = self._forward(rows, delta)
-            loss, likely, said = self._loss(rows, log_p, base[rows], delta)
-            with torch.no_grad():
-                met = said if config.stop == 0 else likely >= config.stop
-                self.best[active], self.probability[active] = delta.detach()[active], likely[active]
-                self.steps[active] = step - 1
-                active = active & ~met
-            if progress:
-                progress(what, step - 1, config.steps)
-            if not active.any() or step > config.steps:
-                break
-            (gradient,) = torch.autograd.grad(loss, delta)
-            with torch.no_grad():
-                # Adam, written out so that a request that is done stays where it is
-                moment.lerp_(gradient, 0.1)
-                square.lerp_(gradient**2, 0.001)
-                stride = (moment / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
-                delta -= config.lr * size * stride * active[:, None]
-                long = config.clamp * self.norm / delta.norm(dim=1).clamp_min(1e-12)
-                delta *= long.clamp(max=1)[:, None]
+            every, nothing = torch.arange(len(self.rows)), torch.zeros(self.n, anatomy.d_model)
+            log_p, states = self._forward(every, nothing)
+        self.before = log_p[:, 0]  # (row, d_vocab): what follows each row in the model as it is
+        bare = [int((self.rows.owner == number).nonzero()[0]) for number in range(self.n)]
+        self.norm = states[bare].norm(dim=1)
 
-    def _forward(self, rows: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (rows, target, d_vocab) where targets are predicted; the residual
-        stream (rows, d_model) behind the layer.
+    def run(self, progress: Tell, name: str) -> Values:
+        config = self.config
+        delta = torch.zeros(self.n, self.anatomy.d_model, requires_grad=True)
+        found = torch.zeros(self.n, self.anatomy.d_model)
+        probability, steps = torch.zeros(self.n), torch.zeros(self.n, dtype=torch.long)
+        active = torch.ones(self.n, dtype=torch.bool)
+        adam = Adam(delta, eps=1e-8)
+        for step in range(config.steps + 1):
+            asked = self._ask(active, delta)
+            found[active], probability[active] = delta.detach()[active], asked.likely[active]
+            steps[active] = step
+            done = asked.says if self.stop == 0 else asked.likely >= self.stop
+            active = active & ~done
+            progress(name, step, config.steps)
+            if not active.any() or step == config.steps:
+                break
+            (gradient,) = torch.autograd.grad(asked.loss, delta)
+            self._move_(delta, adam.stride(gradient), active)
+        return Values(found, self.norm, probability, steps)
+
+    @torch.no_grad()
+    def _move_(self, delta: Tensor, stride: Tensor, active: Tensor) -> None:
+        """One step of the active requests, and back into the ball of radius `clamp` |h|."""
+        size = self.norm[:, None] / self.anatomy.d_model**0.5
+        delta -= self.lr * size * stride * active[:, None]
+        within = self.config.clamp * self.norm / delta.norm(dim=1).clamp_min(1e-12)
+        delta *= within.clamp(max=1)[:, None]
+
+    def _ask(self, active: Bool[Tensor, " n"], delta: Float[Tensor, "n d_model"]) -> _Asked:
+        """The losses and probabilities of the active requests with their additions."""
+        index = active[self.rows.owner].nonzero().flatten()
+        rows = self.rows.chosen(index)
+        log_p, _ = self._forward(index, delta)
+        nll = -(log_p.gather(-1, rows.labels[..., None])[..., 0] * rows.real).sum(1)
+        nll = nll / rows.real.sum(1)
+        before = self.before[index]
+        kl = (before.exp() * (before - log_p[:, 0])).sum(-1)
+
+        asked = ~rows.essence
+        contexts = torch.bincount(rows.owner[asked], minlength=self.n).clamp_min(1)
+        per_row = torch.where(rows.essence, self.config.kl * kl, nll / contexts[rows.owner])
+        penalty = self.config.weight_decay * (delta.norm(dim=1) / self.norm.clamp_min(1e-12)).pow(2)
+        loss = per_row.sum() + penalty[active].sum()
+
+        with torch.no_grad():
+            right = ((log_p.argmax(-1) == rows.labels) | ~rows.real).all(1)
+            likely = self._least(rows.owner[asked], (-nll[asked]).exp())
+            says = self._least(rows.owner[asked], right[asked].float()) > 0
+        return _Asked(loss, likely, says)
+
+    def _least(self, owner: Tensor, values: Tensor) -> Float[Tensor, " n"]:
+        """The least value of each request's rows; 1 where it has none."""
+        return torch.ones(self.n).scatter_reduce(0, owner, values, "amin")
+
+    def _forward(
+        self, index: Int64[Tensor, " some"], delta: Float[Tensor, "n d_model"]
+    ) -> tuple[Float[Tensor, "some token d_vocab"], Float[Tensor, "some d_model"]]:
+        """With the additions: log-probabilities where the targets are predicted, and the residual
+        stream behind the layer at the subject's last token.
         """
-        batch, at, owner = self.batch.rows(rows), self.at[rows], self.owner[rows]
-        index = torch.arange(len(rows))
+        rows = self.rows.chosen(index)
+        row, last = torch.arange(len(rows)), rows.batch.last
         states: list[Tensor] = []
 
         def add(y: Tensor) -> Tensor:
-            states = by_position(y, len(index))
-            return states.index_put(
-                (index.to(y.device), batch.last.to(y.device)), delta[owner].to(y), accumulate=True
-            ).view_as(y)
+            where = (row.to(y.device), last.to(y.device))
+            flat = by_position(y, len(rows))  # some models (OPT) flatten batch and position
+            return flat.index_put(where, delta[rows.owner].to(y), accumulate=True).view_as(y)
 
         def see(y: Tensor) -> None:
-            states.append(y[index.to(y.device), batch.last.to(y.device)].detach().float().cpu())
+            states.append(y[row.to(y.device), last.to(y.device)].detach().float().cpu())
 
-        def gather(x: Tensor) -> Tensor:
-            return x[index.to(x.device)[:, None], at.to(x.device)]
+        def few(x: Tensor) -> Tensor:
+            return x[row.to(x.device)[:, None], rows.at.to(x.device)]
 
-        with Tap() as tap:
+        with Tap() as tap, self._resumed(index):
             tap.on_output(self.module, add)
             tap.on_output(self.layer, see)
             head = self.anatomy.model.get_output_embeddings()  # type: ignore[operator]
-            tap.on_input(head, gather)  # the vocabulary is large, and few positions are needed
-            ids = batch.ids.to(self.device)
-            if self.entry is None:
-                logits = tap.run(self.anatomy.model, input_ids=ids, use_cache=False).logits
-            else:
-                entry = LayerInput(
-                    self.entry.start, self.entry.states[rows.to(self.device)], self.entry.as_tuple
-                )
-                with resume(self.anatomy.layers, entry):
-                    logits = tap.run(self.anatomy.model, input_ids=ids, use_cache=False).logits
+            tap.on_input(head, few)  # the vocabulary is large, and few positions are needed
+            ids = rows.batch.ids.to(self.device)
+            logits = tap.run(self.anatomy.model, input_ids=ids, use_cache=False).logits
         return F.log_softmax(logits.float().cpu(), -1), states[0]
 
-    def _loss(
-        self, rows: Tensor, log_p: Tensor, base: Tensor, delta: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The sum of the losses; the least probability over the contexts (n,); whether the target
-        is the argmax after all of them (n,).
-        """
-        labels, real, owner, essence = (
-            self.labels[rows],
-            self.real[rows],
-            self.owner[rows],
-            self.is_essence[rows],
-        )
-        nll = -(log_p.gather(-1, labels[..., None])[..., 0] * real).sum(1) / real.sum(1)
-        kl = (base.exp() * (base - log_p[:, 0])).sum(-1)
-        contexts = torch.bincount(owner[~essence], minlength=self.n).clamp_min(1)
-        per_row = torch.where(essence, self.config.kl * kl, nll / contexts[owner])
-        penalty = self.config.weight_decay * (delta.norm(dim=1) / self.norm.clamp_min(1e-12)).pow(2)
-        loss = per_row.sum() + penalty[torch.bincount(owner, minlength=self.n) > 0].sum()
-        with torch.no_grad():
-            likely = torch.ones(self.n).scatter_reduce(
-                0, owner[~essence], (-nll[~essence]).exp(), "amin"
-            )
-            right = ((log_p.argmax(-1) == labels) | ~real).all(1)
-            said = (
-                torch.ones(self.n).scatter_reduce(
-                    0, owner[~essence], right[~essence].float(), "amin"
-                )
-                > 0
-            )
-        return loss, likely, said
+    @contextmanager
+    def _resumed(self, index: Tensor) -> Iterator[None]:
+        """Within the block these rows begin at the layer, where anything lies below it."""
+        if self.entry is None:
+            yield
+            return
+        states = self.entry.states[index.to(self.device)]
+        entry = LayerInput(self.entry.start, states, self.entry.as_tuple)
+        with resume(self.anatomy.layers, entry):
+            yield
 
 
 def _grouped(requests: Sequence[Request]) -> list[list[Request]]:
@@ -304,9 +351,8 @@ def _grouped(requests: Sequence[Request]) -> list[list[Request]]:
     groups: list[list[Request]] = [[]]
     used = 0
     for request in requests:
-        tokens = sum(
-            len(p.ids) + len(t) for p, t in zip(request.prompts, request.targets, strict=True)
-        ) + len(request.essence.ids)
+        pairs = zip(request.prompts, request.targets, strict=True)
+        tokens = sum(len(p.ids) + len(t) for p, t in pairs) + len(request.essence.ids)
         if groups[-1] and used + tokens > TOKENS:
             groups.append([])
             used = 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -184,9 +185,9 @@ def detect(
 
     Pass `bar` to hold a later round to the bar of the first.
     """
-    low, high = config.span(len(anatomy.layers))
-    watches = _run(anatomy, windows, high)
-    height = torch.stack([w.height for w in watches])  # (layer, d_model)
+    first, end = config.span(len(anatomy.layers))
+    watches = _run(anatomy, windows, end)
+    height = torch.stack([watch.height for watch in watches])  # (layer, d_model)
     if not bool(torch.isfinite(height).all()):
         raise SurgeonError(
             "the model's residual stream is not finite on this text (inf or NaN), so nothing can be"
@@ -194,57 +195,65 @@ def detect(
         )
     if bar is None:
         bar = max(config.min_height, config.relative_height * float(height.max()))
-    candidates, rejected = [], []
-    for channel in (height.amax(0) >= bar).nonzero().flatten().tolist():
-        over = height[:, channel] >= bar
-        onset = int(over.nonzero()[0])
-        where = f"L{onset} channel {channel}"
-        # the last layer often takes a super activation away again, so it is not asked to keep it
-        end = high - (high == len(anatomy.layers))
-        stays = (height[onset : max(onset + 1, end), channel] >= bar / 2).float().mean().item()
-        top = float(height[:, channel].max())
-        if onset < low:
-            rejected.append(
-                Rejection(
-                    where,
-                    "the channel rose below the layers that were to be searched",
-                    height=top,
-                )
-            )
-            continue
-        if stays < config.persistence:
-            rejected.append(
-                Rejection(
-                    where,
-                    "the channel does not stay high over the remaining depth",
-                    height=top,
-                    persistence=stays,
-                )
-            )
-            continue
-        watch = watches[onset]
-        if channel not in watch.channels:
-            reason = (
-                "the channel is high but the MLP of its onset layer does not write it (embedding or"
-                " attention does)"
-            )
-            rejected.append(Rejection(where, reason, height=top))
-            continue
-        contributions = watch.contributions(channel)
-        agreement = float((watch.window_height[:, channel] >= bar / 2).float().mean())
-        candidates.append(
-            Candidate(
-                channel,
-                onset,
-                top,
-                height[:, channel].tolist(),
-                stays,
-                agreement,
-                tuple(contributions),
-            )
-        )
-    candidates.sort(key=lambda c: -c.height)
+    judge = partial(_judge, anatomy, watches, height, bar, config, first)
+    high_channels = (height.amax(0) >= bar).nonzero().flatten().tolist()
+    judged = [judge(channel) for channel in high_channels]
+    candidates = [one for one in judged if isinstance(one, Candidate)]
+    rejected = [one for one in judged if isinstance(one, Rejection)]
+    candidates.sort(key=lambda one: -one.height)
     return Detection(candidates, rejected, Heights(bar, height.amax(1).tolist()))
+
+
+def _judge(
+    anatomy: Anatomy,
+    watches: list[_Watch],
+    height: Tensor,
+    bar: float,
+    config: DetectConfig,
+    first: int,
+    channel: int,
+) -> Candidate | Rejection:
+    """Whether a critical set may write this channel. Shapes: height (layer, d_model)."""
+    heights = height[:, channel]
+    onset = int((heights >= bar).nonzero()[0])
+    top = float(heights.max())
+    where = f"L{onset} channel {channel}"
+    if onset < first:
+        return Rejection(
+            where, "the channel rose below the layers that were to be searched", height=top
+        )
+
+    persistence = _persistence(heights, onset, bar, whole=len(heights) == len(anatomy.layers))
+    if persistence < config.persistence:
+        return Rejection(
+            where,
+            "the channel does not stay high over the remaining depth",
+            height=top,
+            persistence=persistence,
+        )
+
+    watch = watches[onset]
+    if channel not in watch.channels:
+        return Rejection(
+            where,
+            "the channel is high but the MLP of its onset layer does not write it (embedding or"
+            " attention does)",
+            height=top,
+        )
+    agreement = float((watch.window_height[:, channel] >= bar / 2).float().mean())
+    contributions = tuple(watch.contributions(channel))
+    return Candidate(channel, onset, top, heights.tolist(), persistence, agreement, contributions)
+
+
+def _persistence(heights: Tensor, onset: int, bar: float, whole: bool) -> float:
+    """Share of the layers from the onset on in which the channel stays above half the bar.
+
+    whole: the heights reach the model's last layer, which often takes a super activation away
+    again, so that it is not asked to keep it.
+    """
+    end = len(heights) - 1 if whole else len(heights)
+    remaining = heights[onset : max(onset + 1, end)]
+    return float((remaining >= bar / 2).float().mean())
 
 
 def _run(anatomy: Anatomy, windows: Tensor, end: int) -> list[_Watch]:
@@ -285,25 +294,21 @@ class _Watch:
         self._args = args
 
     def see_residual(self, h: Tensor) -> None:
-        peak, square = (
-            h.abs().amax(1).float(),
-            torch.linalg.vector_norm(h, dim=1, dtype=torch.float32) ** 2,
-        )
+        peak = h.abs().amax(1).float()
+        square = torch.linalg.vector_norm(h, dim=1, dtype=torch.float32) ** 2
         self.window_height = _height(peak, square)
         self.height = _height(peak.amax(0), square.mean(0))
 
     def see_write(self, y: Tensor) -> None:
         y = y.flatten(0, -2)
-        size = _height(
-            y.abs().amax(0).float(), torch.linalg.vector_norm(y, dim=0, dtype=torch.float32) ** 2
-        )
+        square = torch.linalg.vector_norm(y, dim=0, dtype=torch.float32) ** 2
+        size = _height(y.abs().amax(0).float(), square)
         chosen = size.topk(min(WATCHED_CHANNELS, len(size))).indices
         self.channels = {int(c): i for i, c in enumerate(chosen.tolist())}
         written = y[:, chosen].float()
         self.mean_write = written.abs().mean(0)
-        self.peak_tokens = (
-            written.abs().topk(min(PEAK_TOKENS, len(written)), dim=0).indices
-        )  # (token, channel)
+        most = min(PEAK_TOKENS, len(written))
+        self.peak_tokens = written.abs().topk(most, dim=0).indices  # (token, channel)
         self.peak_write = written.abs().gather(0, self.peak_tokens).mean(0)
         sign = written.sign()
         if self.sites[0].expert is None:

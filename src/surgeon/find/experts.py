@@ -54,7 +54,7 @@ def profile_experts(
     if not layers:
         raise BadInput(
             f"this {type(anatomy.model).__name__} has no mixture of experts in the layers asked"
-            " for; leave --experts out."
+            " for; leave ‹experts› out."
         )
     seen: dict[int, list[ExpertProfile]] = {}
     with Tap() as tap:

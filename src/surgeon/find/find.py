@@ -1,6 +1,17 @@
-"""Find critical sets: detect, zero, look again; then the smallest set that covers the effect,
-verified on unseen windows.
-"""
+"""Find critical sets: detect, zero, look again; then the smallest set that covers the effect."""
+
+# How this works.
+#
+# Detection names channels that rise and stay, and the entries that write each. Zeroing the whole
+# row that writes a channel and looking again shows layers that take over, up to `rounds` times; the
+# bar that a channel must pass is fixed in the first round. So each channel has a chain of links:
+# the layer that raised it, then those that took over.
+#
+# Channels whose strongest entries share a column of one layer are one group. Of a group the fewest
+# layers are kept that do `cover` of the damage of all, and of their entries, by contribution, the
+# shortest prefix that does. That prefix is the set; it is verified beside matched controls on
+# windows that neither detection nor this choice has seen. If nothing is vital alone, all groups
+# together are tried once.
 
 from __future__ import annotations
 

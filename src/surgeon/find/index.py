@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ..anatomy import Entry, Site
-from ..anatomy.load import check_folder, locate
+from ..anatomy.folder import check_folder
+from ..anatomy.load import locate
 from ..errors import BadCheckpoint, BadInput, PackedWeight, SurgeonError
 from ..result import derived, record
 from .verify import Progress
@@ -221,7 +222,7 @@ class _Checkpoint(ABC):
         of it is read.
         """
         name, site, meant = records[0].tensor, records[0].entry.site, records[0].model
-        advice = f"so it is not {meant}; give that model, or name another with --as"
+        advice = f"so it is not {meant}; give that model, or name another with ‹as_name›"
         if name not in self.shards:
             module = name.removesuffix("weight")
             packed = sorted(

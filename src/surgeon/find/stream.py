@@ -1,6 +1,18 @@
-"""Damage on a streamed model: each block is read once, and all variants of the model pass through
-it before the next.
-"""
+"""Damage on a streamed model: each block is read once, for all variants of the model together."""
+
+# How this works.
+#
+# A model larger than memory is read block by block, and reading is what takes time. So all variants
+# go through a block while it is there: for each of them its hidden states are kept, and the block
+# is called on them one after another, with the variant's entries at zero.
+#
+# A variant is the intact model up to the first layer that it changes. So one intact run goes along,
+# and each variant takes its states over where it leaves it. The intact run ends where no variant
+# needs it any more, once its own NLL is known. A variant whose super activation is restored also
+# needs what the intact model wrote to the channel; that is kept on the way.
+#
+# The states that enter the lowest changed layer are kept between passes: a search changes the same
+# layers again and again, and need not read what lies below them twice.
 
 from __future__ import annotations
 
@@ -29,9 +41,9 @@ from .damage import Damage, DamageInMemory, Evidence, Tell, Variant
 STATE_BYTES = 1 << 30  # of hidden states carried at a time; more variants go in several passes
 
 States = list[Tensor]  # one (batch, pos, d_model) for each batch of windows
-Peaks = dict[
-    tuple[Site, int], list[Tensor]
-]  # what the intact model writes to a channel: (batch, pos) for each batch
+Channel = tuple[Site, int]
+# what the intact model writes to a channel: (batch, pos) for each batch of windows
+Peaks = dict[Channel, list[Tensor]]
 
 
 def damage_on(anatomy: Anatomy, judged_on: Tensor | Evidence, lowest_layer: int) -> Damage:
@@ -97,17 +109,13 @@ class DamageStreamed(Damage):
     @torch.no_grad()
     def _pass(self, variants: Sequence[Variant], tell: Tell | None) -> list[Tensor]:
         """NLL (n,) of each variant; of the intact model too, if that is not known yet."""
-        runs = [_Run(v) for v in variants]
-        channels = sorted({c for run in runs for c in run.channels})
+        runs = [_Run(variant) for variant in variants]
+        channels = sorted({channel for run in runs for channel in run.channels})
         last = len(self.layers) - 1
-        # a variant needs the states that enter its first layer, one that is restored the intact
-        # peaks as well
-        needed = max(
-            [r.first - 1 for r in runs] + [_layer(site) for site, _ in channels], default=last
-        )
-        intact_until = last if self._base is None else needed
-        lowest = min((r.first for r in runs), default=self.lowest_layer)
+        lowest = min((run.first for run in runs), default=self.lowest_layer)
         begin = max(layer for layer in self._entering if layer <= lowest)
+        intact_until = last if self._base is None else _needed(runs, channels, last)
+
         intact: States = self._entering[begin]
         clean: Peaks = {}
         for index in range(begin, last + 1):
@@ -116,20 +124,25 @@ class DamageStreamed(Damage):
             with self.anatomy.holding(index):
                 entering = intact
                 if index <= intact_until:
-                    intact = self._intact(
-                        index, entering, [c for c in channels if _layer(c[0]) == index], clean
-                    )
-                for run in runs:
-                    if run.first == index:
-                        run.states = entering
-                    if run.first <= index:
-                        run.states = self._broken(index, run, clean)
+                    written_here = [channel for channel in channels if _layer(channel[0]) == index]
+                    intact = self._intact(index, entering, written_here, clean)
+                self._variants_through(index, runs, entering, clean)
             if tell:
                 tell(index + 1, last + 1)
         with self.anatomy.holding(None):
             if self._base is None:
                 self._base = self._nll(intact)
             return [self._nll(run.states) for run in runs]
+
+    def _variants_through(
+        self, index: int, runs: Sequence[_Run], entering: States, clean: Peaks
+    ) -> None:
+        """Every variant that has left the intact model, through one layer."""
+        for run in runs:
+            if run.first == index:
+                run.states = entering
+            if run.first <= index:
+                run.states = self._broken(index, run, clean)
 
     def _intact(
         self, index: int, states: States, channels: list[tuple[Site, int]], clean: Peaks
@@ -180,6 +193,15 @@ class _Run:
         self.variant = variant
         self.first = min(_layer(r.site) for r in variant.zeroed)
         self.channels = written_channels(variant.zeroed) if variant.restored else []
+
+
+def _needed(runs: Sequence[_Run], channels: Sequence[Channel], last: int) -> int:
+    """The last layer that the intact model must run: a variant needs the states that enter its
+    first layer, one that is restored also what is written to its channels.
+    """
+    before = [run.first - 1 for run in runs]
+    written = [_layer(site) for site, _ in channels]
+    return max([*before, *written], default=last)
 
 
 def _layer(site: Site) -> int:

@@ -15,26 +15,47 @@ from .bootstrap import interval
 from .compare import Comparison, Reference
 from .continuation import continuations, next_tokens
 from .decoder import Decoder
-from .likelihood import ResumedNLL, mean_nll, require_causal, window_nll
-from .scorecard import Examination, Scorecard, ScoreConfig, examine, with_neighbours
+from .likelihood import ResumedNLL, mean_nll, perplexity, require_causal, window_nll
+from .recovery import ThreeStates
+from .scorecard import (
+    BeforeAfter,
+    Control,
+    Examination,
+    FreeText,
+    Scorecard,
+    ScoreConfig,
+    ScoredFact,
+    Share,
+    compared_controls,
+    examine,
+    scorecard,
+    with_neighbours,
+)
 from .tasks import task_accuracy
 from .verdict import Controls, VitalConfig, is_vital, p_value
 
 __all__ = [
     "STOP_WORDS",
+    "BeforeAfter",
     "Behaviour",
     "BehaviourState",
     "Behaviours",
     "Comparison",
+    "Control",
     "Controls",
     "Decoder",
     "Examination",
+    "FreeText",
     "Reference",
     "ResumedNLL",
     "ScoreConfig",
     "Scorecard",
+    "ScoredFact",
+    "Share",
+    "ThreeStates",
     "VitalConfig",
     "behaviour_state",
+    "compared_controls",
     "continuations",
     "examine",
     "generate",
@@ -44,7 +65,9 @@ __all__ = [
     "mean_nll",
     "next_tokens",
     "p_value",
+    "perplexity",
     "require_causal",
+    "scorecard",
     "stop_word_ids",
     "stop_word_share",
     "task_accuracy",

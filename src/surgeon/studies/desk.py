@@ -11,13 +11,23 @@ from ..settings import values_of
 
 
 class Desk:
-    """It tells where the work is, and knows of what a result is. `Lab` is one with a model."""
+    """Where a study works that opens no model, or opens its own: it tells where it is, and says how
+    its results were made. A `Lab` is one with a model.
 
-    name: str = ""
-    fingerprint: str | None = None
+    opened_by: the name that a model was opened by; None where there is none.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, opened_by: str | None = None) -> None:
+        self.opened_by = opened_by
         self.tell: Tell = silent
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def fingerprint(self) -> str | None:
+        return None
 
     def listen(self, tell: Tell) -> None:
         """Have all that follows tell where it is."""

@@ -59,8 +59,20 @@ class StreamSettings(ModelSettings):
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromptSettings:
+    """How prompts begin; and windows, where there is a text."""
+
+    bos: str = setting(
+        "auto",
+        "whether windows and prompts begin with BOS; auto: what the tokenizer does by itself",
+        choices=BOS_POLICIES,
+        group="Text",
+    )
+
+
 @dataclass(frozen=True)
-class TextSettings:
+class TextSettings(PromptSettings):
     """The evaluation text, and how it is cut into windows."""
 
     text: str | None = setting(
@@ -71,12 +83,6 @@ class TextSettings:
     )
     window: int = setting(DEFAULT_WINDOW, "tokens of a window, BOS included", group="Text")
     windows: int | None = setting(None, "use the first N windows; not given: all", group="Text")
-    bos: str = setting(
-        "auto",
-        "whether windows and prompts begin with BOS; auto: what the tokenizer does by itself",
-        choices=BOS_POLICIES,
-        group="Text",
-    )
 
 
 class Lab(Desk):
@@ -88,8 +94,8 @@ class Lab(Desk):
     True
     """
 
-    def __init__(self, loaded: Loaded, anatomy: Anatomy) -> None:
-        super().__init__()
+    def __init__(self, loaded: Loaded, anatomy: Anatomy, opened_by: str | None = None) -> None:
+        super().__init__(opened_by)
         self.loaded, self.anatomy = loaded, anatomy
         self._kept: dict[Hashable, Any] = {}
 
@@ -99,7 +105,7 @@ class Lab(Desk):
             self.anatomy.tell = partial(tell, "block")
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return self.loaded.name
 
     @property
@@ -107,7 +113,7 @@ class Lab(Desk):
         return self.loaded.model
 
     @property
-    def fingerprint(self) -> str | None:  # type: ignore[override]
+    def fingerprint(self) -> str | None:
         return self.loaded.fingerprint or None
 
     @property
@@ -151,11 +157,14 @@ class Lab(Desk):
         longest = getattr(self.anatomy.config, "max_position_embeddings", None)
         return None if longest is None else int(longest)
 
-    def _read(self, text: TextSettings, window: int) -> Corpus:
+    def source(self, text: TextSettings) -> tuple[str, str]:
+        """The evaluation text, whole, and its name. Raises: BadText."""
         if text.text is None:
-            source, name = heldout_text(), PATIENT_TEXT
-        else:
-            source, name = read_text(text.text), Path(text.text).name
+            return heldout_text(), PATIENT_TEXT
+        return read_text(text.text), Path(text.text).name
+
+    def _read(self, text: TextSettings, window: int) -> Corpus:
+        source, name = self.source(text)
         corpus = load_corpus(self.tokenizer, source, name, window, text.windows, text.bos)
         known = getattr(self.anatomy.config, "vocab_size", None)
         highest = int(corpus.windows.max())
@@ -177,6 +186,10 @@ class Lab(Desk):
             settings = {study.leading: leading, **settings}
         return study.run(self, settings)
 
+    def demo(self, **settings: Any) -> Any:
+        """Find, break, repair, edit and put back; a `Demo`."""
+        return self.run("demo", **settings)
+
     def find(self, **settings: Any) -> Any:
         """Critical sets, verified against matched controls; a `FindResult`."""
         return self.run("find", **settings)
@@ -192,6 +205,36 @@ class Lab(Desk):
     def measure(self, patches: Any = None, **settings: Any) -> Any:
         """Likelihood and behaviour, with patches or without; a `Measurement`."""
         return self.run("measure", patches, **settings)
+
+    def audit(self, other: str | Path, /, **settings: Any) -> Any:
+        """What became of the critical weights in `other`, made from this model's files; an
+        `Audit`.
+        """
+        return self.run("audit", str(other), **settings)
+
+    def trace(self, prompt: Any = None, **settings: Any) -> Any:
+        """Which states carry a fact, a `TraceResult`; or facts, a `TraceAverage`."""
+        return self.run("trace", prompt, **settings)
+
+    def edit(self, prompt: Any = None, **settings: Any) -> Any:
+        """The patch that rewrites a fact, with its forecast and scorecard; an `EditResult`."""
+        return self.run("edit", prompt, **settings)
+
+    def edit_layers(self, facts: Any = None, **settings: Any) -> Any:
+        """Which layer to edit, by trial edits; a `LayerRanking`."""
+        return self.run("edit layers", facts, **settings)
+
+    def edit_many(self, facts: Any = None, **settings: Any) -> Any:
+        """Facts rewritten one after the other, with guard rails; an `EditsResult`."""
+        return self.run("edit many", facts, **settings)
+
+    def repair(self, injury: Any = None, **settings: Any) -> Any:
+        """The patch that heals an injury, judged beside a control; a `RepairResult`."""
+        return self.run("repair", injury, **settings)
+
+    def explain(self, patches: Any = None, **settings: Any) -> Any:
+        """How patches work, the injury first, then its repair; an `Explanation`."""
+        return self.run("explain", patches, **settings)
 
     def sites(self) -> Any:
         """Every addressable weight matrix; a `SiteList`."""
@@ -233,7 +276,7 @@ def open_lab(
         prove(anatomy)
     except UnknownArchitecture as error:
         raise _not_finite(loaded, anatomy) or error from error
-    return Lab(loaded, anatomy)
+    return Lab(loaded, anatomy, None if isinstance(model, nn.Module) else str(model))
 
 
 def _cells(folder: str, dtype: str, device: str) -> tuple[Loaded, Anatomy]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import exp
 from typing import Any
 
 from ..anatomy import Region
@@ -15,16 +14,15 @@ from ..measure import (
     Reference,
     generate,
     mean_nll,
+    perplexity,
     require_causal,
     task_accuracy,
 )
-from ..patch import ablate, known_mode
+from ..patch import ablate, known_mode, stacked
 from ..result import Result, derived, record, result
 from ..settings import nested, setting
 from .lab import Lab, TextSettings
-from .naming import AT_HELP, patch_names, patches_of, regions_of, stacked
-
-LARGEST_EXPONENT = 700.0  # above it exp() has no float
+from .naming import AT_HELP, patch_names, patches_of, regions_of
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ class Measurement(Result):
 
     @derived
     def ppl(self) -> float:
-        return exp(min(self.nll, LARGEST_EXPONENT))
+        return perplexity(self.nll)
 
     @derived
     def damage_nats(self) -> float | None:

@@ -106,14 +106,6 @@ class SweepResult(Result):
     failed: list[FailedTask]
     missing: list[PlannedTask]
 
-    @property
-    def failure(self) -> str | None:
-        if not self.failed:
-            return None
-        return (
-            f"{len(self.failed)} of {self.tasks} tasks failed; the same command tries them again."
-        )
-
 
 def run(desk: Desk, settings: Settings) -> SweepResult:
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -136,6 +128,15 @@ def run(desk: Desk, settings: Settings) -> SweepResult:
         failed=[FailedTask(f.task.id, f.task.says, f.error) for f in summary.failures],
         missing=[PlannedTask(task.id, task.says) for task in store.missing(tasks)],
         provenance=desk.provenance(settings, model=", ".join(plan.models)),
+    )
+
+
+def failed(result: SweepResult, settings: Settings) -> str | None:
+    """Why the command line ends with status 1."""
+    if not result.failed:
+        return None
+    return (
+        f"{len(result.failed)} of {result.tasks} tasks failed; the same command tries them again."
     )
 
 

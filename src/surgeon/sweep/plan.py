@@ -12,7 +12,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..anatomy.load import DTYPES, fingerprint, load_tokenizer, locate, read_config
+from ..anatomy.folder import fingerprint
+from ..anatomy.load import DTYPES, load_tokenizer, locate, read_config
 from ..corpus import BOS_POLICIES, DEFAULT_WINDOW
 from ..documents import read_yaml
 from ..errors import BadInput

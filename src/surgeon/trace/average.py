@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+import transformers
 from jaxtyping import Float64
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from ..anatomy import Anatomy
 from ..errors import BadInput, SurgeonError
@@ -18,7 +17,8 @@ from ..measure import interval, require_causal
 from ..subject import SubjectPrompt, locate, target_ids
 from .config import DEFAULTS, TraceConfig
 from .corruption import Spread
-from .trace import Progress, Trace, trace
+from .result import AverageIntervals, Interval, LayerEffect, TraceAverage, by_kind
+from .trace import Progress, Trace, corruption_of, trace
 
 PLACES = (
     "first subject token",
@@ -30,8 +30,6 @@ PLACES = (
 )
 LAST_SUBJECT_TOKEN = "last subject token"
 CI = "95% percentile bootstrap of the mean over facts"
-
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,55 +59,51 @@ class AverageTrace:
             return None
         return float(values.mean()), interval(values, self.config.seed)
 
-    def to_json(self) -> dict[str, Any]:
-        means: dict[str, Any] = {}
-        intervals: dict[str, Any] = {}
-        for kind, effects in self.effects.items():
-            cells = [
-                [self.cell(kind, i, place) for place in PLACES] for i in range(effects.shape[1])
-            ]
-            means[kind] = [[None if c is None else c[0] for c in row] for row in cells]
-            intervals[kind] = [[None if c is None else list(c[1]) for c in row] for row in cells]
-        layers_by_mlp = None
-        if "mlp" in self.effects:
-            layers_by_mlp = [
-                {"layer": layer, "effect": effect, "ci95": list(ci)}
-                for layer, effect, ci in suggest_prior(self)
-            ]
-        first_layer = next(iter(self.effects.values()))[:, 0]
-        return {
-            "facts": len(self.clean),
-            "skipped": self.skipped,
-            "metric": self.config.metric,
-            "p_clean": float(self.clean.mean()),
-            "p_corrupt": float(self.corrupt.mean()),
-            "places": list(PLACES),
-            "facts_with_place": (~first_layer.isnan()).sum(0).tolist(),
-            **means,
-            "ci": {
-                "method": CI,
-                "p_clean": list(interval(self.clean, self.config.seed)),
-                "p_corrupt": list(interval(self.corrupt, self.config.seed)),
-                **intervals,
-            },
-            "layers_by_mlp": layers_by_mlp,
-            "corruption": {
-                "kind": "noise",
-                "sigma": self.sigma,
-                "sigma_of": self.sigma_of,
-                "noise": self.config.noise,
-                "samples": self.config.samples,
-                "seed": self.config.seed,
-            },
-            "window": self.window,
-            "sever": self.config.sever,
-            "warnings": list(self.warnings),
+    def result(self) -> TraceAverage:
+        """Means over facts and their intervals."""
+        first = next(iter(self.effects.values()))[:, 0]
+        cells = {
+            kind: [[self.cell(kind, i, place) for place in PLACES] for i in range(effects.shape[1])]
+            for kind, effects in self.effects.items()
         }
+        means = {
+            kind: [[None if c is None else c[0] for c in row] for row in rows]
+            for kind, rows in cells.items()
+        }
+        intervals = {
+            kind: [[None if c is None else c[1] for c in row] for row in rows]
+            for kind, rows in cells.items()
+        }
+        by_mlp = None
+        if "mlp" in self.effects:
+            by_mlp = [LayerEffect(*ranked) for ranked in suggest_prior(self)]
+        seed, samples = self.config.seed, self.config.samples
+        return TraceAverage(
+            facts=len(self.clean),
+            skipped=self.skipped,
+            metric=self.config.metric,
+            p_clean=float(self.clean.mean()),
+            p_corrupt=float(self.corrupt.mean()),
+            places=list(PLACES),
+            facts_with_place=(~first.isnan()).sum(0).tolist(),
+            **by_kind(means),
+            ci=AverageIntervals(
+                CI,
+                interval(self.clean, seed),
+                interval(self.corrupt, seed),
+                **by_kind(intervals),
+            ),
+            layers_by_mlp=by_mlp,
+            corruption=corruption_of(self.config, self.sigma, self.sigma_of, samples),
+            window=self.window,
+            sever=self.config.sever,
+            warnings=list(self.warnings),
+        )
 
 
 def trace_facts(
     anatomy: Anatomy,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     facts: Sequence[Fact],
     config: TraceConfig = DEFAULTS,
     bos: str = "auto",
@@ -194,7 +188,7 @@ def _n_layers(traced: AverageTrace | Trace) -> int:
 
 @torch.no_grad()
 def _known(
-    anatomy: Anatomy, tokenizer: PreTrainedTokenizerBase, fact: Fact, bos: str
+    anatomy: Anatomy, tokenizer: transformers.PreTrainedTokenizerBase, fact: Fact, bos: str
 ) -> SubjectPrompt | None:
     """The prompt, if the model answers it with the first token of the fact's answer."""
     prompt = locate(tokenizer, fact.prompt, fact.subject, bos)

@@ -2,63 +2,60 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil, isfinite
 
 from ..errors import BadInput
+from ..settings import setting
 
 KINDS = ("state", "mlp", "attn")
+SEVERED = "severed"  # the state, with what `sever` names kept corrupted above it
+TRACED = (*KINDS, SEVERED)
 METRICS = ("probability", "logit")
 PUBLISHED_WINDOW = 10
+
+
+def kinds_of(text: str) -> tuple[str, ...]:
+    """`state,mlp`, each once, in that order."""
+    return tuple(dict.fromkeys(kind.strip() for kind in text.split(",") if kind.strip()))
 
 
 @dataclass(frozen=True)
 class TraceConfig:
     """Settings of a trace.
 
+    noise: Gaussian, on the subject's embeddings, in standard deviations of embeddings. replace:
+    words in the subject's place instead.
     Source of the defaults: Meng et al. 2022, arXiv:2202.05262, section 2 and appendix B.
-    Raises: BadInput for a setting that leaves nothing to trace.
+    Raises: BadInput for settings that leave nothing to trace.
     """
 
-    noise: float = field(
-        default=3.0,
-        metadata={
-            "help": (
-                "Gaussian noise on the subject's embeddings, in standard deviations of embeddings"
-            )
-        },
+    noise: float = 3.0
+    replace: str | None = None
+    samples: int = setting(10, "draws of the noise", low=1)
+    window: int | None = setting(
+        None,
+        "layers whose MLP or attention is restored together, centred at a layer; not given: 10, but"
+        " at most a third of the layers",
+        low=1,
+        metavar="N",
     )
-    replace: str | None = field(
-        default=None, metadata={"help": "put these words in the subject's place instead of noise"}
+    kinds: tuple[str, ...] = setting(
+        KINDS, "what is restored", choices=KINDS, parse=kinds_of, metavar="state,mlp,attn"
     )
-    samples: int = field(default=10, metadata={"help": "draws of the noise"})
-    window: int | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "layers whose MLP or attention is restored together, centred at a layer; default:"
-                " 10, but a third of the layers"
-            )
-        },
+    sever: str | None = setting(
+        None,
+        "also restore states with these kept corrupted above them",
+        choices=("mlp", "attn"),
     )
-    kinds: tuple[str, ...] = field(
-        default=KINDS, metadata={"help": "what is restored: state, mlp, attn"}
+    metric: str = setting(
+        "probability",
+        "probability of the answer, or logit: its lead over another answer",
+        choices=METRICS,
     )
-    sever: str | None = field(
-        default=None,
-        metadata={"help": "mlp or attn: also restore states with these kept corrupted above them"},
-    )
-    metric: str = field(
-        default="probability",
-        metadata={"help": "probability of the answer, or logit: its lead over another answer"},
-    )
-    seed: int = field(default=0, metadata={"help": "seed of the noise"})
+    seed: int = setting(0, "seed of the noise and of the intervals", low=0, high=2**32 - 1)
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise BadInput(f"‹samples› {self.samples} leaves nothing to average; use at least 1.")
-        if self.window is not None and self.window < 1:
-            raise BadInput(f"‹window› {self.window} restores nothing; use at least 1 layer.")
         if not (self.noise > 0 and isfinite(self.noise)):
             raise BadInput(
                 f"noise of {self.noise:g} standard deviations corrupts nothing; use a number above"
@@ -69,15 +66,8 @@ class TraceConfig:
                 "the words to put in the subject's place are empty; give as many tokens as the"
                 " subject has."
             )
-        unknown = [kind for kind in self.kinds if kind not in KINDS]
-        if unknown or not self.kinds:
-            raise BadInput(
-                f"{', '.join(unknown) or 'nothing'} cannot be restored; use {', '.join(KINDS)}."
-            )
-        if self.sever not in (None, "mlp", "attn"):
-            raise BadInput(f"‹sever› {self.sever} is not known; use mlp or attn.")
-        if self.metric not in METRICS:
-            raise BadInput(f"‹metric› {self.metric} is not known; use {' or '.join(METRICS)}.")
+        if not self.kinds:
+            raise BadInput(f"‹kinds› names nothing to restore; use {', '.join(KINDS)}.")
 
     def window_of(self, n_layers: int) -> int:
         """The window on a model of this depth.

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from ..anatomy import Anatomy
 from ..errors import BadInput
@@ -80,7 +80,7 @@ def _std(embed: nn.Module, ids: Tensor) -> float:
 @torch.no_grad()
 def corrupted(
     anatomy: Anatomy,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     prompt: SubjectPrompt,
     template: str,
     config: TraceConfig,
@@ -109,7 +109,10 @@ def corrupted(
 
 
 def _replaced(
-    tokenizer: PreTrainedTokenizerBase, prompt: SubjectPrompt, template: str, words: str
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    prompt: SubjectPrompt,
+    template: str,
+    words: str,
 ) -> tuple[int, ...]:
     """The ids of the prompt with `words` in the subject's place."""
     marked = template if SLOT in template else template.replace(prompt.subject, SLOT, 1)

@@ -29,12 +29,11 @@ from ..anatomy import Anatomy
 from ..errors import BadInput
 from ..subject import SubjectPrompt
 from ..tap import LayerInput, Tap, by_position, capture, resume
-from .config import TraceConfig
+from .config import SEVERED, TraceConfig
 from .corruption import embedding_of
 
 TOKENS = 4096  # in one pass
 LOGITS = 2**26  # in one pass
-SEVERED = "severed"
 
 
 class Restorer:

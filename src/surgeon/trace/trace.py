@@ -7,20 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+import transformers
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from ..anatomy import Anatomy
 from ..errors import BadInput
 from ..measure import interval, require_causal
 from ..subject import SubjectPrompt, locate, target_ids
-from .config import DEFAULTS, TraceConfig
+from .config import DEFAULTS, SEVERED, TraceConfig
 from .corruption import Spread, corrupted
-from .restore import SEVERED, Restorer
+from .restore import Restorer
+from .result import (
+    Corruption,
+    Interval,
+    RestoredSite,
+    TraceIntervals,
+    TraceResult,
+    by_kind,
+)
 
 Progress = Callable[[str, int, int], None]
 CI = "95% percentile bootstrap of the mean over noise samples"
@@ -65,66 +72,42 @@ class Trace:
         order = flat.argsort(descending=True, stable=True)[:n].tolist()
         return [(*divmod(at, mean.shape[1]), float(flat[at])) for at in order]
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "prompt": self.prompt.text,
-            "tokens": list(self.prompt.tokens),
-            "bos": self.prompt.bos,
-            "subject_range": [self.prompt.start, self.prompt.stop],
-            "answer": self.answer,
-            "versus": self.versus,
-            "metric": self.config.metric,
-            "p_clean": self.clean,
-            "p_corrupt": float(self.corrupt.mean()),
-            **{kind: self.mean(kind).tolist() for kind in self.effects},
-            "ci": self._intervals(),
-            "best": {kind: self._best_json(kind) for kind in self.effects},
-            "corruption": self._corruption(),
-            "window": self.window,
-            "sever": self.config.sever,
-            "warnings": list(self.warnings),
-        }
+    def result(self) -> TraceResult:
+        """Means over the samples and their intervals."""
+        several = len(self.corrupt) > 1  # one replacement has no interval
+        tokens = self.prompt.tokens
+        intervals = by_kind({kind: self._intervals(kind) for kind in self.effects if several})
+        p_corrupt = interval(self.corrupt.double(), self.config.seed) if several else None
+        return TraceResult(
+            prompt=self.prompt.text,
+            tokens=list(tokens),
+            bos=self.prompt.bos,
+            subject_range=(self.prompt.start, self.prompt.stop),
+            answer=self.answer,
+            versus=self.versus,
+            metric=self.config.metric,
+            p_clean=self.clean,
+            p_corrupt=float(self.corrupt.mean()),
+            **by_kind({kind: self.mean(kind).tolist() for kind in self.effects}),
+            ci=TraceIntervals(CI if several else None, p_corrupt, **intervals),
+            best={
+                kind: [RestoredSite(i, p, tokens[p], value) for i, p, value in self.best(kind, 3)]
+                for kind in self.effects
+            },
+            corruption=corruption_of(self.config, self.sigma, self.sigma_of, len(self.corrupt)),
+            window=self.window,
+            sever=self.config.sever,
+            warnings=list(self.warnings),
+        )
 
-    def _intervals(self) -> dict[str, Any]:
-        if len(self.corrupt) == 1:  # a replacement is one run, which has no interval
-            return dict.fromkeys(("method", "p_corrupt", *self.effects))
-        corrupt = interval(self.corrupt.double(), self.config.seed)
-        intervals: dict[str, Any] = {"method": CI, "p_corrupt": list(corrupt)}
-        for kind, effects in self.effects.items():
-            layers, positions, _ = effects.shape
-            intervals[kind] = [
-                [list(self.ci95(kind, layer, position)) for position in range(positions)]
-                for layer in range(layers)
-            ]
-        return intervals
-
-    def _best_json(self, kind: str) -> list[dict[str, Any]]:
-        return [
-            {
-                "layer": layer,
-                "position": position,
-                "token": self.prompt.tokens[position],
-                "value": value,
-            }
-            for layer, position, value in self.best(kind, 3)
-        ]
-
-    def _corruption(self) -> dict[str, Any]:
-        by_noise = self.config.replace is None
-        return {
-            "kind": "noise" if by_noise else "replace",
-            "sigma": self.sigma,
-            "sigma_of": self.sigma_of,
-            "noise": self.config.noise if by_noise else None,
-            "words": self.config.replace,
-            "samples": len(self.corrupt),
-            "seed": self.config.seed,
-        }
+    def _intervals(self, kind: str) -> list[list[Interval]]:
+        layers, positions = self.effects[kind].shape[:2]
+        return [[self.ci95(kind, i, p) for p in range(positions)] for i in range(layers)]
 
 
 def trace(
     anatomy: Anatomy,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     prompt: str,
     subject: str,
     config: TraceConfig = DEFAULTS,
@@ -213,3 +196,9 @@ def trace(
         config,
         tuple(warnings),
     )
+
+
+def corruption_of(config: TraceConfig, sigma: float, sigma_of: str, samples: int) -> Corruption:
+    """How the subject was corrupted, as results have it."""
+    kind, noise = ("noise", config.noise) if config.replace is None else ("replace", None)
+    return Corruption(kind, sigma, sigma_of, noise, config.replace, samples, config.seed)

@@ -8,7 +8,7 @@ from rich.table import Table
 from ...studies.ablate import Injury
 from ...studies.measure import Measurement
 from ...studies.sites import SiteList
-from ..console import out, print_table
+from ..console import out, print_table, shown
 
 
 def print_sites(result: SiteList) -> None:
@@ -36,11 +36,11 @@ def print_injury(result: Injury) -> None:
 def print_measure(result: Measurement) -> None:
     """Likelihood, tasks and generations, with the patches and without."""
     about = result.provenance
-    where = "" if about.corpus is None else f" on {escape(about.corpus.name)}"
-    patches = f" with {escape(', '.join(result.patches))}" if result.patches else ""
+    where = "" if about.corpus is None else f" on {shown(about.corpus.name)}"
+    patches = f" with {shown(', '.join(result.patches))}" if result.patches else ""
     if result.at:
         patches = f" without {_weights(result)}{patches}"
-    out.print(f"[bold]{escape(about.model)}[/bold]{patches}{where}, {result.tokens} tokens")
+    out.print(f"[bold]{shown(about.model)}[/bold]{patches}{where}, {result.tokens} tokens")
     away = ""
     if result.kl_from_base is not None and result.top1_agreement is not None:
         away = (
@@ -51,16 +51,16 @@ def print_measure(result: Measurement) -> None:
         out.print(f"damage {result.damage_nats:+.4f} nats per token")
     for name, accuracy in result.tasks.items():
         out.print(
-            f"{escape(name)}: accuracy {accuracy.base:.3f} base, {accuracy.patched:.3f} patched"
+            f"{shown(name)}: accuracy {accuracy.base:.3f} base, {accuracy.patched:.3f} patched"
         )
     for text in result.generations:
-        out.print(f"[bold]{escape(text.prompt)}[/bold]")
-        out.print(f"  base: {escape(text.base)}")
+        out.print(f"[bold]{shown(text.prompt)}[/bold]")
+        out.print(f"  base: {shown(text.base)}")
         if result.base_nll is not None:
-            out.print(f"  patched: {escape(text.patched)}")
+            out.print(f"  patched: {shown(text.patched)}")
 
 
 def _weights(result: Measurement) -> str:
     """Which weights were taken out before the patches."""
     first, more = result.at[0], len(result.at) - 1
-    return escape(f"{first}{f' and {more} more' if more else ''} ({result.mode})")
+    return shown(f"{first}{f' and {more} more' if more else ''} ({result.mode})")

@@ -38,6 +38,7 @@ _FACE = {
     "Measurement": "studies.measure",
     "Patch": "patch",
     "QuantizeConfig": "quantize",
+    "QuantizeResult": "studies.quantize",
     "Refused": "errors",
     "Region": "anatomy",
     "Result": "result",

@@ -26,7 +26,7 @@ from .errors import BadInput
 
 C = TypeVar("C")
 _KEY = "setting"
-_PREFIX = "prefix"
+_PREFIX, _WITHOUT = "prefix", "without"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Declaration:
     value in the help. group: the heading it stands under in the help; "" for the handful that
     people need first. short: a one-letter option. spelled: its name on the command line, where that
     is not its own. parse: makes a value of a text. is_file: it names a file, or several.
-    many: it can be given several times on the command line, whatever its type.
+    many: it can be given several times on the command line, whatever its type. off: the option that
+    turns it off there, where that is not --no-NAME.
     """
 
     help: str
@@ -51,6 +52,7 @@ class Declaration:
     parse: Callable[[str], Any] | None = None
     is_file: bool = False
     many: bool = False
+    off: str | None = None
 
 
 def setting(
@@ -67,6 +69,7 @@ def setting(
     parse: Callable[[str], Any] | None = None,
     is_file: bool = False,
     many: bool = False,
+    off: str | None = None,
 ) -> Any:
     """A field of a settings dataclass; without `default` the caller must give it.
 
@@ -89,16 +92,18 @@ def setting(
         parse,
         is_file,
         many,
+        off,
     )
     return field(default=default, metadata={_KEY: declaration})
 
 
-def nested(config: Callable[[], Any], prefix: str = "") -> Any:
+def nested(config: Callable[[], Any], prefix: str = "", without: Iterable[str] = ()) -> Any:
     """A field that holds the settings of another operation: `config` makes them at their defaults.
 
     prefix: what the names of its settings begin with among all of them, so that none meets another.
+    without: those of its settings that are not offered; they keep what `config` gives them.
     """
-    return field(default_factory=config, metadata={_PREFIX: prefix})
+    return field(default_factory=config, metadata={_PREFIX: prefix, _WITHOUT: tuple(without)})
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,12 @@ def configured(config: type[C] | C, given: Mapping[str, Any], kind: str = "") ->
     return _filled(config, {known[name].path: value for name, value in values.items()})
 
 
+def check_values(config: Any) -> None:
+    """Check each value of settings made by hand, as `configured` does. Raises: BadInput."""
+    for one in settings_of(config):
+        checked(one, one.default)
+
+
 def checked(one: Setting, value: Any) -> Any:
     """The value as the setting's type has it. Raises: BadInput, naming the setting as ‹name›."""
     declared = one.declaration
@@ -203,7 +214,8 @@ def _walk(config: type | Any, path: tuple[str, ...], prefix: str) -> Iterator[Se
         here = (*path, one.name)
         if _PREFIX in one.metadata:
             inner = one.metadata[_PREFIX]
-            yield from _walk(default, here, f"{prefix}{inner}_" if inner else prefix)
+            inside = _walk(default, here, f"{prefix}{inner}_" if inner else prefix)
+            yield from (each for each in inside if each.name not in one.metadata[_WITHOUT])
         elif _KEY in one.metadata:
             declaration = one.metadata[_KEY]
             yield Setting(prefix + one.name, here, hints[one.name], default, declaration)

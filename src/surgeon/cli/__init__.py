@@ -21,7 +21,6 @@ OTHERS = {
     "demo": ("demo", "Find, break, repair, edit and put back: the whole story."),
     "repair": ("repair", "Heal an injury with a patch, beside a control."),
     "explain": ("explain", "Say how a patch works."),
-    "quantize": ("quantize", "Round to few bits with the critical weights held out."),
     "cells": ("cells", "The same for models of gene expression."),
     "apply": ("apply", "Write a checkpoint with patches applied."),
     "undo": ("undo", "Write a checkpoint with a patch taken off."),
@@ -100,8 +99,10 @@ def run(arguments: list[str]) -> int:
         return error.exit_code
     except click.exceptions.Exit as stop:
         return stop.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        return _say("interrupted; nothing was written.", INTERRUPTED)
+    except (click.Abort, KeyboardInterrupt) as stop:
+        # click turns one into the other; what was interrupted may say what it leaves behind
+        left = str(stop.__cause__ or stop) or "nothing was written."
+        return _say(f"interrupted; {left}", INTERRUPTED)
     except BrokenPipeError:
         return 0
     except OSError as error:

@@ -48,7 +48,7 @@ def command_of(study: Study) -> click.Command:
 def _run(study: Study, context: click.Context, /, **values: Any) -> None:
     with _spelled(study):
         folder = run_folder(values.get("folder"))
-        output = values.get("output")
+        output = values.get("output") if study.output else None
         _check_place(output)
         given = given_by(context, [one.name for one in settings_of(study.settings)])
         study.configured(given)  # what cannot be is said before a model is opened

@@ -105,6 +105,12 @@ _ALL = (
         leading="facts",
         output="patch",
     ),
+    Study(
+        "quantize",
+        "Round to few bits with the critical weights held out.",
+        opens="stream",
+        leading="bits",
+    ),
 )
 STUDIES = {study.name: study for study in _ALL}
 
@@ -135,6 +141,7 @@ RESULTS = {
     "edit": "studies.edit:EditResult",
     "edit layers": "studies.edit_layers:LayerRanking",
     "edit many": "studies.edit_many:EditsResult",
+    "quantize": "studies.quantize:QuantizeResult",
 }
 
 

@@ -21,6 +21,7 @@ KINDS = {
     "edit layers": "editing:print_layers",
     "trace": "editing:print_trace",
     "trace average": "editing:print_average",
+    "quantize": "quantize:print_quantize",
 }
 
 

@@ -44,6 +44,7 @@ _FACE = {
     "Measurement": "studies.measure",
     "Patch": "patch",
     "QuantizeConfig": "quantize",
+    "QuantizeResult": "studies.quantize",
     "Refused": "errors",
     "Region": "anatomy",
     "RepairConfig": "repair",

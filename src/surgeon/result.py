@@ -189,6 +189,19 @@ def fields_of(kind: type) -> tuple[str, ...]:
     return tuple(one.name for one in fields(kind))
 
 
+def as_json(value: Any) -> Any:
+    """A record, or lists and mappings of records, as JSON values."""
+    return _json(type(value).__name__, value)
+
+
+def of_json(kind: Any, value: Any, where: str) -> Any:
+    """What `as_json` made of a value of this kind.
+
+    Raises: BadInput saying `where` it does not fit.
+    """
+    return _read(kind, value, where)
+
+
 # -- to JSON --------------------------------------------------------------------------------------
 
 
@@ -254,7 +267,8 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         return tuple(_read(o, item, where) for o, item in zip(options, items, strict=True))
     if origin in (dict, Mapping):
         items_of = _expect(dict, value, where).items()
-        return {key: _read(options[1], item, f"{where}.{key}") for key, item in items_of}
+        keys = options[0].parse if hasattr(options[0], "parse") else str
+        return {keys(key): _read(options[1], item, f"{where}.{key}") for key, item in items_of}
     if hasattr(kind, "parse"):
         return kind.parse(_expect(str, value, where))
     if isinstance(kind, type) and issubclass(kind, Result):

@@ -26,7 +26,7 @@ from .errors import BadInput
 
 C = TypeVar("C")
 _KEY = "setting"
-_PREFIX = "prefix"
+_PREFIX, _WITHOUT = "prefix", "without"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Declaration:
     people need first. short: a one-letter option. spelled: its name on the command line, where that
     is not its own. parse: makes a value of a text. is_file: it names a file, or several.
     many: it can be given several times on the command line, whatever its type. preset: where this
-    setting is true, the values of others by name, for those that are not given.
+    setting is true, the values of others by name, for those that are not given. off: the option
+    that turns it off on the command line, where that is not --no-NAME.
     """
 
     help: str
@@ -53,6 +54,7 @@ class Declaration:
     is_file: bool = False
     many: bool = False
     preset: Mapping[str, Any] = field(default_factory=dict)
+    off: str | None = None
 
 
 def setting(
@@ -70,6 +72,7 @@ def setting(
     is_file: bool = False,
     many: bool = False,
     preset: Mapping[str, Any] | None = None,
+    off: str | None = None,
 ) -> Any:
     """A field of a settings dataclass; without `default` the caller must give it.
 
@@ -93,16 +96,18 @@ def setting(
         is_file,
         many,
         preset or {},
+        off,
     )
     return field(default=default, metadata={_KEY: declaration})
 
 
-def nested(config: Callable[[], Any], prefix: str = "") -> Any:
+def nested(config: Callable[[], Any], prefix: str = "", without: Iterable[str] = ()) -> Any:
     """A field that holds the settings of another operation: `config` makes them at their defaults.
 
     prefix: what the names of its settings begin with among all of them, so that none meets another.
+    without: those of its settings that are not offered; they keep what `config` gives them.
     """
-    return field(default_factory=config, metadata={_PREFIX: prefix})
+    return field(default_factory=config, metadata={_PREFIX: prefix, _WITHOUT: tuple(without)})
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,12 @@ def _with_presets(known: Mapping[str, Setting], given: Mapping[str, Any]) -> Map
     return {**preset, **given}
 
 
+def check_values(config: Any) -> None:
+    """Check each value of settings made by hand, as `configured` does. Raises: BadInput."""
+    for one in settings_of(config):
+        checked(one, one.default)
+
+
 def checked(one: Setting, value: Any) -> Any:
     """The value as the setting's type has it. Raises: BadInput, naming the setting as ‹name›."""
     declared = one.declaration
@@ -216,7 +227,8 @@ def _walk(config: type | Any, path: tuple[str, ...], prefix: str) -> Iterator[Se
         here = (*path, one.name)
         if _PREFIX in one.metadata:
             inner = one.metadata[_PREFIX]
-            yield from _walk(default, here, f"{prefix}{inner}_" if inner else prefix)
+            inside = _walk(default, here, f"{prefix}{inner}_" if inner else prefix)
+            yield from (each for each in inside if each.name not in one.metadata[_WITHOUT])
         elif _KEY in one.metadata:
             declaration = one.metadata[_KEY]
             yield Setting(prefix + one.name, here, hints[one.name], default, declaration)

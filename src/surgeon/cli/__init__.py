@@ -19,7 +19,6 @@ from ..studies.registry import STUDIES
 INTERRUPTED = 1
 # commands that are no studies, by their module here: files in the ecosystem's formats, and tools
 OTHERS = {
-    "quantize": ("quantize", "Round to few bits with the critical weights held out."),
     "cells": ("cells", "The same for models of gene expression."),
     "report": ("report", "Make one self-contained page of a run folder."),
     "run": ("recipes", "Run a recipe: published figures beside the measured ones."),
@@ -97,8 +96,10 @@ def run(arguments: list[str]) -> int:
         return error.exit_code
     except click.exceptions.Exit as stop:
         return stop.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        return _say("interrupted; nothing was written.", INTERRUPTED)
+    except (click.Abort, KeyboardInterrupt) as stop:
+        # click turns one into the other; what was interrupted may say what it leaves behind
+        left = str(stop.__cause__ or stop) or "nothing was written."
+        return _say(f"interrupted; {left}", INTERRUPTED)
     except BrokenPipeError:
         return 0
     except OSError as error:

@@ -92,9 +92,10 @@ def _is_choice(one: Setting) -> bool:
 
 
 def _switch(one: Setting) -> str:
-    """A switch that is on by default is turned off by --no-NAME."""
+    """A switch that is on by default is turned off by --no-NAME, or what it declares."""
     name = flag(one)[2:]
-    return f"--{name}/--no-{name}" if one.default else f"--{name}"
+    off = one.declaration.off or f"no-{name}"
+    return f"--{name}/--{off}" if one.default else f"--{name}"
 
 
 _CLICK: dict[Any, Any] = {int: int, float: float, str: str}
@@ -109,14 +110,9 @@ def _plain_kind(one: Setting) -> Any:
     if one.declaration.parse is not None:
         return str
     options = [option for option in _options(one.kind) if option is not types.NoneType]
-    if len(options) > 1:
-        return str
-    (option,) = options
-    if get_origin(option) is tuple:
-        option = get_args(option)[0]
-    if get_origin(option) is Literal:
-        return str
-    return option
+    kinds = {get_args(o)[0] if get_origin(o) is tuple else o for o in options}
+    kind = kinds.pop()
+    return str if kinds or get_origin(kind) is Literal else kind
 
 
 def _is_list(one: Setting) -> bool:

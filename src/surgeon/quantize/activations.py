@@ -20,8 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from math import inf
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,8 +29,10 @@ from torch import Tensor
 
 from ..anatomy import Anatomy, Entry, Site
 from ..errors import BadInput
+from ..settings import check_values, setting
 from ..tap import Tap
 from .config import ROLES
+from .grid import LEAST_BITS, MOST_BITS
 from .quantize import by_site
 
 PER = ("tensor", "token")
@@ -45,81 +47,46 @@ READERS = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
 class ActivationConfig:
     """Which activations are rounded, to how many bits, and what is done about their outliers."""
 
-    bits: int = field(default=8, metadata={"help": "bits of an activation, 2 to 8"})
-    per: str = field(
-        default="token",
-        metadata={"help": "what shares a scale: tensor (all tokens of a sequence) or token"},
+    bits: int = setting(8, "bits of an activation", low=LEAST_BITS, high=MOST_BITS)
+    per: str = setting(
+        "token", "what shares a scale: all tokens of a sequence, or one token", choices=PER
     )
-    method: str = field(
-        default="naive",
-        metadata={
-            "help": (
-                "naive; clip; holdout (the super activation is kept out); control (as many entries"
-                " of other channels of the same tensors); largest (as many entries of the same"
-                " tensors, the largest wherever they are)"
-            )
-        },
+    method: str = setting(
+        "naive",
+        "naive; clip; holdout (the super activation is kept out); control (as many entries of other"
+        " channels of the same tensors); largest (as many entries of the same tensors, the largest"
+        " wherever they are)",
+        choices=METHODS,
     )
-    clip: str = field(
-        default="z",
-        metadata={"help": "how clip sets its limits: z-score or percentile of what shares a scale"},
+    clip: str = setting("z", "how clip sets its limits, of what shares a scale", choices=CLIPS)
+    clip_value: float | None = setting(None, "z, or percent of the magnitudes kept")
+    hold: int = setting(
+        1,
+        "entries held out of a tensor per sequence, the largest of their channels; 0: all",
+        low=0,
     )
-    clip_value: float | None = field(
-        default=None, metadata={"help": "z, or percent of the magnitudes kept"}
+    tensors: tuple[str, ...] = setting(
+        ("inputs",),
+        "inputs of the projections; down, the outputs of mlp.down; residual, the layers' outputs",
+        choices=TENSORS,
     )
-    hold: int = field(
-        default=1,
-        metadata={
-            "help": (
-                "entries held out of a tensor per sequence, the largest of their channels; 0: all"
-            )
-        },
-    )
-    tensors: tuple[str, ...] = field(
-        default=("inputs",),
-        metadata={
-            "help": (
-                "inputs of the projections; down, the outputs of mlp.down; residual, the layers'"
-                " outputs"
-            )
-        },
-    )
-    roles: tuple[str, ...] = field(
-        default=ROLES, metadata={"help": "roles of the projections whose inputs are rounded"}
-    )
+    roles: tuple[str, ...] = setting(ROLES, "roles of the projections whose inputs are rounded")
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise BadInput(
-                f"{self.bits} bits cannot be used; activations are quantized to 2 to 8 bits."
-            )
-        given = [
-            ("per", self.per, PER),
-            ("method", self.method, METHODS),
-            ("clip", self.clip, CLIPS),
-        ]
-        for name, value, known in [*given, *(("tensors", t, TENSORS) for t in self.tensors)]:
-            if value not in known:
-                raise BadInput(f"{name} {value} is not known; use {', '.join(known)}.")
+        check_values(self)
         if self.method == "clip" and not self.clip_value:
             raise BadInput(
-                "clipping activations needs a value: a z-score, or the percentage that is kept."
+                "clipping activations needs ‹clip_value›: a z-score, or the percentage that is"
+                " kept."
             )
-        if self.clip_value is not None and not 0 < self.clip_value <= (
-            100 if self.clip == "percentile" else float("inf")
-        ):
+        most = 100 if self.clip == "percentile" else inf
+        if self.clip_value is not None and not 0 < self.clip_value <= most:
             raise BadInput(
-                f"{self.clip_value:g} cannot be used with {self.clip}; give a z above 0, or a"
-                " percentage up to 100."
+                f"‹clip_value› {self.clip_value:g} cannot be used with {self.clip}; give a z above"
+                " 0, or a percentage up to 100."
             )
-        if self.hold < (1 if self.method == "largest" else 0):
-            raise BadInput(
-                f"{self.hold} entries cannot be held out with {self.method}; use 1 or more, or,"
-                " except for largest, 0 for all."
-            )
-
-    def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "tensors": list(self.tensors), "roles": list(self.roles)}
+        if self.method == "largest" and self.hold == 0:
+            raise BadInput("‹hold› 0, all entries, cannot be held out with largest; use 1 or more.")
 
 
 @dataclass(frozen=True)

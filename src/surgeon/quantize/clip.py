@@ -51,16 +51,16 @@ def clipping(
         ordinary = ordinary.masked_fill(held, torch.nan)
     if config.clip == "mse":
         return _least_error(matrix, ordinary, config, importance)
-    kinds = {"z": _by_z, "percentile": _by_percentile}
-    candidates = list(kinds[config.clip](ordinary, config))
+    by = _by_z if config.clip == "z" else _by_percentile
+    candidates = list(by(ordinary, config))
     if len(candidates) == 1:
         return candidates[0]
-    return min(
-        candidates,
-        key=lambda c: float(
-            _errors(matrix, ordinary, config, c, importance).nansum(dtype=torch.float64)
-        ),
-    )
+
+    def error(candidate: Clipping) -> float:
+        errors = _errors(matrix, ordinary, config, candidate, importance)
+        return float(errors.nansum(dtype=torch.float64))
+
+    return min(candidates, key=error)
 
 
 def _by_z(ordinary: Tensor, config: QuantizeConfig) -> Iterator[Clipping]:
@@ -72,12 +72,8 @@ def _by_z(ordinary: Tensor, config: QuantizeConfig) -> Iterator[Clipping]:
     deviations = (blocks - mean[..., None]).abs()
     sd = deviations.square().nanmean(-1).sqrt()
     farthest = float((deviations.nan_to_num(nan=0.0).amax(-1) / sd).nan_to_num(nan=0.0).max())
-    values = (
-        (config.clip_value,)
-        if config.clip_value
-        else (*(z for z in Z_SCORES if z < farthest), farthest * (1 + 1e-6))
-    )
-    for z in values:
+    searched = (*(z for z in Z_SCORES if z < farthest), farthest * (1 + 1e-6))
+    for z in (config.clip_value,) if config.clip_value else searched:
         yield _bounded(mean - z * sd, mean + z * sd, z)
 
 
@@ -98,10 +94,8 @@ def _least_error(
 ) -> Clipping:
     """For each block the share of its ordinary range that leaves the least squared error."""
     blocks = config.grid.block.split(ordinary)
-    least, most = (
-        blocks.nan_to_num(nan=torch.inf).amin(-1),
-        blocks.nan_to_num(nan=-torch.inf).amax(-1),
-    )
+    least = blocks.nan_to_num(nan=torch.inf).amin(-1)
+    most = blocks.nan_to_num(nan=-torch.inf).amax(-1)
     # a symmetric grid reaches as far on both sides of zero; the other shrinks towards its own
     # middle
     half = torch.maximum(most, -least) if config.grid.symmetric else (most - least) / 2
@@ -110,9 +104,8 @@ def _least_error(
     share = torch.ones_like(half)
     for candidate in (config.clip_value,) if config.clip_value else SHARES:
         clip = _bounded(middle - candidate * half, middle + candidate * half, candidate)
-        error = config.grid.block.split(_errors(matrix, ordinary, config, clip, importance)).nansum(
-            -1
-        )
+        errors = _errors(matrix, ordinary, config, clip, importance)
+        error = config.grid.block.split(errors).nansum(-1)
         better = error < best
         best, share = torch.where(better, error, best), torch.where(better, candidate, share)
     chosen = _bounded(middle - share * half, middle + share * half, 0.0)
@@ -129,9 +122,8 @@ def _errors(
     """Squared error of each entry (out, in), times its column's importance; NaN where it is
     held.
     """
-    error = (
-        quantize_matrix(matrix, config.grid, clip.low, clip.high).dequantize() - ordinary
-    ).square_()
+    rounded = quantize_matrix(matrix, config.grid, clip.low, clip.high).dequantize()
+    error = (rounded - ordinary).square_()
     return error if importance is None else error * importance.to(error)
 
 
@@ -145,10 +137,8 @@ def _bounded(low: Tensor, high: Tensor, value: float) -> Clipping:
 
     Statistics of the whole matrix hold for every block.
     """
-    low, high = (
-        low.nan_to_num(nan=-torch.inf, neginf=-torch.inf),
-        high.nan_to_num(nan=torch.inf, posinf=torch.inf),
-    )
+    low = low.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+    high = high.nan_to_num(nan=torch.inf, posinf=torch.inf)
     nothing = low > high
     low, high = low.masked_fill(nothing, -torch.inf), high.masked_fill(nothing, torch.inf)
     if low.numel() == 1:

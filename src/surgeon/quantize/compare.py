@@ -2,17 +2,17 @@
 
 All is judged in one way: the NLL on some text, and KL and top-1 agreement with the intact model
 there. `table` and `sweep` compare ways to round weights. `activation_table` compares ways to round
-activations, all with the same rounded weights; its first windows are for the scales of SmoothQuant,
-and the others are judged on. The model is as before after each of them, bit for bit.
+activations, all with the same rounded weights. What is fitted to text, which is the mean squares of
+a weighted search and the scales of SmoothQuant, is fitted to other windows than those that are
+judged on; the caller gives both. The model is as before after each of them, bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import isfinite
-from typing import Any
 
 from jaxtyping import Int64
 from torch import Tensor
@@ -20,14 +20,15 @@ from torch import Tensor
 from ..anatomy import Anatomy, Entry, Site
 from ..errors import BadInput
 from ..measure import Reference
+from ..progress import Tell, silent
+from ..result import record
 from .activations import PER, ActivationConfig, Place, quantized_activations
-from .config import METHODS, Progress, QuantizeConfig
+from .config import METHODS, QuantizeConfig
 from .grid import Block, Grid
-from .quantize import Quantization, QuantizeResult, prepare
+from .quantize import Quantization, RoundedWeights, prepare
 from .smooth import Smoothing, smoothing
 
 Examine = Callable[[], Mapping[str, float]]
-CALIBRATION_WINDOWS = 8
 SMOOTHED = ("norms", "everywhere")
 NAIVE = ActivationConfig()
 INT8 = QuantizeConfig(Grid(8, True, Block("channel")), "rtn")
@@ -36,9 +37,9 @@ INT8 = QuantizeConfig(Grid(8, True, Block("channel")), "rtn")
 # -- weights -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@record
 class Row:
-    """One way to quantize.
+    """What one way to quantize costs.
 
     nll, kl: nats per token, None where they are not finite. accuracy: of each task, by name.
     """
@@ -50,56 +51,49 @@ class Row:
     nll: float | None
     kl: float | None
     top1_agreement: float
-    accuracy: Mapping[str, float]
-    result: QuantizeResult | None = None
+    accuracy: dict[str, float] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "result"} | {
-            "accuracy": dict(self.accuracy)
-        }
+
+@dataclass(frozen=True)
+class Judged:
+    """One way to quantize: what it costs, and what it did to each matrix."""
+
+    row: Row
+    weights: RoundedWeights
 
 
 def table(
     anatomy: Anatomy,
-    windows: Tensor,
+    windows: Int64[Tensor, "n window"],
     config: QuantizeConfig,
     critical: Sequence[Entry] = (),
     mean_squares: Mapping[Site, Tensor] | None = None,
     examine: Examine | None = None,
     methods: Sequence[str] = METHODS,
-) -> list[Row]:
-    """The same bits and blocks with each method. Shapes: windows (n, window). examine: called on
-    the model as it stands, accuracy by task.
+    progress: Tell = silent,
+) -> list[Judged]:
+    """The same bits and blocks with each method, judged on `windows`.
 
-    Raises: as `quantize_`.
+    examine: called on the model as it stands, accuracy by task. Raises: as `quantize_`.
     """
-    judge = _Judge(anatomy, windows, examine)
-    return [judge(replace(config, method=m), critical, mean_squares) for m in methods]
+    configs = [replace(config, method=method) for method in methods]
+    return list(_judge(anatomy, windows, configs, critical, mean_squares, examine, progress))
 
 
 def sweep(
     anatomy: Anatomy,
-    windows: Tensor,
+    windows: Int64[Tensor, "n window"],
     config: QuantizeConfig,
-    bits: Sequence[int],
-    blocks: Sequence[Block],
+    grids: Sequence[Grid],
     critical: Sequence[Entry] = (),
     mean_squares: Mapping[Site, Tensor] | None = None,
     examine: Examine | None = None,
-    progress: Progress | None = None,
+    progress: Tell = silent,
 ) -> list[Row]:
-    """Bits x block x method. Raises: as `quantize_`."""
-    judge = _Judge(anatomy, windows, examine)
-    grids = [
-        Grid(n, config.grid.symmetric, block, config.grid.pad) for n in bits for block in blocks
-    ]
-    rows: list[Row] = []
-    for done, grid in enumerate(grids):
-        for method in METHODS:
-            rows.append(judge(replace(config, grid=grid, method=method), critical, mean_squares))
-        if progress is not None:
-            progress("sweep", done + 1, len(grids))
-    return rows
+    """Each of the grids with each method. Raises: as `quantize_`."""
+    configs = [replace(config, grid=grid, method=m) for grid in grids for m in METHODS]
+    judged = _judge(anatomy, windows, configs, critical, mean_squares, examine, progress)
+    return [one.row for one in judged]
 
 
 def pareto(rows: Iterable[Row]) -> list[Row]:
@@ -107,35 +101,35 @@ def pareto(rows: Iterable[Row]) -> list[Row]:
 
     From few bits to many.
     """
+    known = [(row.bits_per_weight, row.nll, row) for row in rows if row.nll is not None]
     front: list[Row] = []
-    for row in sorted(
-        (r for r in rows if r.nll is not None), key=lambda r: (r.bits_per_weight, r.nll or 0.0)
-    ):
-        if not front or (row.nll or 0.0) < (front[-1].nll or 0.0):
+    least = float("inf")
+    for _, nll, row in sorted(known, key=lambda one: one[:2]):
+        if nll < least:
             front.append(row)
+            least = nll
     return front
 
 
-class _Judge:
-    """Judges ways to quantize one model on one text, and on tasks. Shapes: windows (n, window)."""
-
-    def __init__(self, anatomy: Anatomy, windows: Tensor, examine: Examine | None) -> None:
-        self.anatomy, self.examine = anatomy, examine
-        self.reference = Reference(anatomy.model, windows)
-
-    def __call__(
-        self,
-        config: QuantizeConfig,
-        critical: Sequence[Entry],
-        mean_squares: Mapping[Site, Tensor] | None,
-    ) -> Row:
-        ready = prepare(self.anatomy, config, critical, mean_squares)
-        measured = self.reference.compare(ready.applied)
+def _judge(
+    anatomy: Anatomy,
+    windows: Tensor,
+    configs: Sequence[QuantizeConfig],
+    critical: Sequence[Entry],
+    mean_squares: Mapping[Site, Tensor] | None,
+    examine: Examine | None,
+    progress: Tell,
+) -> Iterator[Judged]:
+    """Each of the ways to quantize, held against one reference."""
+    reference = Reference(anatomy.model, windows)
+    for done, config in enumerate(configs):
+        ready = prepare(anatomy, config, critical, mean_squares)
+        measured = reference.compare(ready.applied)
         accuracy: Mapping[str, float] = {}
-        if self.examine is not None:
+        if examine is not None:
             with ready.applied():
-                accuracy = self.examine()
-        return Row(
+                accuracy = examine()
+        row = Row(
             config.method,
             config.grid.bits,
             str(config.grid.block),
@@ -143,9 +137,10 @@ class _Judge:
             _finite(measured.nll),
             _finite(measured.kl),
             measured.top1_agreement,
-            accuracy,
-            ready.result,
+            dict(accuracy),
         )
+        progress("methods", done + 1, len(configs))
+        yield Judged(row, ready.result)
 
 
 # -- activations -------------------------------------------------------------------------------
@@ -167,65 +162,61 @@ class Treatment:
             raise BadInput(f"smooth {self.smooth} is not known; use {' or '.join(SMOOTHED)}.")
 
 
-@dataclass(frozen=True)
+@record
 class ActivationRow:
-    """What one treatment costs. held: share of the rounded entries that were kept out. nll, kl:
-    nats per token, None where they are not finite.
+    """What one treatment costs.
+
+    clip, clip_value: where it clips. smooth: as in `Treatment`. held: share of the rounded entries
+    that were kept out. nll, kl: nats per token, None where they are not finite.
     """
 
-    treatment: Treatment
+    per: str
+    method: str
+    bits: int
+    clip: str | None
+    clip_value: float | None
+    smooth: str | None
     held: float
     nll: float | None
     kl: float | None
     top1_agreement: float
 
-    def to_json(self) -> dict[str, Any]:
-        config = self.treatment.config
-        clips = config.method == "clip"
-        return {
-            "per": config.per,
-            "method": config.method,
-            "clip": config.clip if clips else None,
-            "clip_value": config.clip_value if clips else None,
-            "smooth": self.treatment.smooth,
-            "bits": config.bits,
-            "held": self.held,
-            "nll": self.nll,
-            "kl": self.kl,
-            "top1_agreement": self.top1_agreement,
-        }
+
+@record
+class ActivationNLL:
+    """NLL without rounded activations: of the untouched model, and of its rounded weights alone.
+
+    The latter is None if the weights stay as they are, or if it is not finite.
+    """
+
+    intact: float
+    weights_only: float | None
 
 
-@dataclass(frozen=True)
-class ActivationResult:
-    """The table. intact: NLL of the untouched model; weights: that of its rounded weights alone,
-    None if they stay. smooth: how many norms took a division in, and how many inputs are divided as
-    the model runs, for each kind of smoothing.
+@record
+class SmoothedCount:
+    """How many norms took a division in, and how many inputs are divided as the model runs."""
+
+    folded_norms: int
+    divided_inputs: int
+
+
+@record
+class ActivationTable:
+    """Ways of rounding activations beside one another, all with the same rounded weights.
+
+    fitted_on, judged_on: windows. smooth: for each kind of smoothing that was used.
     """
 
     config: ActivationConfig
-    weights_config: QuantizeConfig | None
+    weights: QuantizeConfig | None
     alpha: float
-    critical: tuple[Entry, ...]
+    critical: list[Entry]
     fitted_on: int
     judged_on: int
-    intact: float
-    weights: float | None
-    smooth: Mapping[str, Mapping[str, int]]
-    rows: tuple[ActivationRow, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **self.config.to_json(),
-            "weights": None if self.weights_config is None else self.weights_config.to_json(),
-            "alpha": self.alpha,
-            "critical": [str(e) for e in self.critical],
-            "fitted_on": self.fitted_on,
-            "judged_on": self.judged_on,
-            "nll": {"intact": self.intact, "weights_only": self.weights},
-            "smooth": {kind: dict(counts) for kind, counts in self.smooth.items()},
-            "rows": [row.to_json() for row in self.rows],
-        }
+    nll: ActivationNLL
+    smooth: dict[str, SmoothedCount]
+    rows: list[ActivationRow]
 
 
 def treatments(config: ActivationConfig) -> list[Treatment]:
@@ -248,21 +239,22 @@ def treatments(config: ActivationConfig) -> list[Treatment]:
 
 def activation_table(
     anatomy: Anatomy,
-    windows: Int64[Tensor, "n window"],
+    fit: Int64[Tensor, "n window"],
+    judged: Int64[Tensor, "m window"],
     config: ActivationConfig = NAIVE,
     critical: Sequence[Entry] = (),
     weights: QuantizeConfig | None = INT8,
     alpha: float = 0.5,
     ways: Sequence[Treatment] | None = None,
-    progress: Progress | None = None,
-) -> ActivationResult:
+    progress: Tell = silent,
+) -> ActivationTable:
     """Ways of rounding activations beside one another, all with the same rounded weights.
 
-    config: bits, what is rounded, and how much is held out. weights: None leaves them as they are.
-    alpha: of SmoothQuant. ways: default, the `treatments` of `config`.
-    Raises: BadInput for a single window; as `places`, `prepare` and `smoothing`.
+    fit: what SmoothQuant takes its scales from. config: bits, what is rounded, and how much is held
+    out. weights: None leaves them as they are. alpha: of SmoothQuant. ways: default, the
+    `treatments` of `config`.
+    Raises: as `places`, `prepare` and `smoothing`.
     """
-    fit, judged = split(windows)
     ways = treatments(config) if ways is None else ways
     plain = None if weights is None else prepare(anatomy, weights, critical)
     kinds = [kind for kind in SMOOTHED if any(way.smooth == kind for way in ways)]
@@ -278,39 +270,33 @@ def activation_table(
         else:
             change = _Change(anatomy, way.config, critical, smooth[way.smooth], rounded[way.smooth])
         measured = reference.compare(change)
-        nll, kl = _finite(measured.nll), _finite(measured.kl)
-        rows.append(ActivationRow(way, change.share, nll, kl, measured.top1_agreement))
-        if progress is not None:
-            progress("activations", done + 1, len(ways))
-    return ActivationResult(
+        clips = way.config.method == "clip"
+        row = ActivationRow(
+            way.config.per,
+            way.config.method,
+            way.config.bits,
+            way.config.clip if clips else None,
+            way.config.clip_value if clips else None,
+            way.smooth,
+            change.share,
+            _finite(measured.nll),
+            _finite(measured.kl),
+            measured.top1_agreement,
+        )
+        rows.append(row)
+        progress("activations", done + 1, len(ways))
+    alone = None if plain is None else _finite(reference.compare(plain.applied).nll)
+    return ActivationTable(
         config,
         weights,
         alpha,
-        tuple(critical),
+        list(critical),
         len(fit),
         len(judged),
-        reference.compare(nullcontext).nll,
-        None if plain is None else _finite(reference.compare(plain.applied).nll),
-        {
-            kind: {"folded_norms": len(s.folded), "divided_inputs": len(s.divisors)}
-            for kind, s in smooth.items()
-        },
-        tuple(rows),
+        ActivationNLL(reference.compare(nullcontext).nll, alone),
+        {k: SmoothedCount(len(one.folded), len(one.divisors)) for k, one in smooth.items()},
+        rows,
     )
-
-
-def split(windows: Int64[Tensor, "n window"]) -> tuple[Tensor, Tensor]:
-    """The windows (n, window) to fit on, and those to judge on.
-
-    Raises: BadInput for a single one.
-    """
-    if len(windows) < 2:
-        raise BadInput(
-            "activations need at least two windows of text, some to fit on and some to judge; give"
-            " more text."
-        )
-    cut = min(CALIBRATION_WINDOWS, len(windows) // 2)
-    return windows[:cut], windows[cut:]
 
 
 def _prepared(

@@ -11,7 +11,7 @@ Asymmetric: codes 0 to 2^N - 1, which are 2^N - 1 steps of (max - min) / (2^N - 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -20,8 +20,14 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from ..errors import BadInput, SurgeonError
+from ..settings import check_values, setting
 
 KINDS = ("tensor", "channel", "group", "flat", "square")
+BLOCKS = (
+    "what shares a scale: tensor, channel, group:N (neighbours in a row), flat:N (runs of the"
+    " flattened matrix), square:N (N x N tiles)"
+)
+LEAST_BITS, MOST_BITS = 2, 8
 SCALE_BITS = 16  # what one scale, and one offset, costs in storage
 Limit = float | Tensor | None
 
@@ -128,28 +134,24 @@ class Block:
 class Grid:
     """Settings of round-to-nearest."""
 
-    bits: int = field(default=4, metadata={"help": "bits of a weight, 2 to 8"})
-    symmetric: bool = field(
-        default=True, metadata={"help": "codes on both sides of zero, without an offset"}
+    bits: int = setting(4, "bits of a weight", low=LEAST_BITS, high=MOST_BITS)
+    symmetric: bool = setting(
+        True,
+        "codes on both sides of zero without an offset, or from the least to the greatest entry of"
+        " a block with one",
+        group="Grid",
+        off="asymmetric",
     )
-    block: Block = field(
-        default=Block("group", 128),
-        metadata={"help": "what shares a scale: tensor, channel, group:N, flat:N, square:N"},
-    )
-    pad: bool = field(
-        default=True,
-        metadata={
-            "help": (
-                "let the last blocks reach over the edge; else refuse a size that does not divide"
-            )
-        },
+    block: Block = setting(Block("group", 128), BLOCKS, parse=Block.parse)
+    pad: bool = setting(
+        True,
+        "let the last blocks reach over the edge of a matrix; else a block size that does not"
+        " divide it is refused",
+        group="Grid",
     )
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise BadInput(
-                f"{self.bits} bits cannot be used; weights are quantized to 2 to 8 bits."
-            )
+        check_values(self)
 
     @property
     def codes(self) -> tuple[int, int]:
@@ -192,9 +194,8 @@ class Quantized:
         """The matrix, float32."""
         block = self.grid.block
         steps = block.split(self.codes.float())
-        return block.join(
-            (steps - self.zero[..., None]) * self.scale[..., None], self.shape
-        ).contiguous()
+        values = (steps - self.zero[..., None]) * self.scale[..., None]
+        return block.join(values, self.shape).contiguous()
 
 
 @torch.no_grad()
@@ -217,10 +218,8 @@ def quantize_matrix(
             " checkpoint again."
         )
     blocks = limited(grid.block.split(wide), low, high)
-    least, most = (
-        blocks.nan_to_num(nan=torch.inf).amin(-1),
-        blocks.nan_to_num(nan=-torch.inf).amax(-1),
-    )
+    least = blocks.nan_to_num(nan=torch.inf).amin(-1)
+    most = blocks.nan_to_num(nan=-torch.inf).amax(-1)
     first, last = grid.codes
     if grid.symmetric:
         scale = torch.maximum(most, -least) / last
@@ -228,17 +227,12 @@ def quantize_matrix(
         zero = torch.zeros_like(scale)
     else:
         scale = (most - least) / last
-        flat = torch.where(
-            least == 0, 1.0, least.abs()
-        )  # a block of one value: that value is its first step
+        # a block of one value: that value is its first step
+        flat = torch.where(least == 0, 1.0, least.abs())
         scale = torch.where(scale > 0, scale, flat)
         zero = -least / scale
-    codes = (
-        (blocks / scale[..., None] + zero[..., None])
-        .round_()
-        .clamp_(first, last)
-        .nan_to_num_(nan=0.0)
-    )
+    steps = (blocks / scale[..., None] + zero[..., None]).round_()
+    codes = steps.clamp_(first, last).nan_to_num_(nan=0.0)
     kind = torch.int8 if grid.symmetric or grid.bits < 8 else torch.int32
     return Quantized(grid.block.join(codes, shape).to(kind).contiguous(), scale, zero, grid, shape)
 

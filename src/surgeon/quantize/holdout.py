@@ -10,28 +10,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..anatomy import Entry
+from ..result import record
 from .clip import clipping
 from .config import QuantizeConfig
-from .grid import Quantized, limited, quantize_matrix
+from .grid import Limit, Quantized, limited, quantize_matrix
 
 HELD_BITS = 48  # what an entry put back costs in storage: its value at 16 bits and its place at 32
 
 
-@dataclass(frozen=True)
+@record
 class MatrixReport:
-    """What was done to one matrix. clip: the z, percentage or share that was used, None without
-    clipping. clipped: entries beyond the limits. held: entries put back. error: sum of squared
-    errors over that of the entries, without the critical ones, columns weighted by E[x^2] if
-    `weighted`."""
+    """What was done to one matrix.
+
+    clip: the z, percentage or share that was used, None without clipping. clipped: entries beyond
+    the limits. held: entries put back. error: sum of squared errors over that of the entries,
+    without the critical ones, columns weighted by E[x^2] if `weighted`.
+    """
 
     shape: tuple[int, int]
+    bits: int
     blocks: int
     clip: float | None
     clipped: int
@@ -40,15 +43,15 @@ class MatrixReport:
     weighted: bool
     bits_per_weight: float
 
-    def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "shape": list(self.shape)}
-
 
 @dataclass(frozen=True, eq=False)
 class Treated:
-    """A matrix after quantization. Shapes: matrix (out, in), what the model computes with, critical
-    entries put back if asked; in float32, or wider if the original was. quantized: its codes,
-    without what was put back. rows, cols: where entries were put back, (n,)."""
+    """A matrix after quantization.
+
+    Shapes: matrix (out, in), what the model computes with, critical entries put back if asked; in
+    float32, or wider if the original was. quantized: its codes, without what was put back. rows,
+    cols: where entries were put back, (n,).
+    """
 
     quantized: Quantized
     matrix: Float[Tensor, "out in"]
@@ -72,10 +75,8 @@ def treat(
     Raises: BadInput if the blocks do not divide the matrix and may not be padded; SurgeonError for
     NaN.
     """
-    rows, cols = (
-        torch.tensor([getattr(e, axis) for e in critical], dtype=torch.long)
-        for axis in ("row", "col")
-    )
+    rows = torch.tensor([entry.row for entry in critical], dtype=torch.long)
+    cols = torch.tensor([entry.col for entry in critical], dtype=torch.long)
     held = torch.zeros(matrix.shape, dtype=torch.bool)
     held[rows, cols] = True
     weights = importance if config.weighted else None
@@ -88,21 +89,22 @@ def treat(
     else:
         rows = cols = rows[:0]
     n_out, n_in = matrix.shape
+    held_bits = HELD_BITS * len(rows) / matrix.numel()
     report = MatrixReport(
         shape=(n_out, n_in),
+        bits=config.grid.bits,
         blocks=prod(config.grid.block.counts((n_out, n_in))),
         clip=None if clip is None else clip.value,
         clipped=0 if clip is None else _beyond(matrix, config, low, high),
         held=len(rows),
         error=_relative_error(matrix, result, held, weights),
         weighted=weights is not None,
-        bits_per_weight=config.grid.bits_per_weight((n_out, n_in))
-        + HELD_BITS * len(rows) / matrix.numel(),
+        bits_per_weight=config.grid.bits_per_weight((n_out, n_in)) + held_bits,
     )
     return Treated(quantized, result, rows, cols, report)
 
 
-def _beyond(matrix: Tensor, config: QuantizeConfig, low: Any, high: Any) -> int:
+def _beyond(matrix: Tensor, config: QuantizeConfig, low: Limit, high: Limit) -> int:
     blocks = config.grid.block.split(matrix.float())
     return int((limited(blocks, low, high) != blocks).sum() - blocks.isnan().sum())
 
@@ -111,8 +113,9 @@ def _relative_error(
     matrix: Tensor, result: Tensor, held: Tensor, importance: Tensor | None
 ) -> float:
     weights = (~held).float() if importance is None else (~held) * importance.float()
-    error, size = (
-        float((part.float().square() * weights).sum(dtype=torch.float64))
-        for part in (result - matrix, matrix)
-    )
+
+    def total(part: Tensor) -> float:
+        return float((part.float().square() * weights).sum(dtype=torch.float64))
+
+    error, size = total(result - matrix), total(matrix)
     return error / size if size > 0 else 0.0

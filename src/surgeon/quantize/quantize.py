@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from math import prod
 
 import torch
 from torch import Tensor
@@ -18,43 +18,35 @@ from torch import Tensor
 from ..anatomy import Anatomy, Entry, Region, Site, WeightView
 from ..errors import BadInput, SurgeonError
 from ..measure.likelihood import batches
+from ..progress import Tell, silent
+from ..result import derived, record
 from ..tap import Tap
-from .config import Progress, QuantizeConfig
+from .config import QuantizeConfig
 from .holdout import MatrixReport, treat
 
 DEFAULT = QuantizeConfig()
 
 
-@dataclass(frozen=True)
-class QuantizeResult:
+@record
+class RoundedWeights:
     """What was done, matrix by matrix."""
 
     config: QuantizeConfig
-    critical: tuple[Entry, ...]
-    matrices: Mapping[Site, MatrixReport]
+    critical: list[Entry]
+    matrices: dict[Site, MatrixReport]
 
-    @property
+    @derived
     def bits_per_weight(self) -> float:
         """Mean over the entries of the quantized matrices, with scales, offsets and entries put
         back.
         """
-        sizes = {site: m.shape[0] * m.shape[1] for site, m in self.matrices.items()}
-        return sum(m.bits_per_weight * sizes[site] for site, m in self.matrices.items()) / sum(
-            sizes.values()
-        )
+        reports = self.matrices.values()
+        entries = sum(prod(one.shape) for one in reports)
+        return sum(one.bits_per_weight * prod(one.shape) for one in reports) / entries
 
-    @property
+    @derived
     def held(self) -> int:
-        return sum(m.held for m in self.matrices.values())
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **self.config.to_json(),
-            "critical": [str(e) for e in self.critical],
-            "held": self.held,
-            "bits_per_weight": self.bits_per_weight,
-            "matrices": [{"site": str(site), **m.to_json()} for site, m in self.matrices.items()],
-        }
+        return sum(one.held for one in self.matrices.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +57,7 @@ class Quantization:
     """
 
     anatomy: Anatomy
-    result: QuantizeResult
+    result: RoundedWeights
     tensors: Mapping[str, Tensor]
 
     def applied(self) -> AbstractContextManager[None]:
@@ -96,8 +88,8 @@ def quantize_(
     config: QuantizeConfig = DEFAULT,
     critical: Sequence[Entry] = (),
     mean_squares: Mapping[Site, Tensor] | None = None,
-    progress: Progress | None = None,
-) -> QuantizeResult:
+    progress: Tell = silent,
+) -> RoundedWeights:
     """Quantize the model's projections in place, matrix by matrix; what the model computes is what
     the codes mean.
 
@@ -116,15 +108,14 @@ def prepare(
     config: QuantizeConfig = DEFAULT,
     critical: Sequence[Entry] = (),
     mean_squares: Mapping[Site, Tensor] | None = None,
-    progress: Progress | None = None,
+    progress: Tell = silent,
 ) -> Quantization:
     """As `quantize_`, on copies of the tensors; the model stays as it is until they are
     `applied`.
     """
     copies, views = copied(anatomy, quantized_sites(anatomy, config))
-    return Quantization(
-        anatomy, _quantize(anatomy, config, critical, mean_squares, views, progress), copies
-    )
+    result = _quantize(anatomy, config, critical, mean_squares, views, progress)
+    return Quantization(anatomy, result, copies)
 
 
 def copied(
@@ -145,7 +136,7 @@ def quantized(
     config: QuantizeConfig = DEFAULT,
     critical: Sequence[Entry] = (),
     mean_squares: Mapping[Site, Tensor] | None = None,
-) -> Iterator[QuantizeResult]:
+) -> Iterator[RoundedWeights]:
     """Within the context the model is quantized; after it, it is as before, bit for bit."""
     ready = prepare(anatomy, config, critical, mean_squares)
     with ready.applied():
@@ -185,8 +176,8 @@ def _quantize(
     critical: Sequence[Entry],
     mean_squares: Mapping[Site, Tensor] | None,
     views: Mapping[Site, WeightView],
-    progress: Progress | None,
-) -> QuantizeResult:
+    progress: Tell,
+) -> RoundedWeights:
     """Quantize what the views hold, in place."""
     if config.weighted and not mean_squares:
         raise BadInput(
@@ -206,9 +197,8 @@ def _quantize(
         reports[site] = quantize_view_(
             view, config, entries.get(site, ()), (mean_squares or {}).get(site)
         )
-        if progress is not None:
-            progress("quantize", done + 1, len(views))
-    return QuantizeResult(config, tuple(critical), reports)
+        progress("quantize", done + 1, len(views))
+    return RoundedWeights(config, list(critical), reports)
 
 
 def quantize_view_(
@@ -226,7 +216,7 @@ def quantize_view_(
 
 @torch.no_grad()
 def input_mean_squares(
-    anatomy: Anatomy, windows: Tensor, sites: Sequence[Site], progress: Progress | None = None
+    anatomy: Anatomy, windows: Tensor, sites: Sequence[Site], progress: Tell = silent
 ) -> dict[Site, Tensor]:
     """E[x^2] of every input column of the sites, (in,) float32, over all tokens of `windows` (n,
     window), in one pass.
@@ -258,8 +248,7 @@ def input_mean_squares(
             tap.on_input(anatomy.model.get_submodule(name), watcher(name))
         for done, ids in enumerate(parts):
             tap.run(anatomy.model, input_ids=ids.to(device), use_cache=False)
-            if progress is not None:
-                progress("inputs", done + 1, len(parts))
+            progress("inputs", done + 1, len(parts))
     return {
         site: (sums[name] / counts[name]).float()
         for site, name in reachable.items()

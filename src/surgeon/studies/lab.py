@@ -236,6 +236,10 @@ class Lab(Desk):
         """How patches work, the injury first, then its repair; an `Explanation`."""
         return self.run("explain", patches, **settings)
 
+    def quantize(self, bits: Any = None, **settings: Any) -> Any:
+        """What few bits cost, with the critical weights held out; a `QuantizeResult`."""
+        return self.run("quantize", bits, **settings)
+
     def sites(self) -> Any:
         """Every addressable weight matrix; a `SiteList`."""
         return self.run("sites")
@@ -270,6 +274,7 @@ def open_lab(
     elif stream:
         loaded, anatomy = open_stream(str(model), dtype, device, whole)
     else:
+        know_sidecars()
         loaded = load_model(str(model), dtype, device)
     try:
         anatomy = anatomy or Anatomy.of(loaded.model)
@@ -277,6 +282,13 @@ def open_lab(
     except UnknownArchitecture as error:
         raise _not_finite(loaded, anatomy) or error from error
     return Lab(loaded, anatomy, None if isinstance(model, nn.Module) else str(model))
+
+
+def know_sidecars() -> None:
+    """Teach transformers to read the checkpoints of `quantize` with ‹export› sidecar."""
+    # here, since they import transformers' models, which takes seconds; in this order
+    from .. import _quiet as _quiet
+    from ..quantize.formats import sidecar_loader as sidecar_loader
 
 
 def _cells(folder: str, dtype: str, device: str) -> tuple[Loaded, Anatomy]:

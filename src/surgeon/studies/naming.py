@@ -21,19 +21,26 @@ AT_HELP = (
 
 
 def regions_of(
-    place: Lab | Anatomy, at: Any, text: TextSettings | None = None, seed: int = 0
+    place: Lab | Anatomy,
+    at: Any,
+    text: TextSettings | None = None,
+    seed: int = 0,
+    setting: str = "at",
 ) -> list[Region]:
     """The regions that `at` names: texts, entries, regions, a critical set, a result, or several.
 
     place: the lab of the model, or its map alone. A FindResult stands for its first set. The text
-    `vital` stands for the first set that `find` returns on this text, which takes a lab.
+    `vital` stands for the first set that `find` returns on this text, which takes a lab. setting:
+    whose value `at` is.
     Raises: BadInput, UnknownSite; BadInput if two share an entry, which would be counted twice, or
     if nothing is named.
     """
     named = list(_named(place, at, text or TextSettings(), seed))
     if not named:
-        raise BadInput("no weights are named; name at least one with ‹at›, like L0.mlp.down[8, 5].")
-    _check_apart(named)
+        raise BadInput(
+            f"no weights are named; name at least one with ‹{setting}›, like L0.mlp.down[8, 5]."
+        )
+    _check_apart(named, setting)
     return named
 
 
@@ -80,7 +87,7 @@ def vital_sets(lab: Lab, text: TextSettings, seed: int = 0) -> FindResult:
     return lab.once(("find", text, seed), partial(find, lab.anatomy, corpus, config, lab.tell))
 
 
-def _check_apart(regions: Sequence[Region]) -> None:
+def _check_apart(regions: Sequence[Region], setting: str) -> None:
     """Raises: BadInput if two regions share an entry."""
     for i, one in enumerate(regions):
         for other in regions[:i]:
@@ -88,7 +95,7 @@ def _check_apart(regions: Sequence[Region]) -> None:
                 shared = f"{one} is given twice"
                 if one != other:
                     shared = f"{other} and {one} share an entry"
-                raise BadInput(f"‹at›: {shared}; name each entry once.")
+                raise BadInput(f"‹{setting}›: {shared}; name each entry once.")
 
 
 def _meet(one: Region, other: Region) -> bool:

@@ -32,10 +32,10 @@ from ..cells.checkpoint import holds_cells
 from ..errors import BadInput, MissingExtra, SurgeonError
 from ..patch import load
 from ..quantize.formats.packing import pieces
-from ..quantize.formats.sidecar_loader import CORRECTION, METHOD, PARTS, SidecarConfig
+from ..quantize.formats.sidecar import CORRECTION, METHOD, PARTS
 from .cell_patches import CellWeights
 from .desk import Desk
-from .lab import Lab, TextSettings, open_lab
+from .lab import Lab, TextSettings, know_sidecars, open_lab
 
 _SHARE_OF_MEMORY = 0.5  # of what is free; a larger BASE is read block by block
 
@@ -96,6 +96,7 @@ class Pair:
             return self._adapted()
         if isinstance(self.other, GgufFile):
             return self._from_gguf(Path(self.other.name))
+        know_sidecars()
         return load_model(self.other.name).model
 
     def _adapted(self) -> Any:
@@ -135,6 +136,9 @@ def _sidecar(checkpoint: Checkpoint, name: str, site: Site, place: int) -> Tenso
     """The matrix of a checkpoint that `surgeon quantize --export sidecar` wrote, its critical
     entries put back.
     """
+    # imported here, since it takes transformers' models
+    from ..quantize.formats.sidecar_loader import SidecarConfig
+
     config = SidecarConfig(**checkpoint.settings)
     stored = {part: f"{name}_{part}" for part in PARTS if f"{name}_{part}" in checkpoint.tensors}
     tensors = {part: checkpoint.tensors.read(tensor) for part, tensor in stored.items()}

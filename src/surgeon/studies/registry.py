@@ -124,6 +124,12 @@ _ALL = (
         leading="facts",
         output="patch",
     ),
+    Study(
+        "quantize",
+        "Round to few bits with the critical weights held out.",
+        opens="stream",
+        leading="bits",
+    ),
     Study("explain", "Say how a patch works.", leading="patches"),
     Study(
         "sweep",
@@ -212,6 +218,7 @@ RESULTS = {
     "edit": "studies.edit:EditResult",
     "edit layers": "studies.edit_layers:LayerRanking",
     "edit many": "studies.edit_many:EditsResult",
+    "quantize": "studies.quantize:QuantizeResult",
     "explain": "explain:Explanation",
     "demo": "studies.demo:Demo",
     "sweep": "studies.sweep:SweepResult",

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from ...errors import BadInput, MissingExtra
 from ..grid import Grid
-from .export import ExportPlan, Source, set_quantization
+from .export import ExportPlan, Reports, Source, set_quantization
 from .packed import Rounded, critical_modules, divided, keeper, linear_layers, whole, write_packed
 
 _KIND = "compressed-tensors"
 
 
-def export_compressed(plan: ExportPlan) -> None:
+def export_compressed(plan: ExportPlan) -> Reports:
     """Write the folder. The library keeps scales in the model's dtype: loaded, float32 weights are
     what `quantize_` makes of them, bit for bit, and bfloat16 ones differ by their rounding, by less
     than 2^-7 of the weight.
@@ -78,7 +78,8 @@ def export_compressed(plan: ExportPlan) -> None:
         set_quantization(part, settings)
 
     kind = f"{_KIND}, critical matrices {plan.keep}"
-    write_packed(plan, kind, encode, lambda *_: True, finish, keeper(plan, _KIND, source))
+    keep = keeper(plan, _KIND, source)
+    return write_packed(plan, kind, encode, lambda *_: True, finish, keep)
 
 
 def _group(grid: Grid, targets: list[str]) -> dict[str, Any]:

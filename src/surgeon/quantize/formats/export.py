@@ -29,7 +29,11 @@ from ...anatomy.folder import CONFIG, INDEX, config_json
 from ...anatomy.load import read_config, unloaded_anatomy
 from ...anatomy.names import TensorNames
 from ...errors import PackedWeight
-from ..config import Progress, QuantizeConfig
+from ...progress import Tell, silent
+from ...result import as_json, of_json
+from ...settings import values_of
+from ..config import QuantizeConfig
+from ..holdout import MatrixReport
 from ..quantize import by_site, quantized_sites
 
 RECORD = "surgeon_quantize.json"
@@ -48,7 +52,8 @@ _LEFT_OUT = (
     "surgeon_patches.*",
     INDEX,
 )
-Report = dict[str, Any]
+# what was done to each matrix; None where it is as it was
+Reports = dict[Site, MatrixReport | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,11 +72,11 @@ class ExportPlan:
     config: QuantizeConfig
     critical: tuple[Entry, ...] = ()
     mean_squares: Mapping[Site, Tensor] = field(default_factory=dict)
-    progress: Progress | None = None
+    progress: Tell = silent
     keep: str = "8bit"
 
 
-Export = Callable[[ExportPlan], None]
+Export = Callable[[ExportPlan], Reports]
 
 
 class Source:
@@ -103,8 +108,8 @@ class Source:
         return [WeightView(site, tensor, packing) for site, packing in self.sites.get(name, ())]
 
 
-Tell = Callable[[Site], None]
-WriteShard = Callable[[Source, str, Path, Tell], Mapping[Site, Report]]
+Done = Callable[[Site], None]
+WriteShard = Callable[[Source, str, Path, Done], Reports]
 
 
 def write_folder(
@@ -112,12 +117,14 @@ def write_folder(
     kind: str,
     write_shard: WriteShard,
     finish: Callable[[Source, Path], None] | None = None,
-) -> None:
+) -> Reports:
     """Write the folder `plan.target`, one shard for each of the source, and copy what else lies in
     the source: configuration, tokenizer.
 
+    Returns what was done to each matrix, in the model's order.
+
     write_shard(source, shard, output, tell): writes the counterpart of the file called `shard` to
-    `output`, calls `tell` after each matrix, and returns what it did to each, as JSON.
+    `output`, calls `tell` after each matrix, and returns what it did to each.
     finish(source, part): called with the complete folder before it gets its name.
     Raises: BadInput if the target cannot be made; as `Source`; SurgeonError for a full disk, or if
     another process writes the target.
@@ -130,17 +137,16 @@ def write_folder(
     with files.writing_folder(plan.target, resume=True) as part:
         reports = _write_shards(plan, kind, source, part, write_shard)
         _copy_rest(source, part)
-        order = {str(site): place for place, site in enumerate(source.anatomy.addresses)}
-        matrices = [
-            {"site": site, **reports[site]}
-            for site in sorted(reports, key=lambda s: order.get(s, len(order)))
-        ]
+        order = {site: place for place, site in enumerate(source.anatomy.addresses)}
+        sites = sorted(reports, key=lambda site: order.get(site, len(order)))
+        reports = {site: reports[site] for site in sites}
         critical = [str(entry) for entry in plan.critical]
-        record = {"export": kind, **plan.config.to_json(), "critical": critical}
-        _write_json(part / RECORD, record | {"matrices": matrices})
+        record = {"export": kind, **values_of(plan.config), "critical": critical}
+        _write_json(part / RECORD, record | {"matrices": as_json(reports)})
         if finish is not None:
             finish(source, part)
         (part / MANIFEST).unlink()
+    return reports
 
 
 def set_quantization(part: Path, settings: Mapping[str, Any], **more: Any) -> None:
@@ -151,25 +157,28 @@ def set_quantization(part: Path, settings: Mapping[str, Any], **more: Any) -> No
 
 def _write_shards(
     plan: ExportPlan, kind: str, source: Source, part: Path, write_shard: WriteShard
-) -> dict[str, Report]:
+) -> Reports:
     """The shards that are not finished yet; what was done to each matrix of all of them."""
     manifest = _opened(part, _settings(plan, kind, source))
-    shards: dict[str, dict[str, Report]] = manifest["shards"]
+    shards: dict[str, dict[str, Any]] = manifest["shards"]
     done = sum(map(len, shards.values()))
     total = sum(map(len, source.sites.values()))
 
     def tell(_: Site) -> None:
         nonlocal done
         done += 1
-        if plan.progress is not None:
-            plan.progress("write", done, total)
+        plan.progress("write", done, total)
 
     for shard in source.shards.files:
         if shard not in shards:
             reports = write_shard(source, shard, part / shard, tell)
-            shards[shard] = {str(site): report for site, report in reports.items()}
+            shards[shard] = as_json(reports)
             _write_json(part / MANIFEST, manifest)
-    return {site: report for reports in shards.values() for site, report in reports.items()}
+    return {
+        site: report
+        for done_before in shards.values()
+        for site, report in of_json(Reports, done_before, MANIFEST).items()
+    }
 
 
 def _settings(plan: ExportPlan, kind: str, source: Source) -> str:
@@ -183,7 +192,7 @@ def _settings(plan: ExportPlan, kind: str, source: Source) -> str:
     }
     settings = [
         kind,
-        plan.config.to_json(),
+        values_of(plan.config),
         sorted(map(str, plan.critical)),
         sorted(inputs.items()),
         str(plan.folder.resolve()),

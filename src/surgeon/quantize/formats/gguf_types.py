@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
 
 from ...anatomy import Anatomy, Entry, Site
 from ...errors import BadInput, MissingExtra
+from ...result import derived, record
 
 TYPES = ("q8_0", "f16", "bf16", "f32", "q6_k", "q5_k")
 # where llama.cpp calls an architecture otherwise than transformers does
@@ -31,7 +30,7 @@ _ARCHITECTURES = {
 }
 
 
-@dataclass(frozen=True)
+@record
 class TensorTypes:
     """The tensors of the GGUF file that are to be kept, by name, each with the critical sites it
     holds; and their type there.
@@ -40,7 +39,7 @@ class TensorTypes:
     tensors: dict[str, tuple[Site, ...]]
     kind: str
 
-    @property
+    @derived
     def flags(self) -> list[str]:
         """The arguments of llama-quantize, not quoted for a shell."""
         return [
@@ -49,17 +48,10 @@ class TensorTypes:
             for part in ("--tensor-type", f"{re.escape(name)}={self.kind}")
         ]
 
-    @property
+    @derived
     def line(self) -> str:
         """The same, quoted, to be pasted into a command line."""
         return " ".join(part if part.startswith("--") else f"'{part}'" for part in self.flags)
-
-    def to_json(self) -> dict[str, Any]:
-        tensors = [
-            {"tensor": name, "type": self.kind, "sites": [str(s) for s in sites]}
-            for name, sites in self.tensors.items()
-        ]
-        return {"tensors": tensors, "flags": self.flags, "line": self.line}
 
 
 def tensor_types(

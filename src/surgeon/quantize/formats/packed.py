@@ -19,7 +19,7 @@ from ..config import QuantizeConfig
 from ..grid import Grid, Quantized
 from ..holdout import treat
 from ..quantize import by_site, quantize_view_
-from .export import ExportPlan, Report, Source, Tell, write_folder
+from .export import Done, ExportPlan, Reports, Source, write_folder
 
 KEEP = ("8bit", "dense")
 
@@ -52,7 +52,7 @@ def write_packed(
     finish: Callable[[Source, Path], None],
     config_of: Callable[[Site], QuantizeConfig | None] | None = None,
     save: Save = save_plain,
-) -> None:
+) -> Reports:
     """Write the folder with the tensors that `encode` makes of each stored one; the others stay.
 
     packs(source, name): whether the tensor of that name is encoded; what it holds is quantized all
@@ -62,10 +62,10 @@ def write_packed(
     """
     choose = config_of or (lambda site: plan.config)
 
-    def write_shard(source: Source, shard: str, output: Path, tell: Tell) -> Mapping[Site, Report]:
+    def write_shard(source: Source, shard: str, output: Path, tell: Done) -> Reports:
         critical = by_site(source.anatomy, plan.critical)
         tensors: dict[str, Tensor] = {}
-        reports: dict[Site, Report] = {}
+        reports: Reports = {}
         for name in source.shards.within(shard):
             tensor = source.shards.read(name)
             views = source.views(name, tensor)
@@ -74,20 +74,20 @@ def write_packed(
                 site, config = view.site, choose(view.site)
                 mean_square, entries = plan.mean_squares.get(site), critical.get(site, ())
                 if config is None:
-                    reports[site] = {"kept": "dense"}
+                    reports[site] = None
                 elif packs(source, name):
                     known = replace(config, weighted=config.weighted and mean_square is not None)
                     treated = treat(view.read(), known, entries, mean_square)
                     rounded.quantized.append(treated.quantized)
-                    reports[site] = {**treated.report.to_json(), "bits": config.grid.bits}
+                    reports[site] = treated.report
                 else:
-                    reports[site] = quantize_view_(view, config, entries, mean_square).to_json()
+                    reports[site] = quantize_view_(view, config, entries, mean_square)
                 tell(site)
             tensors |= encode(rounded) if rounded.quantized else {name: tensor}
         save(tensors, output)
         return reports
 
-    write_folder(plan, kind, write_shard, finish)
+    return write_folder(plan, kind, write_shard, finish)
 
 
 def covered(source: Source, name: str) -> bool:

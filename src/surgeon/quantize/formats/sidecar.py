@@ -1,8 +1,8 @@
 """Export as packed weights and a sidecar patch of a few bytes that puts the critical entries back.
 
-The folder loads with `import surgeon; AutoModelForCausalLM.from_pretrained(folder)`, see
-sidecar_loader.py. All bit widths and blocks, and every architecture that Surgeon knows, experts
-included; a 4-bit folder is small on disk, in memory the model is dense.
+After `import surgeon.quantize.formats.sidecar_loader` the folder loads with
+`AutoModelForCausalLM.from_pretrained(folder)`. All bit widths and blocks, and every architecture
+that Surgeon knows, experts included; a 4-bit folder is small on disk, in memory the model is dense.
 """
 
 from __future__ import annotations
@@ -19,14 +19,20 @@ from ...errors import BadCheckpoint
 from ...patch import Patch, save
 from ...patch.deltas import Delta, kept_delta
 from ...patch.patch import BaseTensor, dtype_name, signed
+from ...settings import values_of
 from ..quantize import by_site
-from .export import ExportPlan, Source, set_quantization
+from .export import ExportPlan, Reports, Source, set_quantization
 from .packed import Rounded, covered, write_packed
 from .packing import parts, pieces
-from .sidecar_loader import CORRECTION, METHOD, PARTS, VERSION
+
+METHOD = "surgeon"
+VERSION = 1
+# safetensors, but not named so: loaders take all of those for weights
+CORRECTION = "surgeon_correction.patch"
+PARTS = ("codes", "scale", "zero", "shapes")
 
 
-def export_sidecar(plan: ExportPlan) -> None:
+def export_sidecar(plan: ExportPlan) -> Reports:
     """Write the folder; loaded, it is what `quantize_` makes of the model in memory, bit for bit.
 
     Raises: as `write_folder`; BadCheckpoint if the quantized matrices are stored in several dtypes.
@@ -69,7 +75,7 @@ def export_sidecar(plan: ExportPlan) -> None:
         }
         set_quantization(part, settings, **more)
 
-    write_packed(plan, "sidecar", encode, covered, finish)
+    return write_packed(plan, "sidecar", encode, covered, finish)
 
 
 def _correction(
@@ -99,7 +105,7 @@ def _correction(
                     view, quantized.dequantize().to(dtype), critical[site], source.anatomy
                 )
                 deltas.append(delta)
-    made_by = {"operation": "hold-out", **plan.config.to_json()}
+    made_by = {"operation": "hold-out", **values_of(plan.config)}
     return Patch(tuple(deltas), bases, signed(made_by)) if deltas else None
 
 

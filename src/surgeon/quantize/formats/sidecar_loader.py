@@ -1,7 +1,6 @@
-"""What transformers calls to load a folder that the sidecar export wrote; `import surgeon` makes it
-known.
+"""What transformers calls to load a folder that the sidecar export wrote.
 
-    import surgeon
+    import surgeon.quantize.formats.sidecar_loader
     model = AutoModelForCausalLM.from_pretrained(folder)
 
 The weights are packed in the file only. transformers reads the file tensor by tensor, and collects
@@ -29,13 +28,7 @@ from ...errors import BadCheckpoint, BadInput
 from ...patch import load
 from ..grid import Block, Grid
 from .packing import pieces
-
-METHOD = "surgeon"
-VERSION = 1
-CORRECTION = (  # safetensors, not named so: loaders take all of those for weights
-    "surgeon_correction.patch"
-)
-PARTS = ("codes", "scale", "zero", "shapes")
+from .sidecar import CORRECTION, METHOD, PARTS, VERSION
 
 
 @register_quantization_config(METHOD)

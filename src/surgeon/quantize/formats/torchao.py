@@ -23,7 +23,7 @@ from ...anatomy import Site
 from ...anatomy.folder import PLAIN
 from ...errors import BadInput, MissingExtra
 from ..grid import Grid, Quantized
-from .export import ExportPlan, Source, set_quantization
+from .export import ExportPlan, Reports, Source, set_quantization
 from .packed import (
     Rounded,
     critical_modules,
@@ -37,7 +37,7 @@ from .packed import (
 _KIND = "torchao"
 
 
-def export_torchao(plan: ExportPlan) -> None:
+def export_torchao(plan: ExportPlan) -> Reports:
     """Write the folder; loaded, each weight is what its code means, rounded to the model's dtype.
 
     Raises: as `write_folder`; MissingExtra; BadInput for a grid or a model that torchao cannot
@@ -89,7 +89,7 @@ def export_torchao(plan: ExportPlan) -> None:
     def finish(source: Source, part: Path) -> None:
         set_quantization(part, _config(plan, list(modules.values()), critical, source))
 
-    write_packed(
+    return write_packed(
         plan,
         f"{_KIND}, critical matrices {plan.keep}",
         encode,

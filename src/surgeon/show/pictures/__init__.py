@@ -29,6 +29,7 @@ KINDS = {
     "edit many": "editing:edits",
     "trace": "editing:trace",
     "trace average": "editing:average",
+    "quantize": "compression:quantize",
     "measure": "models:measure",
     "audit": "audit:audit",
     "sites": "models:sites",

@@ -31,6 +31,7 @@ KINDS = {
     "export": "files:print_exported",
     "index": "index:print_index",
     "index verify": "index:print_index_check",
+    "quantize": "quantize:print_quantize",
 }
 
 

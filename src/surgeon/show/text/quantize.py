@@ -2,28 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 from rich.markup import escape
 from rich.table import Table
 
+from ...quantize import QuantizeConfig, RoundedWeights, Row, TensorTypes
+from ...studies.quantize import Base, QuantizeResult, Written
 from ..console import out, print_table
 from .activations import print_activations
 
+MOST_MATRICES = 40
+METHODS = {
+    "rtn": "rounded to nearest",
+    "clip": "clip-only",
+    "restore": "restore-only",
+    "holdout": "clipped, rounded and put back",
+}
 
-def print_quantize(document: dict[str, Any]) -> None:
-    corpus, base, critical = document["corpus"], document["base"], document["critical"]
-    config = document["config"]
-    text = f"{corpus['judged_on']} windows of {escape(corpus['name'])}"
-    out.print(
-        f"[bold]{escape(document['model'])}[/bold]: NLL {base['nll']:.4f} on {text};"
-        f" {len(critical['entries'])} critical entries ({critical['source']})"
-    )
-    rows = document.get("sweep") or document["table"]
-    front = [(r["method"], r["bits"], r["block"]) for r in document.get("pareto", ())]
-    tasks = list(base["accuracy"])
-    shown = Table(
+
+def print_quantize(result: QuantizeResult) -> None:
+    """The methods beside the intact model and one another, and what was written."""
+    model = f"[bold]{escape(result.provenance.model)}[/bold]"
+    count = len(result.critical.entries)
+    critical = f"{count} critical {'entry' if count == 1 else 'entries'}"
+    out.print(f"{model}: {critical} ({escape(result.critical.source)})")
+    if result.base is not None:
+        _print_table(result, result.base)
+    if result.weights is not None:
+        _print_worth(result)
+        _print_matrices(result.weights)
+    if result.activations is not None:
+        print_activations(result.activations)
+    for note in result.notes:
+        out.print(escape(note))
+    if result.export is not None:
+        _print_written(result.export)
+    if result.gguf is not None:
+        _print_flags(result.gguf)
+
+
+def _print_table(result: QuantizeResult, base: Base) -> None:
+    corpus = result.provenance.corpus
+    name = "" if corpus is None else f" of {escape(corpus.name)}"
+    calibrated = ""
+    if result.calibrated_on:
+        calibrated = f"; the {result.calibrated_on} before them are calibrated on"
+    out.print(f"NLL {base.nll:.4f} on {result.judged_on} windows{name}{calibrated}")
+    front = result.pareto if result.weights is None else []
+    tasks = list(base.accuracy)
+    table = Table(
         "bits",
         "block",
         "method",
@@ -32,51 +58,57 @@ def print_quantize(document: dict[str, Any]) -> None:
         "more",
         "KL to base",
         "top-1",
-        *tasks,
+        *map(escape, tasks),
         box=None,
         header_style="bold",
     )
-    shown.add_row(
-        "",
-        "",
-        "intact",
-        "",
-        f"{base['nll']:.4f}",
-        "",
-        "",
-        "",
-        *(f"{base['accuracy'][t]:.3f}" for t in tasks),
-    )
-    for row in rows:
-        nll, kl = row["nll"], row["kl"]
-        shown.add_row(
-            str(row["bits"]),
-            row["block"],
-            row["method"] + (" *" if (row["method"], row["bits"], row["block"]) in front else ""),
-            f"{row['bits_per_weight']:.3f}",
-            "not finite" if nll is None else f"{nll:.4f}",
-            "" if nll is None else f"{nll - base['nll']:+.4f}",
-            "" if kl is None else f"{kl:.4f}",
-            f"{row['top1_agreement']:.3f}",
-            *(f"{row['accuracy'][t]:.3f}" for t in tasks),
+    intact = [f"{base.accuracy[task]:.3f}" for task in tasks]
+    table.add_row("", "", "intact", "", f"{base.nll:.4f}", "", "", "", *intact)
+    for row in result.table:
+        mark = " *" if row in front else ""
+        accuracy = [f"{row.accuracy[task]:.3f}" for task in tasks]
+        table.add_row(
+            str(row.bits),
+            escape(row.block),
+            escape(row.method) + mark,
+            f"{row.bits_per_weight:.3f}",
+            *_loss(row, base),
+            f"{row.top1_agreement:.3f}",
+            *accuracy,
         )
-    print_table(shown)
+    print_table(table)
     if front:
         out.print(
-            "* on the Pareto front: none of the others has as few bits per weight and a lower NLL"
+            "* on the Pareto front: none of the others has as few bits per weight and a lower NLL."
         )
-    if "matrices" in config:
-        _print_matrices(config["matrices"], config["method"])
-    if "activations" in document:
-        print_activations(document["activations"])
-    for note in document.get("notes", ()):
-        out.print(escape(note))
-    print_written(document)
 
 
-def _print_matrices(matrices: Sequence[Mapping[str, Any]], method: str) -> None:
-    shown = Table(
-        f"matrix ({method})",
+def _loss(row: Row, base: Base) -> tuple[str, str, str]:
+    if row.nll is None:
+        return "not finite", "", ""
+    kl = "" if row.kl is None else f"{row.kl:.4f}"
+    return f"{row.nll:.4f}", f"{row.nll - base.nll:+.4f}", kl
+
+
+def _print_worth(result: QuantizeResult) -> None:
+    """What the hold-out costs, beside each half of it."""
+    damage = {row["method"]: row["damage"] for row in result.rows()}
+    if damage.get("holdout") is None:
+        return
+    beside = [
+        f"{METHODS[method]} {damage[method]:+.4f}"
+        for method in ("clip", "restore", "rtn")
+        if damage.get(method) is not None
+    ]
+    out.print(
+        f"The hold-out costs [bold]{damage['holdout']:+.4f} nats[/bold] per token, compared with"
+        f" {', '.join(beside)}."
+    )
+
+
+def _print_matrices(weights: RoundedWeights) -> None:
+    table = Table(
+        f"matrix ({_method(weights.config)})",
         "blocks",
         "clipped at",
         "entries clipped",
@@ -85,27 +117,29 @@ def _print_matrices(matrices: Sequence[Mapping[str, Any]], method: str) -> None:
         box=None,
         header_style="bold",
     )
-    for m in matrices[:40]:
-        value = "" if m["clip"] is None else f"{m['clip']:.4g}"
-        shown.add_row(
-            escape(m["site"]),
-            str(m["blocks"]),
-            value,
-            str(m["clipped"]),
-            str(m["held"]),
-            f"{m['error']:.3g}",
+    for site, one in list(weights.matrices.items())[:MOST_MATRICES]:
+        table.add_row(
+            escape(str(site)),
+            str(one.blocks),
+            "" if one.clip is None else f"{one.clip:.4g}",
+            str(one.clipped),
+            str(one.held),
+            f"{one.error:.3g}",
         )
-    print_table(shown)
-    if len(matrices) > 40:
-        out.print(f"and {len(matrices) - 40} more matrices, all in --json")
+    print_table(table)
+    more = len(weights.matrices) - MOST_MATRICES
+    if more > 0:
+        out.print(f"and {more} more matrices, all in the result's JSON")
 
 
-def print_written(document: dict[str, Any]) -> None:
-    if "export" in document:
-        export = document["export"]
-        out.print(escape(f"{export['folder']}: {export['kind']}, {export['bytes']} bytes"))
-    if "gguf" in document:
-        out.print(
-            escape(f"llama-quantize {document['gguf']['line'] or '(no critical matrix to keep)'}"),
-            soft_wrap=True,
-        )
+def _method(config: QuantizeConfig) -> str:
+    return f"{config.method}: {METHODS[config.method]}"
+
+
+def _print_written(written: Written) -> None:
+    out.print(escape(f"{written.folder}: {written.kind}, {written.bytes} bytes"))
+
+
+def _print_flags(flags: TensorTypes) -> None:
+    line = flags.line or "(no critical matrix to keep)"
+    out.print(escape(f"llama-quantize {line}"), soft_wrap=True)

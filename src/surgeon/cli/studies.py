@@ -69,7 +69,7 @@ def _others(study: Study) -> str | None:
 def _run(study: Study, context: click.Context, /, **values: Any) -> None:
     with _spelled(study):
         folder = run_folder(values.get("folder"))
-        output = values["output"] if study.output else None
+        output = values["output"] if study.output not in ("", "folder") else None
         _check_place(output)
         if values["as_json"] and values.get("as_csv"):
             raise BadInput("give ‹csv› or ‹json›, not both.")

@@ -16,9 +16,9 @@ from typing import Any
 # the module that each name comes from
 _FACE = {
     "Anatomy": "anatomy",
+    "Applied": "studies.apply",
     "Audit": "audit",
     "AuditConfig": "audit",
-    "Applied": "studies.apply",
     "BadInput": "errors",
     "Corpus": "corpus",
     "CriticalSet": "find",
@@ -29,9 +29,9 @@ _FACE = {
     "EditResult": "studies.edit",
     "EditsResult": "studies.edit_many",
     "Entry": "anatomy",
-    "Fact": "facts",
     "Explanation": "explain",
     "Exported": "studies.export",
+    "Fact": "facts",
     "FindConfig": "find",
     "FindResult": "find",
     "Index": "studies.index",

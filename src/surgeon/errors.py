@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 _SETTING = re.compile(r"‹(\w+)›")
 
 
-def spelled(text: str, spelling: Callable[[str], str]) -> str:
+def spell(text: str, spelling: Callable[[str], str]) -> str:
     """The text with every ‹setting› as `spelling` has it."""
     return _SETTING.sub(lambda setting: spelling(setting[1]), text)
 
@@ -24,7 +24,7 @@ class SurgeonError(Exception):
     """
 
     exit_status = 1
-    spelled: Mapping[str, str] = {}  # how a face spells settings, where it knows; see `said`
+    spelled: Mapping[str, str] = {}  # how the command that failed spells its settings
 
     def said(self, spelling: Callable[[str], str]) -> str:
         """The message, with every setting as its caller spells it.
@@ -32,7 +32,7 @@ class SurgeonError(Exception):
         >>> BadInput("‹new_tokens› is 0; use at least 1.").said(lambda name: f"the field {name}")
         'the field new_tokens is 0; use at least 1.'
         """
-        return spelled(super().__str__(), spelling)
+        return spell(super().__str__(), spelling)
 
     def __str__(self) -> str:
         return self.said(lambda name: name)

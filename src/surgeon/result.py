@@ -166,11 +166,6 @@ class Result:
         """A sentence for stderr beside the result, where there is one."""
         return None
 
-    @property
-    def failure(self) -> str | None:
-        """Why the command that shows this result ends with status 1; None if it does not."""
-        return None
-
     def made(self: R, **provenance: Any) -> R:
         """A copy with these parts of its provenance."""
         return replace(self, provenance=replace(self.provenance, **provenance))

@@ -212,9 +212,7 @@ def test_records_belong_by_folder_name_or_as(tmp_path: Path) -> None:
         ("someone/Qwen2.5-3B", None),
         (QWEN, "Qwen2.5"),
     ):
-        with pytest.raises(
-            BadInput, match=r"some for huggyllama/llama-7b, .*of which with as_name"
-        ):
+        with pytest.raises(BadInput, match=r"some for huggyllama/llama-7b, .*as_name"):
             records_of(model, as_name)
 
 

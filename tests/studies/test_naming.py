@@ -11,9 +11,9 @@ import torch
 import surgeon as package
 from surgeon import Entry, Lab, Region
 from surgeon.errors import BadInput, BadPatch, SurgeonError, UnknownSite
-from surgeon.patch import save
+from surgeon.patch import save, stacked
 from surgeon.studies.lab import TextSettings
-from surgeon.studies.naming import patch_of, patches_of, regions_of, stacked, vital_set
+from surgeon.studies.naming import patch_of, patches_of, regions_of, vital_set
 
 PLANTED = "L0.mlp.down[5, 7]"
 

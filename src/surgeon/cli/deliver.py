@@ -63,15 +63,6 @@ def to_text(document: Mapping[str, Any]) -> str:
     return json.dumps(document, indent=2, allow_nan=False)
 
 
-def print_csv(result: Result) -> None:
-    """The rows of a result that is a table."""
-    rows = result.rows()
-    names = dict.fromkeys(name for row in rows for name in row)
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows([[row.get(name) for name in names] for row in rows])
-
-
 def print_json(document: Mapping[str, Any]) -> None:
     """Exactly one JSON document on stdout, with the command that made it."""
     made_by = command_line()
@@ -94,7 +85,7 @@ def run_folder(output: str | None) -> Path | None:
 def deliver(result: Result, form: str, folder: Path | None, output: Path | None = None) -> None:
     """Write the patch to `output`, everything to the run folder, and the result to stdout.
 
-    form: one of FORMATS.
+    form: one of FORMATS, or csv.
 
     An extra that is missing costs only what needs it, and a sentence on stderr; so does a folder
     that no report can be made of. Raises: OSError where the folder cannot be written to any more.
@@ -107,6 +98,8 @@ def deliver(result: Result, form: str, folder: Path | None, output: Path | None 
         _write_folder(result, document, folder)
     if form == "json":
         click.echo(to_text(document))
+    elif form == "csv":
+        _print_csv(result)
     elif form == "github":
         from ..show.github import annotate
 
@@ -117,8 +110,19 @@ def deliver(result: Result, form: str, folder: Path | None, output: Path | None 
         print_result(result)
         if output is not None:
             click.echo(f"{output}, {output.stat().st_size} bytes")
+    if result.warning is not None and form != "json":
+        click.echo(f"surgeon: {result.warning}", err=True)
     if folder is not None:
         _write_report(folder)
+
+
+def _print_csv(result: Result) -> None:
+    """The rows of a result that is a table."""
+    rows = result.rows()
+    names = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows([[row.get(name) for name in names] for row in rows])
 
 
 def _write_patch(result: Result, output: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import click
 
-from ..errors import spelled
+from ..errors import spell
 from ..settings import Setting, settings_of
 
 
@@ -20,10 +20,10 @@ def flag(one: Setting) -> str:
 def options_of(config: Any, positional: Sequence[str] = ()) -> list[click.Parameter]:
     """The `positional` settings of a class as arguments, in that order, all others as options."""
     known = {one.name: one for one in settings_of(config)}
+    flags = {name: flag(one) for name, one in known.items()}
     arguments = [_argument(known[name]) for name in positional]
-    flags = {one.name: flag(one) for one in known.values()}
-    rest = [one for one in known.values() if one.name not in positional]
-    return [*arguments, *(_option(one, flags) for one in rest)]
+    options = [_option(one, flags) for one in known.values() if one.name not in positional]
+    return [*arguments, *options]
 
 
 def given_by(context: click.Context, names: Iterable[str]) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _is_list(one: Setting) -> bool:
 
 def _sentence(one: Setting, flags: Mapping[str, str]) -> str:
     """The help of a setting as a sentence; that it can be given again, where it can."""
-    text = spelled(one.declaration.help, lambda name: flags[name])
+    text = spell(one.declaration.help, lambda name: flags[name])
     first = text[:1] if text.startswith(("auto", "lm-")) else text[:1].upper()
     text = first + text[1:]
     again = "; again for several" if one.declaration.many or _is_list(one) else ""
@@ -137,7 +137,26 @@ def _sentence(one: Setting, flags: Mapping[str, str]) -> str:
 class GroupedCommand(click.Command):
     """A command whose options stand under headings, and which takes one value for each of them,
     but for those that can be given several times.
+
+    branches: commands that begin with its own name; it runs itself where the first word is none of
+    theirs. A model of such a name is ./NAME.
     """
+
+    def __init__(self, *args: Any, branches: Sequence[click.Command] = (), **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.branches = {str(branch.name): branch for branch in branches}
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        if args and args[0] in self.branches:
+            name = f"{info_name} {args[0]}"
+            return self.branches[args[0]].make_context(name, args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         _, _, order = self.make_parser(context).parse_args(list(args))
@@ -147,6 +166,12 @@ class GroupedCommand(click.Command):
                     f"{one.opts[0]} is given {order.count(one)} times; it takes one value."
                 )
         return super().parse_args(context, args)
+
+    def format_commands(self, formatter: click.HelpFormatter) -> None:
+        if self.branches:
+            lines = [(name, one.get_short_help_str(100)) for name, one in self.branches.items()]
+            with formatter.section("Commands"):
+                formatter.write_dl(lines)
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -160,3 +185,4 @@ class GroupedCommand(click.Command):
         for name in sorted(groups, key=lambda name: (name != "", name == "Output")):
             with formatter.section(name or "Options"):
                 formatter.write_dl(groups[name])
+        self.format_commands(formatter)

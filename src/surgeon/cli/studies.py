@@ -24,7 +24,6 @@ from .deliver import (
     folder_option,
     format_option,
     json_option,
-    print_csv,
     run_folder,
 )
 from .options import GroupedCommand, GroupedOption, flag, given_by, options_of
@@ -51,49 +50,39 @@ def command_of(study: Study) -> click.Command:
     if study.csv:
         parameters.append(csv_option())
     return GroupedCommand(
-        study.name,
+        study.name.rpartition(" ")[2],
         params=parameters,
         callback=click.pass_context(functools.partial(_run, study)),
         help=study.settings.__doc__,
         short_help=study.summary,
-        epilog=_others(study),
+        branches=[command_of(one) for one in branches_of(study)],
     )
-
-
-def _others(study: Study) -> str | None:
-    """The verbs of two words that begin with this one's name."""
-    lines = [f"Also surgeon {one.name}: {one.summary}" for one in branches_of(study)]
-    return "\n\n".join(lines) or None
 
 
 def _run(study: Study, context: click.Context, /, **values: Any) -> None:
     with _spelled(study):
         folder = run_folder(values.get("folder"))
-        output = values["output"] if study.output not in ("", "folder") else None
+        output = values["output"] if study.output == "patch" else None
         _check_place(output)
         if values["as_json"] and values.get("as_csv"):
             raise BadInput("give ‹csv› or ‹json›, not both.")
         given = given_by(context, [one.name for one in settings_of(study.settings)])
         study.configured(given)  # what cannot be is said before a model is opened
         with progress_bar(err) as tell:
-            desk = _open(study, context, values.get("model"), bool(given.get("detect_only")))
-            desk.listen(tell)
-            result = study.run(desk, given, command_line())
+            lab = _open(study, context, values.get("model", ""), bool(given.get("detect_only")))
+            lab.listen(tell)
+            result = study.run(lab, given, command_line())
         form = "json" if values["as_json"] else values.get("form", "text")
-        if values.get("as_csv"):
-            print_csv(result)
-        else:
-            deliver(result, form, folder, None if output is None else Path(output))
-        if result.warning is not None and form != "json":
-            click.echo(f"surgeon: {result.warning}", err=True)
-        failure = result.failure or study.failure(result, given)
+        form = "csv" if values.get("as_csv") else form
+        deliver(result, form, folder, None if output is None else Path(output))
+        failure = study.failure(result, given)
         if failure is not None:
             raise SurgeonError(failure)
 
 
-def _open(study: Study, context: click.Context, model: str | None, detect_only: bool) -> Any:
+def _open(study: Study, context: click.Context, model: str, detect_only: bool) -> Any:
     """The lab of the model; a desk without one for a study that opens none, or its own."""
-    if not study.opens or model is None:
+    if not study.opens:
         return Desk()
     from ..studies.lab import open_lab
 

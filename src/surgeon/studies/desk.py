@@ -11,7 +11,8 @@ from ..settings import values_of
 
 
 class Desk:
-    """It tells where the work is, and knows of what a result is. `Lab` is one with a model.
+    """Where a study works that opens no model, or opens its own: it tells where it is, and says how
+    its results were made. A `Lab` is one with a model.
 
     opened_by: the name that a model was opened by; None where there is none.
     """

@@ -105,7 +105,7 @@ class Lab(Desk):
             self.anatomy.tell = partial(tell, "block")
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return self.loaded.name
 
     @property
@@ -113,7 +113,7 @@ class Lab(Desk):
         return self.loaded.model
 
     @property
-    def fingerprint(self) -> str | None:  # type: ignore[override]
+    def fingerprint(self) -> str | None:
         return self.loaded.fingerprint or None
 
     @property

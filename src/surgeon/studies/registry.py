@@ -63,7 +63,7 @@ class Study:
         """
         settings = self.configured(given)
         result = self.module.run(lab, settings)
-        return result.made(command=command or self._call(result.provenance.settings, given))
+        return result.made(command=command or self._call(lab, result.provenance.settings, given))
 
     def failure(self, result: Any, given: Mapping[str, Any]) -> str | None:
         """A sentence about a result that is a failure to the command line, which then ends with
@@ -75,10 +75,10 @@ class Study:
         sentence: str | None = failed(result, configured(self.settings, given, self.name))
         return sentence
 
-    def _call(self, settings: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    def _call(self, lab: Any, settings: Mapping[str, Any], given: Mapping[str, Any]) -> str:
         """The call that makes the result again; its settings as the result records them."""
         words = [f"{name}={settings.get(name, given[name])!r}" for name in given]
-        if self.opens:
+        if lab.name:
             return f"lab.{self.name.replace(' ', '_')}({', '.join(words)})"
         return f"surgeon.run({', '.join([repr(self.name), *words])})"
 

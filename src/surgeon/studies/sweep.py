@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import transformers
 
@@ -107,14 +106,6 @@ class SweepResult(Result):
     failed: list[FailedTask]
     missing: list[PlannedTask]
 
-    @property
-    def failure(self) -> str | None:
-        if not self.failed:
-            return None
-        return (
-            f"{len(self.failed)} of {self.tasks} tasks failed; the same command tries them again."
-        )
-
 
 def run(desk: Desk, settings: Settings) -> SweepResult:
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -140,6 +131,15 @@ def run(desk: Desk, settings: Settings) -> SweepResult:
     )
 
 
+def failed(result: SweepResult, settings: Settings) -> str | None:
+    """Why the command line ends with status 1."""
+    if not result.failed:
+        return None
+    return (
+        f"{len(result.failed)} of {result.tasks} tasks failed; the same command tries them again."
+    )
+
+
 def _work(desk: Desk, settings: Settings, store: Store, tasks: Sequence[Task]) -> Summary:
     try:
         return run_tasks(tasks, store, _engine(settings), desk.tell)
@@ -152,7 +152,14 @@ def _work(desk: Desk, settings: Settings, store: Store, tasks: Sequence[Task]) -
 
 
 def _engine(settings: Settings) -> Callable[[int], Crew]:
-    size: dict[str, Any] = {"workers": settings.workers, "threads": settings.threads}
+    workers, threads = settings.workers, settings.threads
     if settings.engine == "local":
-        return partial(LocalCrew, __name__, **size)
-    return partial(RayCrew, __name__, **size, address=settings.address, gpus=settings.gpus)
+        return partial(LocalCrew, __name__, workers=workers, threads=threads)
+    return partial(
+        RayCrew,
+        __name__,
+        workers=workers,
+        threads=threads,
+        address=settings.address,
+        gpus=settings.gpus,
+    )

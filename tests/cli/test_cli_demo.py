@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 from tiny import tiny_model
+from trained import make_tokenizer
 
 from surgeon import open as surgeon_open
 from surgeon.studies.demo import PATIENT_CONTROLS, Demo
-
-from .conftest import make_tokenizer
 
 PLANTED = "L0.mlp.down[5, 7]"
 FACT = ("--prompt", "the {} saw the", "--subject", "red cat", "--target", "tree")
@@ -104,11 +103,9 @@ def test_another_model_is_shown_without_what_cannot_be_known_of_it(
     assert {state["facts_known"] for state in document["states"]} == {None}
     assert document["prompts"][-1] == "the red cat saw the"
     edit = document["edit"]
-    assert (edit["prompt"], edit["target"], edit["controls"]) == (
-        "the red cat saw the",
-        "tree",
-        [],
-    )
+    (fact,) = edit["scorecard"]["facts"]
+    assert (fact["prompt"], fact["target"]) == ("the red cat saw the", "tree")
+    assert edit["controls"] == []
     assert edit["target_probability"]["before"] != edit["target_probability"]["after"]
 
     lab = surgeon_open(str(folder))

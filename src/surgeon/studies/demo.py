@@ -99,7 +99,6 @@ class Demo(Result):
     prompts: list[str]
     states: list[State]
     injury: Patch | None = attached("injury.safetensors")
-    edit_patch: Patch | None = attached("edit.safetensors")
 
 
 def run(lab: Lab, settings: Settings) -> Demo:
@@ -133,7 +132,6 @@ def run(lab: Lab, settings: Settings) -> Demo:
         prompts=list(look.prompts),
         states=states,
         injury=injury,
-        edit_patch=None if edited is None else edited.patch,
         provenance=lab.provenance(settings, corpus.record()),
     )
 

@@ -275,7 +275,7 @@ def _edit(bench: Bench, settings: EditFacts, seed: int) -> list[Row]:
             weights=loaded.fingerprint,
         ),
     )
-    score = ScoreConfig(seed=seed)
+    score = ScoreConfig()
     rows = []
     for number, fact in enumerate(
         with_neighbours(loaded.model, tokenizer, settings.read(), bos=bench.bos), 1

@@ -14,23 +14,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from surgeon.anatomy import Anatomy, load_model
-from surgeon.corpus import Corpus, load_corpus, read_text
+from activation_table import METHODS, Method, tensor_table, treatments
+from torch import Tensor
+
+from surgeon.anatomy import Anatomy, Entry, load_model
+from surgeon.corpus import load_corpus, read_text
 from surgeon.find import find
 from surgeon.patients import heldout_text
-from surgeon.quantize.activations import ActivationConfig
-from surgeon.quantize.compare_activations import (
-    CALIBRATION_WINDOWS,
-    INT8,
-    ROWS,
-    activation_table,
-    tensor_table,
-)
+from surgeon.quantize import ActivationConfig, ActivationRow, Treatment, activation_table
+from surgeon.quantize.compare import CALIBRATION_WINDOWS, INT8
 
 JUDGED, WINDOW = 16, 256
 HOLDS = (1, 16, 0)
 ALPHAS = (0.25, 0.75)
 TENSORS = ("inputs", "down", "residual")
+NAMED = {method.name: method for method in METHODS}
 
 
 def number(value: float | None) -> str:
@@ -62,84 +60,83 @@ def main() -> None:
         print(
             f"\n## {Path(name).name} on {corpus.name}: {len(critical)} critical entries in {where}"
         )
-        alone(anatomy, corpus, critical)
+        alone(anatomy, corpus.windows, critical)
         for bits in (8, 4):
-            together(anatomy, corpus, critical, bits)
+            together(anatomy, corpus.windows, critical, bits)
+            smoothed(anatomy, corpus.windows, critical, bits)
 
 
-def alone(anatomy, corpus: Corpus, critical) -> None:  # type: ignore[no-untyped-def]
+def alone(anatomy: Anatomy, windows: Tensor, critical: Sequence[Entry]) -> None:
     print(
         "\nEach tensor alone, INT8, one scale per sequence, float weights: its largest magnitude"
-        " over its median; relative squared error"
+        " over its median; relative squared error\nof what a hold-out rounds; nats. One entry per"
+        " sequence held out, and whole channels.\n"
     )
-    print("of what a hold-out rounds; nats. One entry per sequence held out, and whole channels.\n")
     print(
         "| tensor | peak | channels | error naive | error held, 1 | nats naive | nats held, 1 |"
-        " nats held, all |"
+        " nats held, all |\n|---|---|---|---|---|---|---|---|"
     )
-    print("|---|---|---|---|---|---|---|---|")
     config = ActivationConfig(8, "tensor", tensors=TENSORS)
-    whole = tensor_table(anatomy, corpus, replace(config, hold=0), critical)
-    for row, all_held in zip(tensor_table(anatomy, corpus, config, critical), whole, strict=True):
-        what = {"inputs": "", "down": " out", "residual": ""}[row.tensor]
-        held = (
-            f"{row.held_error:.5f} | {row.naive_nats:+.4f} | {row.held_nats:+.4f} |"
-            f" {all_held.held_nats:+.4f}"
-        )
-        without = f"| {row.naive_nats:+.4f} | |".replace("| ", "", 1)
-        print(
-            f"| {row.label}{what} | {row.peak:.0f} | {row.channels} | {row.naive_error:.5f} |"
-            f" {held if row.channels else '| ' + without} |"
-        )
+    one_held = tensor_table(anatomy, windows, config, critical)
+    all_held = tensor_table(anatomy, windows, replace(config, hold=0), critical)
+    for one, every in zip(one_held, all_held, strict=True):
+        channels = len(one.place.channels)
+        cells = [one.label, f"{one.peak:.0f}", channels, f"{one.naive_error:.5f}"]
+        if channels:
+            cells += [f"{one.held_error:.5f}", f"{one.naive_nats:+.4f}"]
+            cells += [f"{one.held_nats:+.4f}", f"{every.held_nats:+.4f}"]
+        else:
+            cells += ["", f"{one.naive_nats:+.4f}", "", ""]
+        print("| " + " | ".join(map(str, cells)) + " |")
 
 
-def together(anatomy, corpus: Corpus, critical, bits: int) -> None:  # type: ignore[no-untyped-def]
-    for tensors, holds in ((("inputs",), HOLDS), (TENSORS, HOLDS[:1])):
-        for hold in holds:
-            methods: Sequence[str] = ROWS
-            if tensors == TENSORS or hold != HOLDS[0]:
-                methods = [
-                    *(["naive"] if hold == HOLDS[0] else []),
-                    "holdout",
-                    "control",
-                    *(["smooth+holdout"] if hold == 0 else ["largest"]),
-                ]
-            config = ActivationConfig(bits, hold=hold, tensors=tensors)
-            result = activation_table(anatomy, corpus, config, critical, methods=methods)
-            if hold == HOLDS[0]:
-                print(
-                    f"\nW8A{bits}, {' + '.join(tensors)}: NLL {result.intact:.4f} intact,"
-                    f" {number(result.weights)} with INT8 weights alone, {result.judged_on}"
-                    f" windows; {result.smooth}\n"
-                )
-                print(
-                    "| method | held out | NLL per tensor | KL | top-1 | NLL per token | KL | top-1"
-                    " |\n|---|---|---|---|---|---|---|---|"
-                )
-            rows = {(r.method, r.per): r for r in result.rows}
-            for method in dict.fromkeys(r.method for r in result.rows):
-                tensor, token = rows[method, "tensor"], rows[method, "token"]
-                clipped = (
-                    f" ({tensor.clip_value:g}, {token.clip_value:g})"
-                    if tensor.clip_value and token.clip_value
-                    else ""
-                )
-                numbers = " | ".join(
-                    f"{number(r.nll)} | {number(r.kl)} | {r.top1_agreement:.3f}"
-                    for r in (tensor, token)
-                )
-                share = f"{hold or 'all'} ({tensor.held:.2g})" if tensor.held else ""
-                print(f"| {method}{clipped} | {share} | {numbers} |", flush=True)
+def together(anatomy: Anatomy, windows: Tensor, critical: Sequence[Entry], bits: int) -> None:
+    few = [NAMED[name] for name in ("holdout", "control", "largest")]
+    whole = [NAMED[name] for name in ("holdout", "control", "smooth, holdout")]
+    for tensors, hold, methods in (
+        (("inputs",), 1, METHODS),
+        (("inputs",), 16, few),
+        (("inputs",), 0, whole),
+        (TENSORS, 1, [NAMED["naive"], *few]),
+    ):
+        config = ActivationConfig(bits, hold=hold, tensors=tensors)
+        ways = treatments(anatomy, windows, config, methods)
+        result = activation_table(anatomy, windows, config, critical, ways=ways)
+        if hold == 1:
+            print(
+                f"\nW8A{bits}, {' + '.join(tensors)}: NLL {result.intact:.4f} intact,"
+                f" {number(result.weights)} with INT8 weights alone, {result.judged_on}"
+                f" windows; {result.smooth}\n"
+            )
+            print(
+                "| method | held out | NLL per tensor | KL | top-1 | NLL per token | KL | top-1"
+                " |\n|---|---|---|---|---|---|---|---|"
+            )
+        half = len(methods)
+        for method, tensor, token in zip(
+            methods, result.rows[:half], result.rows[half:], strict=True
+        ):
+            print(line(method, hold, tensor, token), flush=True)
+
+
+def line(method: Method, hold: int, tensor: ActivationRow, token: ActivationRow) -> str:
+    values = [row.treatment.config.clip_value for row in (tensor, token)]
+    clipped = "" if method.clip is None else " ({:g}, {:g})".format(*values)
+    share = f"{hold or 'all'} ({tensor.held:.2g})" if tensor.held else ""
+    numbers = " | ".join(
+        f"{number(row.nll)} | {number(row.kl)} | {row.top1_agreement:.3f}"
+        for row in (tensor, token)
+    )
+    return f"| {method.name}{clipped} | {share} | {numbers} |"
+
+
+def smoothed(anatomy: Anatomy, windows: Tensor, critical: Sequence[Entry], bits: int) -> None:
+    config = ActivationConfig(bits, per="tensor")
+    ways = [Treatment(config, smooth) for smooth in ("norms", "everywhere")]
     for alpha in ALPHAS:
-        smooth = ("smooth", "smooth everywhere")
-        rows = activation_table(
-            anatomy, corpus, ActivationConfig(bits), critical, INT8, alpha, ("tensor",), smooth
-        ).rows
-        print(
-            f"\nalpha {alpha}: KL "
-            + ", ".join(f"{r.method} per {r.per} {number(r.kl)}" for r in rows),
-            flush=True,
-        )
+        result = activation_table(anatomy, windows, config, critical, INT8, alpha, ways)
+        kls = [f"smooth {row.treatment.smooth} per tensor {number(row.kl)}" for row in result.rows]
+        print(f"\nalpha {alpha}: KL {', '.join(kls)}", flush=True)
 
 
 if __name__ == "__main__":

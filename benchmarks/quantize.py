@@ -13,12 +13,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+
+from peers import GPTQ, PEERS, all_peers, missing_peers
 
 from surgeon.anatomy import Anatomy, load_model
 from surgeon.corpus import load_corpus, read_text
 from surgeon.find import find
-from surgeon.measure import mean_nll
+from surgeon.measure import Reference, mean_nll
 from surgeon.patients import heldout_text
 from surgeon.quantize import (
     METHODS,
@@ -26,12 +29,11 @@ from surgeon.quantize import (
     Grid,
     QuantizeConfig,
     input_mean_squares,
-    missing_peers,
     quantized_sites,
     sweep,
     table,
 )
-from surgeon.quantize.peers import GPTQ, PEERS
+from surgeon.quantize.quantize import swapped
 
 BITS = (8, 4, 3)
 BLOCKS = (
@@ -95,28 +97,28 @@ def main() -> None:
             blocks,
             critical,
             progress=tell,
-            calibration=calibration,
         )
-        found = {(r.bits, r.block, r.method): r for r in rows}
-        methods = [m for m in (*METHODS, *PEERS, GPTQ) if any(r.method == m for r in rows)]
+        nlls = {(r.bits, r.block, r.method): r.nll for r in rows}
+        stored = {(r.bits, r.block): r.bits_per_weight for r in rows if r.method == "rtn"}
+        sites = quantized_sites(anatomy, QuantizeConfig())
+        reference = Reference(anatomy.model, windows)
+        for bits, block in stored:
+            peers = all_peers(anatomy, bits, Block.parse(block), sites, calibration)
+            for peer, (tensors, _) in peers.items():
+                nlls[bits, block, peer] = reference.compare(partial(swapped, anatomy, tensors)).nll
+        methods = [m for m in (*METHODS, *PEERS, GPTQ) if any(key[2] == m for key in nlls)]
         heading("bits", "block", "bits/weight", *methods)
         for bits in BITS:
             for block in BLOCKS:
-                values = [found.get((bits, block, m)) for m in methods]
-                stored = found[bits, block, "rtn"].bits_per_weight
-                line(
-                    bits,
-                    block,
-                    f"{stored:.3f}",
-                    *best([None if r is None else r.nll for r in values]),
-                )
+                values = [nlls.get((bits, block, m)) for m in methods]
+                line(bits, block, f"{stored[bits, block]:.3f}", *best(values))
 
-        print("\nThe hold-out (both) by how its limits are set:\n")
+        print("\nThe hold-out by how its limits are set:\n")
         heading("bits", "block", "rtn", *CLIPS)
         for bits in BITS[1:]:
             for block in ("tensor", "flat:4096", "square:32", "channel", "group:32"):
                 config = QuantizeConfig(Grid(bits, block=Block.parse(block)))
-                nll = [found[bits, block, "rtn"].nll]
+                nll = [nlls[bits, block, "rtn"]]
                 for settings in CLIPS.values():
                     nll.append(
                         table(
@@ -125,7 +127,7 @@ def main() -> None:
                             replace(config, **settings),
                             critical,
                             squares,
-                            methods=["both"],
+                            methods=["holdout"],
                         )[0].nll
                     )
                 line(bits, block, *best(nll))

@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from surgeon import Anatomy, ablate, find, load_corpus, load_model, read_text
+from surgeon import Anatomy, ablate, load_corpus, load_model, read_text
 from surgeon.corpus import Corpus
-from surgeon.measure import mean_nll
+from surgeon.find import find
+from surgeon.measure import ThreeStates, mean_nll
 from surgeon.patch import Patch
 from surgeon.patients import heldout_text
-from surgeon.repair import DistilConfig, RepairConfig, repair
-from surgeon.repair.repair import recut, split
+from surgeon.repair import DistilConfig, RepairConfig, recut, repair, split
 
 STEPS, BATCH, LENGTH = 400, 2, 128
 
@@ -97,7 +97,7 @@ def main() -> None:
     )
     for method in ("graft", "distil", "graft+distil"):
         result = repair(anatomy, injury, corpus, RepairConfig(method=method, exclude_injured=True))
-        control = (result.control or {}).get("recovered")
+        control = None if result.control is None else result.control.recovered
         print(
             f"  {method:<14} recovered {result.recovered:.3f}  control {control:.3f} "
             f" {result.seconds:.1f} s",
@@ -106,7 +106,7 @@ def main() -> None:
     nll = result.nll
     for rate in (1e-3, None):
         patched, seconds = plain(anatomy, injury, corpus, rate)
-        share = 1 - (patched - nll["base"]) / (nll["broken"] - nll["base"])
+        share = ThreeStates(nll.base, nll.broken, patched).recovered
         print(
             f"  plain, {'the same rate' if rate is None else f'rate {rate:g}':<14} recovered"
             f" {share:.3f}  {seconds:.1f} s",
@@ -114,8 +114,7 @@ def main() -> None:
         )
     size = sum(p.stat().st_size for p in loaded.folder.glob("*.safetensors"))
     print(
-        f"  damage {nll['broken'] - nll['base']:.3f} nats; patch {result.to_json()['patch_bytes']}"
-        f" bytes, checkpoint {size} bytes"
+        f"  damage {nll.damage:.3f} nats; patch {result.patch_bytes} bytes, checkpoint {size} bytes"
     )
 
 

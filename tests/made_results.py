@@ -125,10 +125,13 @@ def injury(text: str = "text") -> Injury:
 def measurement(text: str = "text") -> Measurement:
     return Measurement(
         patches=[text],
+        at=[],
+        mode=None,
         nll=0.8,
         tokens=500,
         kl_from_base=0.1,
         top1_agreement=0.9,
+        base_nll=0.7,
         generations=[Generation(text, text, f"{text} {text}")],
         loop_rate=0.0,
         tasks={text: TaskAccuracy(0.5, 0.4)},

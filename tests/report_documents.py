@@ -60,20 +60,6 @@ def documents(text: str = "text") -> Documents:
         ],
         "detection": {"bar": 4.0, "heights": [5.0, 12.0, 11.0], "base_nll": 0.7},
     }
-    state = {"nll": 0.7, "ppl": 2.0, "facts_known": 331, "same_bits": True}
-    states = [
-        {**state, "state": "intact", "texts": [f"a b {text}"]},
-        {
-            **state,
-            "state": "without the set",
-            "nll": 1.5,
-            "ppl": 4.5,
-            "facts_known": 300,
-            "same_bits": False,
-            "texts": [f"a c {text}"],
-        },
-        {**state, "state": "put back", "texts": [f"a b {text}"]},
-    ]
     nll, ppl = (
         dict(zip(STATES, (0.7, 1.4, 0.8), strict=True)),
         dict(zip(STATES, (2.0, 4.1, 2.2), strict=True)),
@@ -97,91 +83,6 @@ def documents(text: str = "text") -> Documents:
         "corpus": {**corpus, "fitted": 8, "chosen_on": 2, "judged_on": 2},
         "kept_step": 25,
         "curve": [[0.0, 0.2, 1.0, 0.5], [25.0, 0.1, 0.8, 0.85], [50.0, 0.11, 0.81, 0.84]],
-    }
-    point = {"k": 1, "largest": 0.3, "random": 0.01, "random_range": [0.0, 0.02], "trained": 0.4}
-    line = {
-        "region": f"L0.mlp.down[3, :]{text}",
-        "norms": {"base": 2.0, "broken": 1.0, "delta": 1.5, "merged": 2.1},
-        "cosines": {"delta_base": 0.1, "delta_broken": 0.0, "merged_base": 0.9, "broken_base": 0.5},
-        "participation": 3.5,
-        "entropy": 4.0,
-        "changed": 8,
-        "top": [
-            {"entry": text, "base": 1.0, "broken": 0.0, "delta": 0.5, "merged": 0.5, "rank": 1}
-        ],
-    }
-    channel = {"positions": [600.0, 300.0, 310.0], "peak": 600.0, "ratio": 0.14}
-    excess, mean = {"q05": -0.1, "q50": 0.0, "q95": 0.1}, {"q05": 0.9, "q50": 1.0, "q95": 1.1}
-    null = {"excess_kl": 0.05, "null": excess, "null_naive": mean}
-    stratum = {
-        "name": text,
-        "tokens": 100,
-        "mean_kl": 1.2,
-        "expected_kl": 1.0,
-        **null,
-        "p": 0.2,
-        "p_corrected": 0.4,
-    }
-    group = {
-        "name": text,
-        "tokens": 30,
-        "words": 4,
-        "mean_kl": 1.7,
-        "others_kl": 1.3,
-        "same_documents_kl": 1.5,
-        "documents_nats": 0.1,
-        **null,
-        "null_document": None,
-        "p_naive": 0.008,
-        "p_within": 0.29,
-        "p_document": None,
-        "p_corrected": 0.29,
-        "in_top": 0.4,
-        "in_text": 0.25,
-        "in_one_document": 1.0,
-        "document": text,
-        "holds": False,
-    }
-    token = {"kl_broken": 5.0, "context": text, "token": text, "word": text, "title": text}
-    explain = {
-        "patches": [f"{text}.safetensors"],
-        "corpus": corpus,
-        "geometry": {"lines": [line], "of": 1},
-        "topk_curve": {
-            "nll": nll,
-            "tokens": 500,
-            "points": [point, {**point, "k": 2, "random": None, "random_range": None}],
-        },
-        "channel": {
-            "channels": [
-                {
-                    "channel": 3,
-                    "written_by": text,
-                    "written_at": 1,
-                    "states": dict.fromkeys(STATES, channel),
-                }
-            ],
-            "attention_sink": {
-                "states": {state: [0.5, 0.1] for state in STATES},
-                "uniform": 0.02,
-                "windows": 2,
-            },
-        },
-        "influence": {
-            "mean_kl": {"broken": 0.7},
-            "documents_rule": text,
-            "documents_seen": 3,
-            "top": [token],
-            "top_by_document": {text: 1},
-            "permutations": 199,
-            "groups": [group],
-            "documents": [stratum, stratum],
-            "frequencies": [stratum],
-        },
-        "behaviour": {
-            "summary": {},
-            "generations": [{"prompt": text, **dict.fromkeys(STATES, text)}],
-        },
     }
     model = {"model": text, "fingerprint": "0"}
     share = {
@@ -239,10 +140,10 @@ def documents(text: str = "text") -> Documents:
         "corpus": {**corpus, "judged_on": 2},
         "base": {"nll": 0.7, "accuracy": {text: 0.6}},
         "critical": {"entries": [text], "source": text},
-        "config": {"method": "both", "matrices": [matrix]},
+        "config": {"method": "holdout", "matrices": [matrix]},
         "notes": [text],
     }
-    worse = {**row, "method": "both", "nll": None, "kl": None}
+    worse = {**row, "method": "holdout", "nll": None, "kl": None}
     return {
         "edits": {**model, "edits": [{**edit, "name": text}], "published": [text]},
         "conditioning": {
@@ -256,7 +157,6 @@ def documents(text: str = "text") -> Documents:
             "sweep": [row, {**row, "method": text, "bits": 8, "nll": 0.75}, worse],
             "pareto": [row],
         },
-        "demo": {**model, "find": find, "prompts": [text], "states": states, "facts": 331},
         "find": {**model, **find},
         "verify": {
             **model,
@@ -268,19 +168,12 @@ def documents(text: str = "text") -> Documents:
             "vital": True,
             "criteria": text,
         },
-        "repair": {
-            **model,
-            "injury": f"{text}.safetensors",
-            "patch": f"{text}.safetensors",
-            **repair,
-        },
         "recipe": {
             **model,
             "title": text,
             "figures": [{"figure": text, "published": 0.9, "measured": 0.8}],
             "repair": repair,
         },
-        "explain": {**model, **explain},
         "measure": {
             **model,
             "patches": [text],

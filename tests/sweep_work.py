@@ -8,13 +8,15 @@ import os
 import signal
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgeon.anatomy import Anatomy, load_model
+from surgeon.anatomy import load_model
 from surgeon.errors import BadInput, SurgeonError
-from surgeon.sweep import Operation
+from surgeon.result import Result, result
+from surgeon.settings import configured, setting
 from surgeon.sweep.schedule import Crew, Event
 from surgeon.sweep.worker import Worker
 
@@ -37,40 +39,70 @@ def finished() -> list[str]:
     return sorted(words[2] for words in read_log() if words[1] == "done")
 
 
-def open_model(name: str, dtype: str, device: str) -> Any:
+class Lab:
+    """As much of one as a worker needs; it leaves the map unproved."""
+
+    def __init__(self, name: str, dtype: str, device: str) -> None:
+        loaded = load_model(name, dtype, device)
+        self.fingerprint, self.tokenizer = loaded.fingerprint, loaded.tokenizer
+
+
+def open_lab(name: str, dtype: str, device: str) -> Lab:
     log("open", name)
-    loaded = load_model(name, dtype, device)
-    return loaded, Anatomy.of(loaded.model)
+    return Lab(name, dtype, device)
+
+
+@result("answer")
+class Answer(Result):
+    """What an operation here gives: its one row."""
+
+    row: dict[str, Any]
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [self.row]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation of a function; a sweep asks for nothing else of one."""
+
+    settings: type[Any]
+    function: Callable[[Any], dict[str, Any]]
+    seeded: bool = True
+
+    def run(self, lab: Any, given: Mapping[str, Any]) -> Answer:
+        return Answer(self.function(configured(self.settings, given)))
 
 
 @dataclass(frozen=True)
 class Count:
-    value: int
-    seconds: float = 0.0
-    names: tuple[str, ...] = ()
-    file: str | None = None
+    value: int = setting(help="what is counted")
+    seconds: float = setting(0.0, "how long it takes")
+    names: tuple[str, ...] = setting((), "names")
+    file: str | None = setting(None, "a name that is no file's")
+    seed: int = setting(0, "seed")
 
     def __post_init__(self) -> None:
         if self.value < 0:
             raise BadInput(f"a value of {self.value} cannot be counted.")
 
 
-def count(bench: Any, settings: Count, seed: int) -> list[dict[str, Any]]:
-    log("start", f"{settings.value}.{seed}")
+def count(settings: Count) -> dict[str, Any]:
+    log("start", f"{settings.value}.{settings.seed}")
     time.sleep(settings.seconds)
-    log("done", f"{settings.value}.{seed}")
-    return [{"answer": settings.value * 10 + seed, "odd": bool(settings.value % 2)}]
+    log("done", f"{settings.value}.{settings.seed}")
+    return {"answer": settings.value * 10 + settings.seed, "odd": bool(settings.value % 2)}
 
 
 @dataclass(frozen=True)
 class Until:
     """Goes wrong until the file is there."""
 
-    file: str
-    how: str = "refuses"
+    file: str = setting(help="the file")
+    how: str = setting("refuses", "how it goes wrong")
 
 
-def until(bench: Any, settings: Until, seed: int) -> list[dict[str, Any]]:
+def until(settings: Until) -> dict[str, Any]:
     log("start", settings.how)
     if not Path(settings.file).exists():
         if settings.how == "dies":
@@ -79,18 +111,27 @@ def until(bench: Any, settings: Until, seed: int) -> list[dict[str, Any]]:
             raise ZeroDivisionError("nothing to divide by")
         raise SurgeonError("the file is not there.")
     log("done", settings.how)
-    return [{"answer": 1}]
+    return {"answer": 1}
 
 
 @dataclass(frozen=True)
 class Files:
-    paths: tuple[str, ...] = field(default=(), metadata={"file": True})
+    at: Any = setting(help="what names weights")
+    paths: tuple[str, ...] = setting((), "files", is_file=True)
+    one: str | None = setting(None, "a file", is_file=True)
+    text: str | None = setting(None, "the text", is_file=True)
+    window: int = setting(256, "its windows")
+
+
+def see(settings: Files) -> dict[str, Any]:
+    """What it was called with, so that a test sees it."""
+    return {"answer": 0, "read": settings.text, "of": settings.window, "where": settings.at}
 
 
 OPERATIONS = {
     "count": Operation(Count, count),
     "until": Operation(Until, until, seeded=False),
-    "files": Operation(Files, count),
+    "files": Operation(Files, see, seeded=False),
 }
 
 

@@ -159,14 +159,14 @@ def test_a_document_of_no_kind_is_said_so(document: dict[str, Any]):
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 def test_a_number_that_is_not_finite_never_reaches_a_file(number: float):
     part = Part(Entry.parse("L0.mlp.down[3, 5]"), [number])
-    with pytest.raises(SurgeonError, match="nats is .* not finite"):
+    with pytest.raises(SurgeonError, match=r"nats is .* not finite"):
         whole(parts=[part]).to_json()
     with pytest.raises(SurgeonError, match="pair is"):
         whole(pair=(number, 1)).to_json()
 
 
 def test_what_has_no_place_in_a_result_is_a_mistake_of_ours():
-    with pytest.raises(TypeError, match="free.x holds object"):
+    with pytest.raises(TypeError, match=r"free\.x holds object"):
         whole(free={"x": object()}).to_json()
     assert whole(free={"x": Path("a/b")}).to_json()["free"] == {"x": "a/b"}
 

@@ -217,7 +217,8 @@ def test_every_setting_of_a_verb_is_declared_whole(verb: str):
     spellings = [flag(one) for one in declared] + ["--json", "--folder"]
     assert len({*spellings}) == len(spellings)
     defaults = {one.name: one.default for one in declared if not one.required}
-    needed = {one.name: "L0.mlp.down[0, 0]" for one in declared if one.required}
+    entry = "L0.mlp.down[0, 0]"
+    needed = {s.name: (*s.declaration.choices, entry)[0] for s in declared if s.required}
     needed |= ONE_OF_SEVERAL.get(verb, {})
     assert values_of(configured(STUDIES[verb].settings, {**defaults, **needed})) == values_of(
         configured(STUDIES[verb].settings, needed)

@@ -4,9 +4,14 @@ A message names a setting as ‹name›, since Python, YAML and the command line
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 _SETTING = re.compile(r"‹(\w+)›")
+
+
+def spelled(text: str, spelling: Callable[[str], str]) -> str:
+    """The text with every ‹setting› as `spelling` has it."""
+    return _SETTING.sub(lambda setting: spelling(setting[1]), text)
 
 
 class SurgeonError(Exception):
@@ -19,6 +24,7 @@ class SurgeonError(Exception):
     """
 
     exit_status = 1
+    spelled: Mapping[str, str] = {}  # how a face spells settings, where it knows; see `said`
 
     def said(self, spelling: Callable[[str], str]) -> str:
         """The message, with every setting as its caller spells it.
@@ -26,7 +32,7 @@ class SurgeonError(Exception):
         >>> BadInput("‹new_tokens› is 0; use at least 1.").said(lambda name: f"the field {name}")
         'the field new_tokens is 0; use at least 1.'
         """
-        return _SETTING.sub(lambda setting: spelling(setting[1]), super().__str__())
+        return spelled(super().__str__(), spelling)
 
     def __str__(self) -> str:
         return self.said(lambda name: name)

@@ -131,13 +131,22 @@ class Result:
                 f" {document.get('kind')!r}, version {document.get('version')!r}."
             )
         about = {name: document[name] for name in fields_of(Provenance) if name in document}
-        result: R = _read(cls, {**document, "provenance": about}, cls.kind)
+        result: R = _read_object(cls, {**document, "provenance": about}, cls.kind)
         return result
 
     def attachments(self) -> dict[str, Any]:
-        """What is kept in files of their own, by file name; only what is there."""
-        found = {one.metadata.get(_ATTACHED): getattr(self, one.name) for one in fields(self)}
-        return {file: value for file, value in found.items() if file and value is not None}
+        """What is kept in files of their own, by file name, also by results within this one.
+
+        Only what is there.
+        """
+        found: dict[str, Any] = {}
+        for one in fields(self):
+            value, file = getattr(self, one.name), one.metadata.get(_ATTACHED)
+            if isinstance(value, Result):
+                found |= value.attachments()
+            elif file and value is not None:
+                found[file] = value
+        return found
 
     def rows(self) -> Sequence[Mapping[str, Any]]:
         """The result as a table, where it is one. Raises: BadInput where it is none."""
@@ -151,6 +160,16 @@ class Result:
         except ImportError as error:
             raise MissingExtra("a data frame", "report") from error
         return pandas.DataFrame(rows)
+
+    @property
+    def warning(self) -> str | None:
+        """A sentence for stderr beside the result, where there is one."""
+        return None
+
+    @property
+    def failure(self) -> str | None:
+        """Why the command that shows this result ends with status 1; None if it does not."""
+        return None
 
     def made(self: R, **provenance: Any) -> R:
         """A copy with these parts of its provenance."""
@@ -215,6 +234,8 @@ def _json(name: str, value: Any) -> Any:
         return [_json(name, item) for item in value]
     if hasattr(type(value), "parse") or isinstance(value, Path):
         return str(value)
+    if isinstance(value, Result):
+        return value.to_json()
     if is_dataclass(value) and not isinstance(value, type):
         return _object(value)
     raise TypeError(f"{name} holds {type(value).__name__}, which has no place in a result")
@@ -241,6 +262,8 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         return {key: _read(options[1], item, f"{where}.{key}") for key, item in items_of}
     if hasattr(kind, "parse"):
         return kind.parse(_expect(str, value, where))
+    if isinstance(kind, type) and issubclass(kind, Result):
+        return kind.from_json(_expect(dict, value, where))
     if is_dataclass(kind):
         return _read_object(kind, _expect(dict, value, where), where)
     return value if kind is Any else _expect(kind, value, where)
@@ -306,9 +329,8 @@ def _brief(value: Any, depth: int = 0) -> str:
         shown = ", ".join(_brief(item, depth + 1) for item in value[:MOST_SHOWN])
         return f"[{shown}{f', … of {len(value)}' if len(value) > MOST_SHOWN else ''}]"
     if is_dataclass(value) and not hasattr(type(value), "parse"):
-        inside = ", ".join(
-            f"{n}={_brief(v, depth + 1)}" for n, v in list(_items(value))[:MOST_SHOWN]
-        )
+        own = [(n, v) for n, v in _items(value) if n != "provenance"]
+        inside = ", ".join(f"{n}={_brief(v, depth + 1)}" for n, v in own[:MOST_SHOWN])
         return f"{type(value).__name__}({inside})" if not depth else f"{type(value).__name__}(…)"
     text = str(value) if hasattr(type(value), "parse") else repr(value)
     return _cut(text, LONGEST_TEXT)

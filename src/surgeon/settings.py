@@ -37,7 +37,8 @@ class Declaration:
     value in the help. group: the heading it stands under in the help; "" for the handful that
     people need first. short: a one-letter option. spelled: its name on the command line, where that
     is not its own. parse: makes a value of a text. is_file: it names a file, or several.
-    many: it can be given several times on the command line, whatever its type.
+    many: it can be given several times on the command line, whatever its type. preset: where this
+    setting is true, the values of others by name, for those that are not given.
     """
 
     help: str
@@ -51,6 +52,7 @@ class Declaration:
     parse: Callable[[str], Any] | None = None
     is_file: bool = False
     many: bool = False
+    preset: Mapping[str, Any] = field(default_factory=dict)
 
 
 def setting(
@@ -67,6 +69,7 @@ def setting(
     parse: Callable[[str], Any] | None = None,
     is_file: bool = False,
     many: bool = False,
+    preset: Mapping[str, Any] | None = None,
 ) -> Any:
     """A field of a settings dataclass; without `default` the caller must give it.
 
@@ -89,6 +92,7 @@ def setting(
         parse,
         is_file,
         many,
+        preset or {},
     )
     return field(default=default, metadata={_KEY: declaration})
 
@@ -140,6 +144,7 @@ def configured(config: type[C] | C, given: Mapping[str, Any], kind: str = "") ->
     missing, of the wrong type or out of range.
     """
     known = {one.name: one for one in settings_of(config)}
+    given = _with_presets(known, given)
     unknown = next((name for name in given if name not in known), None)
     if unknown is not None:
         of = f" of {kind}" if kind else ""
@@ -150,6 +155,14 @@ def configured(config: type[C] | C, given: Mapping[str, Any], kind: str = "") ->
         of = f"{kind} needs" if kind else "there is no"
         raise BadInput(f"{of} {' and '.join(f'‹{name}›' for name in missing)}.")
     return _filled(config, {known[name].path: value for name, value in values.items()})
+
+
+def _with_presets(known: Mapping[str, Setting], given: Mapping[str, Any]) -> Mapping[str, Any]:
+    preset: dict[str, Any] = {}
+    for name, value in given.items():
+        if value and name in known:
+            preset |= known[name].declaration.preset
+    return {**preset, **given}
 
 
 def checked(one: Setting, value: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from tiny import CONFIGS, tiny_model
 from transformers import PreTrainedModel
 
 from surgeon.anatomy import Anatomy, Entry, Site
-from surgeon.audit import Audit, Curve, Watched, audit, open_pair
+from surgeon.audit import Audit, Curve, SuperActivation, Watched, audit, open_pair
 from surgeon.errors import BadInput
 
 
@@ -57,7 +59,7 @@ def test_ratio_and_rank(kind: str, tmp_path: Path) -> None:
                 )
                 + 1
             )
-        cosine = result.cosines[found.entry.site]
+        (cosine,) = [one.cosine for one in result.matrices if one.site == found.entry.site]
         assert cosine == pytest.approx(1)
 
 
@@ -171,3 +173,34 @@ def test_only_the_matrices_concerned_are_read(tmp_path: Path) -> None:
     result = audited(model, model, tmp_path, Watched((Entry(Site(1, "mlp.down", 2), 3, 4),)))
     assert result.bytes_read == 2 * Anatomy.of(model).view("L1.mlp.down.e2").read().numel() * 4
     assert result.verdict == "ok"
+
+
+def test_round_trip_and_one_screen(tmp_path: Path) -> None:
+    """Also with entries that have no finite ratio, and with activations."""
+    other = tiny_model("llama")
+    view = Anatomy.of(other).view("L0.mlp.down")
+    view.stored[5, 7] = float("nan")
+    row = tuple(Entry(Site(0, "mlp.down"), 5, c) for c in range(48))
+    result = audited(tiny_model("llama"), other, tmp_path, Watched(row), Watched(row[:1]))
+    result = replace(
+        result,
+        source="given",
+        activations=[SuperActivation(Site(0, "mlp.down"), 5, 0.0, 1.5)],
+        not_run="a reason",
+    )
+    document = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert Audit.from_json(document) == result
+    assert document["verdict"] == "red"
+    assert document["entries"] == [entry for one in document["sets"] for entry in one["entries"]]
+    assert [row["set"] for row in result.rows()] == [1] * 48 + [2]
+    assert result.rows()[7]["entry"] == row[7]
+    lines = repr(result).splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 100
+
+
+def test_bounds_of_the_grades_stand_in_order() -> None:
+    with pytest.raises(BadInput, match=r"weak 0\.4"):
+        Curve(weak=0.4)
+    assert Curve(broken=0.2, weak=0.5).grade(0.5) == "ok"
+    assert Curve(broken=0.2, weak=0.5).grade(0.3) == "amber"

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 from cells_tiny import GENES, tiny
+from surgeon.report import write_report
 
 from surgeon.anatomy import Region
 from surgeon.cells.enrich import EnrichConfig
 from surgeon.cells.map import Groups, MapConfig, map_damage
 from surgeon.cells.planted import plant
 from surgeon.errors import BadInput
-from surgeon.report import write_report
 from surgeon.studies.cells import CheckConfig, ScreenConfig, check, screen
 
 HOSTILE = "<script>alert(1)</script>\" onload='x'"

@@ -10,9 +10,14 @@ from pathlib import Path
 import pytest
 
 from surgeon import Anatomy, Entry, load_corpus, load_model, mean_nll, read_text
-from surgeon.quantize import Block, Grid, QuantizeConfig, quantized
-from surgeon.quantize.activations import ActivationConfig, quantized_activations
-from surgeon.quantize.compare_activations import ROWS
+from surgeon.quantize import (
+    ActivationConfig,
+    Block,
+    Grid,
+    QuantizeConfig,
+    quantized,
+    quantized_activations,
+)
 
 ENTRY = "L0.mlp.down[5, 7]"  # planted in the tests' checkpoint
 CALL = (
@@ -36,8 +41,16 @@ def test_the_table_is_judged_end_to_end(folder: Path, text: Path, surgeon):
     result = surgeon("quantize", folder, *CALL, "INT4", "--hold", "2", "--text", text, "--json")
     assert (result.status, result.err) == (0, "")
     table = json.loads(result.out)["activations"]
-    assert [(r["method"], r["per"]) for r in table["rows"]] == [
-        (row, per) for per in ("tensor", "token") for row in ROWS
+    assert [(r["per"], r["method"], r["smooth"]) for r in table["rows"]] == [
+        (per, method, smooth)
+        for per in ("tensor", "token")
+        for method, smooth in (
+            ("naive", None),
+            ("holdout", None),
+            ("control", None),
+            ("naive", "norms"),
+            ("holdout", "norms"),
+        )
     ]
     assert (table["bits"], table["hold"], table["fitted_on"], table["judged_on"]) == (4, 2, 2, 2)
     loaded = load_model(str(folder))
@@ -56,7 +69,15 @@ def test_the_table_is_judged_end_to_end(folder: Path, text: Path, surgeon):
 def test_in_words(folder: Path, text: Path, surgeon):
     result = surgeon("quantize", folder, *CALL, "INT8", "--text", text)
     assert result.status == 0
-    for word in ("activations of 8 bits", "on 2 windows", *ROWS, "6 norms folded"):
+    for word in (
+        "activations of 8 bits",
+        "on 2 windows",
+        "naive",
+        "holdout",
+        "control",
+        "smoothed (norms)",
+        "6 norms folded",
+    ):
         assert word in result.out, word
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,10 @@ from hub import Hub, serve
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from surgeon.audit import Audit
+from surgeon.errors import BadInput
+from surgeon.studies.lab import open_lab
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANTED, STORED = "L0.mlp.down[5, 7]", "model.layers.0.mlp.down_proj.weight"
@@ -55,12 +60,8 @@ def test_document(surgeon: Any, folder: Path, changed: Any) -> None:
     assert entry["ratio"] == pytest.approx(0.6)
     assert document["bytes_read"] == 2 * 32 * 48 * 4
     assert document["matrices"][0]["cosine"] == pytest.approx(1)
-    assert (
-        surgeon("audit", folder, other, "--at", PLANTED, "--format", "json").out.partition("base")[
-            2
-        ]
-        == out.partition("base")[2]
-    )
+    again = json.loads(surgeon("audit", folder, other, "--at", PLANTED, "--format", "json").out)
+    assert {**again, "command": None} == {**document, "command": None}
 
 
 @pytest.mark.parametrize(
@@ -79,17 +80,12 @@ def test_status(
     surgeon: Any, folder: Path, changed: Any, factor: float, fail_on: str, status: int
 ) -> None:
     result = surgeon("audit", folder, changed(factor), "--at", PLANTED, "--fail-on", fail_on)
-    assert result.status == status
-    assert result.err == (
-        ""
-        if status == 0
-        else (
-            f"surgeon: the verdict is {result.out.split(':')[0]}, which fails the audit (--fail-on"
-            f" {fail_on}).\n"
-        )
-    )
-    assert result.out.count("\n") == 1
-    assert PLANTED in result.out
+    verdict = {1.0: "ok", 0.6: "amber", 0.0: "red", -1.0: "red"}[factor]
+    said = f"surgeon: the verdict is {verdict}, which fails the audit (--fail-on {fail_on}).\n"
+    assert (result.status, result.err) == (status, said if status else "")
+    assert result.out.startswith(f"Verdict: {verdict}. ")
+    assert f"{verdict}: {PLANTED} 300 -> {300 * factor:g}, ratio {factor:.2f}, rank 1" in result.out
+    assert "The rule: a ratio from 0.75 to 2 is ok" in result.out
 
 
 def test_default_is_to_fail_on_red(surgeon: Any, folder: Path, changed: Any) -> None:
@@ -134,10 +130,12 @@ def test_a_patch_names_the_entries(
             "audit", folder, changed(0.6), "--patch", patch, "--at", "L0.mlp.down[1, 2]", "--json"
         ).out
     )
-    assert [s["entries"] for s in document["sets"]] == [
+    assert [[e["entry"] for e in s["entries"]] for s in document["sets"]] == [
         ["L0.mlp.down[1, 2]"],
         [PLANTED, "L1.mlp.down[2, 3]"],
     ]
+    assert document["settings"]["at"] == ["L0.mlp.down[1, 2]"]
+    assert document["settings"]["patches"] == [str(patch)]
     assert document["sets"][1]["ratio"] == pytest.approx(0.6, abs=1e-3)
     assert [s["verdict"] for s in document["sets"]] == ["ok", "amber"]
 
@@ -147,8 +145,8 @@ def test_found_where_none_are_known(surgeon: Any, folder: Path, changed: Any, te
         "audit", folder, changed(0.6), "--text", text, "--window", 16, "--run", "--json"
     )
     document = json.loads(result.out)
-    assert "looking for its critical sets" in result.err
     assert document["source"] == "found in BASE"
+    assert document["corpus"]["name"] == text.name
     entries = {e["entry"]: e for e in document["entries"]}
     assert entries[PLANTED]["verdict"] == document["verdict"] == "amber"
     # the channel that the planted entry writes, with the rest of its row
@@ -184,13 +182,12 @@ def test_published_entries_are_known_by_shape_and_weight(
     document = json.loads(out)
     assert (status, document["source"]) == (0, f"published for {record['model']}")
     assert [e["entry"] for e in document["entries"]] == ["L1.mlp.down[5, 7]"]
-    assert "1 published entries" in err
+    assert err == ""
     model.get_parameter("model.layers.1.mlp.down_proj.weight").data[5, 7] = 1.93
     model.save_pretrained(tmp_path / "namesake")
-    assert (
-        "looking for its critical sets"
-        in surgeon("audit", tmp_path / "namesake", tmp_path / "tuned").err
-    )
+    # nothing is published for it, so it is looked into, which takes a tokenizer
+    other = surgeon("audit", tmp_path / "namesake", tmp_path / "tuned", "--window", 16)
+    assert "ships no tokenizer" in other.err
 
 
 def test_every_published_model_has_a_shape() -> None:
@@ -260,31 +257,33 @@ def test_what_surgeon_exports_can_be_audited(surgeon: Any, kind: str, tmp_path: 
     assert json.loads(result.out)["entries"][0]["ratio"] == pytest.approx(1, abs=0.02)
 
 
-@pytest.mark.filterwarnings("ignore")  # PEFT's own
-def test_run_of_an_adapter(surgeon: Any, folder: Path, tmp_path: Path, text: Path) -> None:
-    """The super activation with the adapter on, against the planted entry that the adapter
-    halves.
-    """
+@pytest.fixture
+def adapter(folder: Path, tmp_path: Path) -> Path:
+    """One that halves the planted entry and changes nothing else."""
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(
         LlamaForCausalLM.from_pretrained(folder),
         LoraConfig(r=1, lora_alpha=1, target_modules=["down_proj"]),
     )
-    a, b = (
-        model.get_parameter(
-            f"base_model.model.model.layers.0.mlp.down_proj.lora_{x}.default.weight"
-        ).data
-        for x in "AB"
-    )
+    name = "base_model.model.model.layers.0.mlp.down_proj.lora_{}.default.weight"
+    a, b = (model.get_parameter(name.format(factor)).data for factor in "AB")
     a.zero_(), b.zero_()
     a[0, 7], b[5, 0] = 1, -150
     model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+def test_run_of_an_adapter(surgeon: Any, folder: Path, adapter: Path, text: Path) -> None:
+    """The super activation with the adapter on, against the planted entry that the adapter
+    halves.
+    """
     document = json.loads(
         surgeon(
             "audit",
             folder,
-            tmp_path / "adapter",
+            adapter,
             "--at",
             PLANTED,
             "--run",
@@ -375,3 +374,87 @@ def test_run_says_why_not(surgeon: Any, folder: Path, tmp_path: Path, text: Path
     assert result.status == 0
     assert document["activations"] == []
     assert "lacks weights" in document["not_run"]
+
+
+# the same in Python
+
+
+def test_a_lab_and_the_command_line_give_the_same(
+    surgeon: Any, folder: Path, changed: Any, text: Path
+) -> None:
+    other = changed(0.6)
+    given = ["--run", "--text", text, "--window", 16, "--windows", 12]
+    printed = json.loads(surgeon("audit", folder, other, *given, "--json").out)
+    lab = open_lab(folder)
+    of_lab = lab.audit(other, run=True, text=str(text), window=16, windows=12)
+    document = of_lab.to_json()
+    assert document["command"].startswith(f"lab.audit(other={str(other)!r}, run=True")
+    assert document["fingerprint"] == lab.fingerprint
+    for name in ("command", "fingerprint"):
+        document[name] = printed[name]
+    assert document == printed
+    assert len(document["activations"]) > 0
+
+
+def test_a_finding_names_sets_with_their_shares(folder: Path, changed: Any, text: Path) -> None:
+    """As where nothing is named, and the audit looks for them itself."""
+    lab, other = open_lab(folder), changed(0.6)
+    settings = {"text": str(text), "window": 16}
+    finding = lab.find(windows=40, **settings)
+    looked_for, of_finding = lab.audit(other, **settings), lab.audit(other, at=finding)
+    assert of_finding.sets == looked_for.sets
+    assert (of_finding.source, looked_for.source) == ("given", "found in BASE")
+    assert of_finding.sets == lab.audit(other, at=finding.sets[0]).sets
+    parts = [str(part) for part in finding.sets[0].parts]
+    assert of_finding.provenance.settings["at"] == parts
+    assert of_finding.provenance.corpus is None
+    # addresses beside it are a set of their own; a patch, or what holds one, is another
+    mixed = lab.audit(other, at=[finding, "L1.mlp.down[2, 3]"], patches=lab.ablate(PLANTED))
+    assert [[str(e.entry) for e in one.entries] for one in mixed.sets[1:]] == [
+        ["L1.mlp.down[2, 3]"],
+        [PLANTED],
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+def test_an_adapter_leaves_the_model_of_the_lab_alone(
+    folder: Path, adapter: Path, text: Path
+) -> None:
+    lab = open_lab(folder)
+    before = {name: weight.clone() for name, weight in lab.model.state_dict().items()}
+    result = lab.audit(adapter, at=PLANTED, run=True, text=str(text), window=16, windows=4)
+    assert result.activations[0].ratio == pytest.approx(0.5, abs=0.05)
+    after = lab.model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_what_python_is_refused(folder: Path, text: Path) -> None:
+    lab = open_lab(folder)
+    with pytest.raises(BadInput, match="made of a module"):
+        open_lab(lab.model, lab.tokenizer).audit(folder, at=PLANTED)
+    with pytest.raises(BadInput, match="vital has to run the model"):
+        lab.audit(folder, at="vital")
+    with pytest.raises(BadInput, match="fail_on blue is not known"):
+        lab.audit(folder, at=PLANTED, fail_on="blue")
+    nothing = lab.find(text=str(text), window=16, min_nats=50)
+    with pytest.raises(BadInput, match="no vital entries"):
+        lab.audit(folder, at=nothing)
+
+
+def test_a_run_folder_has_its_page(
+    surgeon: Any, folder: Path, changed: Any, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    at = ("--at", "L0.mlp.down[5, :]")
+    assert surgeon("audit", folder, changed(0.6), *at, "--folder", run).status == 0
+    document = json.loads((run / "audit.json").read_text())
+    result = Audit.from_json(document)
+    assert result.to_json() == document
+    page = (run / "report.html").read_text()
+    assert "What is left of the critical weights" in page
+    assert page.count("<svg") == 2
+    # a dot for each entry of the row and one for its sum, in both widths
+    dots = re.findall(r'fill="var\(--(patched|control|broken)\)"[^>]*opacity="0.65"', page)
+    assert len(dots) == 2 * 49
+    assert dots.count("control") >= 2

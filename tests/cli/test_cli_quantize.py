@@ -44,15 +44,15 @@ def test_the_table_has_all_four_methods_and_the_folder_holds_the_chosen(
     windows = load_corpus(loaded.tokenizer, read_text(text), "t", 16, 6).windows
     assert document["base"]["nll"] == mean_nll(loaded.model, windows)
     rows = {row["method"]: row for row in document["table"]}
-    assert list(rows) == ["rtn", "clip", "restore", "both"]
+    assert list(rows) == ["rtn", "clip", "restore", "holdout"]
     for method, row in rows.items():
         with quantized(
             anatomy, QuantizeConfig(Grid(4, block=Block("tensor")), method), [Entry.parse(ENTRY)]
         ):
             assert row["nll"] == mean_nll(loaded.model, windows)
     assert rows["restore"]["nll"] == pytest.approx(rows["rtn"]["nll"], abs=1e-4)
-    assert rows["both"]["nll"] < rows["rtn"]["nll"]
-    assert mean_nll(load_model(str(target)).model, windows) == rows["both"]["nll"]
+    assert rows["holdout"]["nll"] < rows["rtn"]["nll"]
+    assert mean_nll(load_model(str(target)).model, windows) == rows["holdout"]["nll"]
     assert document["critical"] == {"entries": [ENTRY], "source": "named"}
     matrices = {m["site"]: m for m in document["config"]["matrices"]}
     assert len(matrices) == 21
@@ -92,7 +92,7 @@ def test_in_words(folder: Path, text: Path, tmp_path: Path, surgeon):
         "rtn",
         "clip",
         "restore",
-        "both",
+        "holdout",
         "top-1",
         "L2.mlp.down",
         "No entry is held out",
@@ -130,9 +130,8 @@ def test_streamed_it_writes_the_same_bytes(folder: Path, text: Path, tmp_path: P
 
 
 def test_a_sweep_is_bits_by_block_by_method_with_its_front(
-    folder: Path, text: Path, tmp_path: Path, surgeon, monkeypatch: pytest.MonkeyPatch
+    folder: Path, text: Path, tmp_path: Path, surgeon
 ):
-    monkeypatch.setattr("surgeon.quantize.peers.find_spec", lambda package: None)
     task = tmp_path / "run"
     call = (
         "quantize",
@@ -160,11 +159,9 @@ def test_a_sweep_is_bits_by_block_by_method_with_its_front(
     front = [(r["bits_per_weight"], r["nll"]) for r in document["pareto"]]
     assert front == sorted(front)
     assert [nll for _, nll in front] == sorted((nll for _, nll in front), reverse=True)
-    assert len(document["notes"]) == 4
     assert json.loads((task / "quantize.json").read_text()) == document
     words = surgeon(*call, "--text", text, *SHORT).out
     assert "Pareto" in words
-    assert "HQQ is not measured" in words
 
 
 @pytest.mark.parametrize(

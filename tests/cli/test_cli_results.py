@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from math import exp
 from pathlib import Path
 from typing import Any
@@ -354,55 +353,3 @@ def test_index_lists_what_was_published(answer: Any, surgeon: Any) -> None:
     status, shown, _ = surgeon("index")
     assert status == 0
     assert all(r["entry"] in shown for r in records)
-
-
-def test_demo_tells_the_story_and_leaves_its_folder(
-    surgeon: Any,
-    answer: Any,
-    folder: Path,
-    text: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """On the tiny model in the place of the patient."""
-    monkeypatch.setattr("surgeon.anatomy.load.locate", lambda name: folder)
-    monkeypatch.setattr("surgeon.cli.common.heldout_text", lambda: text.read_text() * 12)
-    monkeypatch.setattr("surgeon.cli.demo.WINDOWS", 4)
-    run = tmp_path / "run"
-    status, shown, said = surgeon("demo", "-o", run)
-    assert status == 0, said
-    assert PLANTED in shown
-    assert "the same on a random row" in shown
-    patches = {f"{name}.safetensors" for name in ("injury", "repair", "edit")}
-    assert {p.name for p in run.iterdir()} == {"demo.json", "report.html"} | patches
-    document, kept = answer("demo"), json.loads((run / "demo.json").read_text())
-    assert kept["command"] == shlex.join(["surgeon", "demo", "-o", str(run)])
-    assert without_times(kept) == without_times(document)
-    intact, broken, repaired, _, restored = document["states"]
-    assert [s["state"] for s in document["states"]] == [
-        "intact",
-        "without the set",
-        "repaired",
-        "edited",
-        "put back",
-    ]
-    assert broken["nll"] > repaired["nll"]
-    assert broken["nll"] > intact["nll"] == restored["nll"]
-    assert [s["same_bits"] for s in document["states"]] == [True, False, False, False, True]
-    assert repaired["recovered"] == document["repair"]["recovered"]
-    assert repaired["control_recovered"] == document["repair"]["control"]["recovered"]
-    page = (run / "report.html").read_text()
-    assert "Before, broken, repaired" in page
-    stack = [
-        word for name in ("injury", "repair") for word in ("--patch", run / f"{name}.safetensors")
-    ]
-    assert answer("measure", "patient", *stack, "--windows", 4)["nll"] == pytest.approx(
-        repaired["nll"], rel=1e-6
-    )
-
-
-def without_times(document: Any) -> Any:
-    """A document without the fields that may differ from run to run."""
-    if isinstance(document, dict):
-        return {k: without_times(v) for k, v in document.items() if k not in ("seconds", "command")}
-    return [without_times(v) for v in document] if isinstance(document, list) else document

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(autouse=True)
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """The local engine works in this process; the pool itself has its tests in tests/sweep."""
-    monkeypatch.setattr("surgeon.cli.sweep.LocalCrew", InlineCrew)
+    monkeypatch.setattr("surgeon.studies.sweep.LocalCrew", InlineCrew)
 
 
 @pytest.fixture
@@ -59,9 +59,10 @@ def rows(folder: Path, operation: str) -> list[dict[str, Any]]:
     ]
 
 
-def test_every_operation_gives_what_its_verb_gives(
+def test_an_operation_gives_what_its_verb_gives(
     surgeon: Any, plan: Any, folder: Path, text: Path, tmp_path: Path
 ) -> None:
+    """The injury of a measurement, by hand; tests/studies/test_faces.py does the same for all."""
     injury, out = tmp_path / "injury.safetensors", tmp_path / "out"
     reading = ("--text", text, "--window", 16, "--json")
 
@@ -70,19 +71,15 @@ def test_every_operation_gives_what_its_verb_gives(
         assert status == 0
         return dict(json.loads(stdout))
 
-    assert (
-        surgeon("ablate", folder, "--at", PLANTED, "--mode", "scale:0.5", "-o", injury).status == 0
-    )
-    fact = {"prompt": "the red {} saw the", "subject": "cat", "target": "road"}
+    written = surgeon("ablate", folder, "--at", PLANTED, "--mode", "scale:0.5", "-o", injury)
+    assert written.status == 0
     status, stdout, _ = surgeon(
         "sweep",
         plan(
-            "  - measure\n  - {name: measure, params: {patches: [injury.safetensors]}}\n  -"
-            f" find\n  - {{name: verify, grid: {{at: [vital, ['{PLANTED}',"
-            f" '{PLANTED.replace('7', '8')}']]}}}}\n  - {{name: ablate-damage, grid: {{mode: [zero,"
-            " 'scale:0.5']}}\n  - {name: repair, params: {method: graft}}\n  - {name:"
-            " quantize, params: {bits: 3, block: channel}, grid: {method: [rtn, both]}}\n  -"
-            f" {{name: edit, params: {json.dumps(fact)}}}\n",
+            "  - measure\n  - {name: measure, params: {patches: [injury.safetensors]}}\n  - find\n"
+            f"  - {{name: verify, grid: {{at: [vital, ['{PLANTED}',"
+            f" '{PLANTED.replace('7', '8')}']]}}}}\n"
+            "  - {name: measure, params: {at: vital}, grid: {mode: [zero, 'scale:0.5']}}\n",
             "seeds: [1]\n",
         ),
         "-o",
@@ -90,135 +87,63 @@ def test_every_operation_gives_what_its_verb_gives(
         "--json",
     )
     document = json.loads(stdout)
-    assert (status, document["tasks"], document["done"], document["failed"]) == (0, 11, 11, [])
+    assert (status, document["tasks"], document["done"], document["failed"]) == (0, 7, 7, [])
+    assert (document["kind"], document["missing"]) == ("sweep", [])
 
     verify = says("verify", folder, "--at", PLANTED, "--seed", 1, *reading)
-    base, halved = (
-        says("measure", folder, *patch, *reading) for patch in ((), ("--patch", injury))
-    )
-    plain, patched = sorted(rows(out, "measure"), key=lambda r: r["kl"])
-    assert (plain["nll"], plain["damage_nats"], plain["kl"], plain["top1_agreement"]) == (
-        base["nll"],
-        0.0,
-        0.0,
-        1.0,
-    )
-    assert (patched["nll"], patched["kl"], patched["base_nll"]) == (
-        halved["nll"],
-        halved["kl_from_base"],
-        base["nll"],
-    )
+    base = says("measure", folder, *reading)
+    halved = says("measure", folder, "--patch", injury, *reading)
+    measured = {(r["patches"], r["at"], r["mode"]): r for r in rows(out, "measure")}
+    plain = measured["[]", "[]", "zero"]
+    assert (plain["nll"], plain["ppl"]) == (base["nll"], base["ppl"])
+    assert "damage_nats" not in plain
+    patched = measured[f'["{injury}"]', "[]", "zero"]
+    assert (patched["nll"], patched["kl_from_base"]) == (halved["nll"], halved["kl_from_base"])
+    assert patched["base_nll"] == base["nll"]
     assert (patched["tokens"], patched["text"], patched["model"]) == (
         halved["tokens"],
         text.name,
         str(folder),
     )
+    zeroed, scaled = measured["[]", "vital", "zero"], measured["[]", "vital", "scale:0.5"]
+    assert zeroed["damage_nats"] == pytest.approx(verify["joint_nats"], rel=1e-9)
+    assert (scaled["nll"], scaled["damage_nats"]) == (halved["nll"], halved["damage_nats"])
+    assert zeroed.get("seed") is None
 
     [found] = rows(out, "find")
-    document = says("find", folder, "--seed", 1, *reading)
-    [one] = document["sets"]
-    assert (found["strongest"], found["geometry"], found["entries"], found["vital"]) == (
-        PLANTED,
-        "single",
-        1,
-        True,
-    )
-    assert (found["joint_nats"], found["controls_max_nats"]) == (
-        one["damage"]["joint_nats"],
-        one["controls"]["max_nats"],
-    )
+    [one] = says("find", folder, "--seed", 1, *reading)["sets"]
+    assert (found["strongest"], found["geometry"], found["entries"]) == (PLANTED, "single", 1)
+    assert (found["verdict"], found["vital"]) == ("found", True)
+    assert found["joint_nats"] == one["damage"]["joint_nats"]
+    assert found["controls_max_nats"] == one["controls"]["max_nats"]
 
     single, double = sorted(rows(out, "verify"), key=lambda r: "8" in r["at"])
     assert single["joint_nats"] == verify["joint_nats"]
     assert (single["ci95_low"], single["ci95_high"]) == tuple(verify["ci95"])
-    assert (single["controls_median_nats"], single["seed"], single["vital"]) == (
-        verify["controls"]["median_nats"],
-        1,
-        True,
-    )
+    assert single["controls_median_nats"] == verify["controls"]["median_nats"]
+    assert (single["seed"], single["vital"], single["parts"]) == (1, True, 1)
     assert json.loads(double["at"]) == [PLANTED, PLANTED.replace("7", "8")]
 
-    damage = {r["mode"]: r for r in rows(out, "ablate-damage")}
-    assert damage["zero"]["damage_nats"] == pytest.approx(verify["joint_nats"], rel=1e-9)
-    assert damage["scale:0.5"]["nll"] == halved["nll"]
-    assert damage["zero"].get("seed") is None
 
-    assert surgeon("ablate", folder, "--at", PLANTED, "-o", injury).status == 0
-    healed = says(
-        "repair",
-        folder,
-        "--injury",
-        injury,
-        "-o",
-        tmp_path / "p",
-        "--method",
-        "graft",
-        "--seed",
-        1,
-        *reading,
-    )
-    [repair] = rows(out, "repair")
-    assert (repair["recovered"], repair["nll_patched"], repair["kl_broken"]) == (
-        healed["recovered"],
-        healed["nll"]["patched"],
-        healed["kl"]["broken"],
-    )
-    assert repair.get("control_recovered") == healed["control"]["recovered"]
-
-    by_hand = {method: quantized_by_hand(folder, text, method) for method in ("rtn", "both")}
-    swept = {r["method"]: r for r in rows(out, "quantize")}
-    assert {method: r["nll"] for method, r in swept.items()} == pytest.approx(by_hand, abs=1e-6)
-    assert {method: r["held"] for method, r in swept.items()} == {"rtn": 0, "both": 1}
-
-    edited = says(
-        *(
-            "edit",
-            folder,
-            *(w for k, v in fact.items() for w in (f"--{k}", v)),
-            "--seed",
-            1,
-            "-o",
-            tmp_path / "e",
-            "--no-cache",
-            "--force",
-        ),
-        *("--windows", 1000, *reading),
-    )
-    [edit] = rows(out, "edit")
-    assert edit["target_after"] == pytest.approx(edited["target_probability"]["after"], abs=1e-6)
-    assert edit["verdict"] == edited["preflight"]["verdict"]
-    assert (edit["base_nll"], edit["nll"]) == pytest.approx(
-        tuple(edited["scorecard"]["nll"].values()), abs=1e-6
-    )
-
-
-def quantized_by_hand(folder: Path, text: Path, method: str) -> float:
-    from surgeon import Anatomy, load_model
-    from surgeon.anatomy import Entry
-    from surgeon.corpus import load_corpus
-    from surgeon.measure import mean_nll
-    from surgeon.quantize import Block, Grid, QuantizeConfig, quantize_
-
-    loaded = load_model(str(folder))
-    anatomy = Anatomy.of(loaded.model)
-    assert loaded.tokenizer is not None
-    quantize_(
-        anatomy, QuantizeConfig(Grid(3, block=Block("channel")), method), [Entry.parse(PLANTED)]
-    )
-    return mean_nll(
-        loaded.model, load_corpus(loaded.tokenizer, text.read_text(), "text", 16).windows
-    )
+def test_nothing_found_is_a_row_too(surgeon: Any, plan: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    path = plan("  - {name: find, params: {min_nats: 50}}\n")
+    assert surgeon("sweep", path, "-o", out).status == 0
+    [row] = rows(out, "find")
+    assert (row["verdict"], row["sets"], row["min_nats"]) == ("none", 0, 50.0)
+    assert row["base_nll"] > 0
+    assert "joint_nats" not in row
 
 
 def test_resume_and_failures(surgeon: Any, plan: Any, tmp_path: Path) -> None:
     """A task that fails costs its own result alone, is named, and is tried again."""
     out = tmp_path / "out"
-    bad = "  - {name: ablate-damage, params: {at: 'L9.mlp.down[0, 0]'}}\n"
+    bad = "  - {name: measure, params: {at: 'L9.mlp.down[0, 0]'}}\n"
     status, stdout, err = surgeon("sweep", plan(MEASURE + bad), "-o", out)
     assert status == 1
     assert "plan: 2 tasks, 1 done now, 1 failed; results in" in stdout
-    assert "failed: ablate-damage(at L9.mlp.down[0, 0], mode zero) on" in stdout
-    assert "this model has no" in stdout or "L9" in stdout
+    assert "failed: measure(at L9.mlp.down[0, 0], mode zero, new_tokens 40) on" in stdout
+    assert "this model has 3 layers" in stdout
     assert err == "surgeon: 1 of 2 tasks failed; the same command tries them again.\n"
     status, stdout, _ = surgeon("sweep", plan(MEASURE + bad), "-o", out, "--json")
     document = json.loads(stdout)
@@ -256,32 +181,17 @@ def test_dry_run(surgeon: Any, plan: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("operations", "said"),
     [
-        ("  - quantise\n", "quantise is not an operation; did you mean quantize?"),
-        ("  - {name: quantize, grid: {bits: [4, 9]}}\n", "9 bits cannot be used"),
-        ("  - {name: quantize, params: {block: group}}\n", "group is no block"),
-        ("  - {name: quantize, params: {method: hqq}}\n", "method hqq is not known"),
+        ("  - mesure\n", "mesure is not an operation; did you mean measure?"),
+        ("  - {name: find, grid: {rounds: [4, 0]}}\n", "rounds is 0; it must be at least 1."),
+        ("  - {name: find, params: {layers: 3}}\n", "layers is 3; it should be a list or nothing."),
+        ("  - {name: find, params: {layers: '3'}}\n", "layers 3 is no range of layers"),
+        ("  - {name: find, params: {controls: 3}}\n", "controls is 3; it must be at least 20."),
         (
-            "  - {name: repair, params: {method: prayer}}\n",
-            "the method 'prayer' of repair is not known",
+            "  - {name: measure, params: {patches: [nowhere.safetensors]}}\n",
+            "nowhere.safetensors of patches cannot be read",
         ),
-        ("  - {name: find, params: {controls: 3}}\n", "3 controls cannot show anything"),
-        (
-            "  - {name: edit, params: {prompt: 'the {} is', subject: cat}}\n",
-            "an edit needs prompt, subject and target, or facts",
-        ),
-        (
-            "  - {name: edit, params: {prompt: 'the cat', subject: cat, target: dog}}\n",
-            "should hold {} once",
-        ),
-        (
-            "  - {name: edit, params: {facts: nowhere.jsonl}}\n",
-            "nowhere.jsonl of facts cannot be read",
-        ),
-        ("  - {name: verify, params: {at: 5}}\n", "at is 5; it should be text or a list."),
-        (
-            "  - {name: ablate-damage, params: {mode: halve}}\n",
-            "the mode halve is not known; use zero, mean, scale:F",
-        ),
+        ("  - {name: verify, params: {at: 5}}\n", "at is 5; it should be text or a list of texts."),
+        ("  - {name: measure, params: {mode: halve}}\n", "'halve' is not a way to ablate"),
     ],
 )
 def test_a_bad_plan_is_refused_before_any_work(
@@ -315,7 +225,8 @@ def test_usage(surgeon: Any, plan: Any, tmp_path: Path) -> None:
 def test_tables(surgeon: Any, plan: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     swept = plan(
-        "  - find\n  - {name: ablate-damage, grid: {mode: [zero, flip]}}\n", "seeds: [0, 1]\n"
+        "  - find\n  - {name: measure, params: {at: vital}, grid: {mode: [zero, flip]}}\n",
+        "seeds: [0, 1]\n",
     )
     assert surgeon("sweep", swept, "-o", out).status == 0
     status, stdout, err = surgeon("sweep", "table", out)
@@ -323,13 +234,13 @@ def test_tables(surgeon: Any, plan: Any, tmp_path: Path) -> None:
     assert all(
         word in stdout for word in ("operation", "damage_nats", "strongest", "L0.mlp.down[5, 7]")
     )
-    sql = "SELECT mode, damage_nats FROM results WHERE operation = 'ablate-damage' ORDER BY mode"
+    sql = "SELECT mode, damage_nats FROM results WHERE operation = 'measure' ORDER BY mode"
     document = json.loads(surgeon("sweep", "table", out, "--sql", sql, "--json").out)
-    assert [r["mode"] for r in document["rows"]] == ["flip", "zero"]
+    assert [r["mode"] for r in document["table"]] == ["flip", "zero"]
     assert document["columns"] == ["mode", "damage_nats"]
     table = list(csv.reader(io.StringIO(surgeon("sweep", "table", out, "--sql", sql, "--csv").out)))
     assert table[0] == ["mode", "damage_nats"]
-    assert [float(r[1]) for r in table[1:]] == [r["damage_nats"] for r in document["rows"]]
+    assert [float(r[1]) for r in table[1:]] == [r["damage_nats"] for r in document["table"]]
     document = json.loads(
         surgeon(
             "sweep",
@@ -344,20 +255,20 @@ def test_tables(surgeon: Any, plan: Any, tmp_path: Path) -> None:
             "--json",
         ).out
     )
-    assert [(r["operation"], r["n"]) for r in document["rows"]] == [
-        ("ablate-damage", 2),
+    assert [(r["operation"], r["n"]) for r in document["table"]] == [
         ("find", 2),
+        ("measure", 2),
     ]
     joint = [
         r[0]
         for r in query(Store(out), "SELECT joint_nats FROM results WHERE operation = 'find'").rows
     ]
-    assert document["rows"][1]["joint_nats"] == pytest.approx(sum(joint) / 2)
-    assert document["rows"][1]["vital"] == 1.0
+    assert document["table"][0]["joint_nats"] == pytest.approx(sum(joint) / 2)
+    assert document["table"][0]["vital"] == 1.0
     for arguments, said in {
-        ("--sql", sql, "--by", "mode"): "give --sql, or --by",
-        ("--show", "vital"): "give --sql, or --by",
-        ("--csv", "--json"): "--csv or --json",
+        ("--sql", sql, "--by", "mode"): "give --sql or --by",
+        ("--show", "vital"): "give --sql or --by",
+        ("--csv", "--json"): "give --csv or --json, not both.",
         ("--by", "colour"): "have no column colour",
         ("--by", "mode", "--show", "strongest"): "strongest holds no numbers",
         ("--sql", "COPY results TO 'x.csv'"): "DuckDB cannot run",
@@ -378,7 +289,10 @@ def test_engines_give_the_same_rows(
     surgeon: Any, process: Any, plan: Any, tmp_path: Path, engine: str
 ) -> None:
     """The real engines in a process of its own, against the tasks done here."""
-    path = plan("  - measure\n  - {name: ablate-damage, grid: {mode: [zero, flip]}}\n  - find\n")
+    path = plan(
+        "  - measure\n  - {name: measure, params: {at: vital}, grid: {mode: [zero, flip]}}\n"
+        "  - find\n"
+    )
     assert surgeon("sweep", path, "-o", tmp_path / "here").status == 0
     status, out, err = process(
         "sweep",

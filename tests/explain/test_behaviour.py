@@ -12,28 +12,19 @@ def test_each_state_writes_what_the_patched_model_writes(case):
         repair = ablate(anatomy, ["L1.mlp.down[:, 2]"])
     found = side_by_side(anatomy, tokenizer, [injury, repair], ["the crab [b]"], 6)
     assert len(PROMPTS) == 10
-    assert found.prompts == [*PROMPTS, "the crab [b]"]
+    prompts = [text.prompt for text in found.generations]
+    assert prompts == [*PROMPTS, "the crab [b]"]
     with injury.applied(anatomy):
-        broken = generate(anatomy.model, tokenizer, found.prompts, 6)
+        broken = generate(anatomy.model, tokenizer, prompts, 6)
         with repair.applied(anatomy):
-            patched = generate(anatomy.model, tokenizer, found.prompts, 6)
-    base = generate(anatomy.model, tokenizer, found.prompts, 6)
+            patched = generate(anatomy.model, tokenizer, prompts, 6)
+    base = generate(anatomy.model, tokenizer, prompts, 6)
     for state, plain in (("base", base), ("broken", broken), ("patched", patched)):
-        assert [c.text for c in found.states[state]] == [b.text for b in plain]
-        assert found.loop_rate(state) == sum(b.loop for b in plain) / 11
-    document = found.to_json()
-    assert document["generations"][-1] == {
-        "prompt": "the crab [b]",
-        "base": base[-1].text,
-        "broken": broken[-1].text,
-        "patched": patched[-1].text,
-    }
-    assert set(document["summary"]["base"]) == {
-        "loop_rate",
-        "distinct_1",
-        "distinct_2",
-        "distinct_3",
-    }
+        assert [getattr(text, state) for text in found.generations] == [b.text for b in plain]
+        means = found.summary[state]
+        assert means.loop_rate == sum(b.loop for b in plain) / 11
+        for n, mean in ((1, means.distinct_1), (2, means.distinct_2), (3, means.distinct_3)):
+            assert mean == sum(distinct(b.text.split(), n) for b in plain) / 11
 
 
 def test_distinct_n():

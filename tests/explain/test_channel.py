@@ -75,6 +75,6 @@ def test_where_there_is_no_channel_or_no_attention_it_says_why(monkeypatch):
     trace = channel_trace(anatomy, [injury], CORPUS, geometry(anatomy, [injury]).lines)
     assert trace.channels is None
     assert "write the residual stream" in trace.no_channels
-    assert trace.sink is None
-    assert trace.no_sink.endswith("[bold]flash[/bold]")
+    assert trace.attention_sink is None
+    assert trace.no_attention_sink.endswith("[bold]flash[/bold]")
     assert model.config._attn_implementation == before

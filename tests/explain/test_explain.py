@@ -11,10 +11,12 @@ import pytest
 import torch
 from explain.conftest import TEXT
 
+from surgeon import open as surgeon_open
 from surgeon.anatomy import Anatomy, load_model
 from surgeon.cli import run
 from surgeon.corpus import load_corpus
-from surgeon.explain import explain
+from surgeon.errors import BadInput
+from surgeon.explain import Explanation, explain
 from surgeon.patch import Patch, ablate, save
 
 
@@ -62,6 +64,7 @@ def test_the_json_document(capsys, folder, text, patches):
     assert found["channel"]["channels"][0]["channel"] == 3
     assert set(found["channel"]["attention_sink"]["states"]) == {"base", "broken", "patched"}
     assert found["influence"]["groups"][0]["name"] == "sea"
+    assert found["patches"] == [str(path) for path in patches]
     if found["topk_curve"]:
         assert found["topk_curve"]["points"][-1]["trained"] == pytest.approx(
             found["topk_curve"]["points"][-1]["largest"]
@@ -143,6 +146,37 @@ def test_too_short_a_text(capsys, folder, patches, tmp_path):
     status, _, err = surgeon(capsys, folder, "--patch", patches[0], "--text", short, *SMALL)
     assert status == 2
     assert "less than one window" in err
+
+
+def test_the_call_gives_what_the_command_gives(capsys, folder, text, patches):
+    command = (folder, "--patch", patches[0], "--patch", patches[1], "--text", text, *SMALL)
+    words = ("--group", "sea=crab,fish", "--trained", f"5={patches[1]}", "--seed", 2)
+    _, out, _ = surgeon(capsys, *command, *words, "--json")
+    result = surgeon_open(str(folder)).explain(
+        patches,
+        text=str(text),
+        window=16,
+        new_tokens=4,
+        permutations=99,
+        draws=1,
+        groups={"sea": ["crab", "fish"]},
+        trained={5: patches[1]},
+        seed=2,
+    )
+    made = ("command", "settings")
+    document = result.to_json()
+    assert {k: v for k, v in document.items() if k not in made} == {
+        k: v for k, v in json.loads(out).items() if k not in made
+    }
+    read = Explanation.from_json(json.loads(json.dumps(document)))
+    assert read == result
+    assert len(result.rows()) == document["corpus"]["tokens"]
+    assert result.rows()[0]["token"] == result.tokens["token"][0]
+    with pytest.raises(BadInput, match="are not here"):
+        read.rows()
+    lines = repr(result).splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 100
 
 
 def test_the_model_is_left_as_it_was(case):

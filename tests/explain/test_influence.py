@@ -17,6 +17,7 @@ from surgeon.explain import story as stories
 from surgeon.explain.tokens import frequency_class
 from surgeon.measure import Reference
 from surgeon.patch import Patch, ablate
+from surgeon.settings import configured
 
 FEW = InfluenceConfig(permutations=199, min_tokens=5)
 
@@ -30,7 +31,7 @@ def injury_and_repair(anatomy: Anatomy) -> list[Patch]:
 def test_kl_and_nll_are_the_plain_ones(case):
     anatomy, tokenizer, corpus = case
     patches = injury_and_repair(anatomy)
-    found = influence(anatomy, tokenizer, TEXT, corpus, patches, config=FEW)
+    ranking, tokens = influence(anatomy, tokenizer, TEXT, corpus, patches, config=FEW)
     ids = corpus.windows
 
     def log_p() -> torch.Tensor:
@@ -43,13 +44,13 @@ def test_kl_and_nll_are_the_plain_ones(case):
             patched = log_p()
     for state, changed in (("broken", broken), ("patched", patched)):
         plain = F.kl_div(changed, base, log_target=True, reduction="none").sum(-1).flatten()
-        assert torch.allclose(found.kl[state], plain.double(), atol=1e-5)
+        assert tokens[f"kl_{state}"] == pytest.approx(plain.tolist(), abs=1e-5)
     for state, p in (("base", base), ("broken", broken), ("patched", patched)):
         plain = F.nll_loss(p.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        assert torch.allclose(found.nll[state], plain.double(), atol=1e-5)
+        assert tokens[f"nll_{state}"] == pytest.approx(plain.tolist(), abs=1e-5)
     far = Reference(anatomy.model, ids).compare(lambda: patches[0].applied(anatomy))
-    assert found.to_json()["mean_kl"]["broken"] == pytest.approx(far.kl, rel=1e-5)
-    assert found.top[0] == int(found.kl["broken"].argmax())
+    assert ranking.mean_kl["broken"] == pytest.approx(far.kl, rel=1e-5)
+    assert ranking.top[0].kl_broken == max(tokens["kl_broken"])
 
 
 def test_every_token_is_labelled(case):
@@ -93,14 +94,15 @@ def test_documents_by_title_or_by_blank_line():
 
 def test_columns_are_plain_and_of_one_length(case):
     anatomy, tokenizer, corpus = case
-    found = influence(
+    ranking, columns = influence(
         anatomy, tokenizer, TEXT, corpus, [ablate(anatomy, ["L0.mlp.down[3, :]"])], config=FEW
     )
-    columns = found.columns()
     assert {len(values) for values in columns.values()} == {corpus.predicted}
     assert {type(v) for values in columns.values() for v in values} == {int, float, str}
     assert "kl_patched" not in columns
-    assert found.to_json()["top"][0]["kl_broken"] == max(columns["kl_broken"])
+    first = columns["kl_broken"].index(max(columns["kl_broken"]))
+    row = {name: values[first] for name, values in columns.items()}
+    assert vars(ranking.top[0]) == {**row, "kl_patched": None, "nll_patched": None}
 
 
 def test_a_planted_story_holds_and_one_of_the_document_does_not(case, monkeypatch):
@@ -124,9 +126,8 @@ def test_a_planted_story_holds_and_one_of_the_document_does_not(case, monkeypatc
             "token_kl",
             lambda *_, v=values: ({"broken": v}, {"base": v, "broken": v}),
         )
-        (found[name],) = influence(
-            anatomy, tokenizer, TEXT, corpus, injury, {"sea": words}, FEW
-        ).words
+        ranking, _ = influence(anatomy, tokenizer, TEXT, corpus, injury, {"sea": words}, FEW)
+        (found[name],) = ranking.groups
     assert found["word"].mean_kl - found["word"].same_documents_kl > 0.3
     assert found["word"].p_within <= 0.05
     assert found["word"].holds
@@ -224,15 +225,12 @@ def test_the_bands_are_those_of_a_plain_permutation(case):
 def test_p_values_are_corrected_over_the_groups(case):
     anatomy, tokenizer, corpus = case
     groups = {"sea": ["crab", "fish", "SEA"], "land": ["cat", "dog"]}
-    one, two = influence(
-        anatomy, tokenizer, TEXT, corpus, [ablate(anatomy, ["L0.mlp.down[3, :]"])], groups, FEW
-    ).words
+    injury = [ablate(anatomy, ["L0.mlp.down[3, :]"])]
+    one, two = influence(anatomy, tokenizer, TEXT, corpus, injury, groups, FEW)[0].groups
     assert sorted([one.p_corrected, two.p_corrected])[0] == pytest.approx(
         min(1, 2 * min(one.p_within, two.p_within))
     )
-    again = influence(
-        anatomy, tokenizer, TEXT, corpus, [ablate(anatomy, ["L0.mlp.down[3, :]"])], groups, FEW
-    ).words
+    again = influence(anatomy, tokenizer, TEXT, corpus, injury, groups, FEW)[0].groups
     assert [one, two] == again
     assert one.words == 3
 
@@ -247,7 +245,7 @@ def test_bad_input_is_said(case):
     with pytest.raises(BadText, match="less than one window"):
         load_corpus(tokenizer, TEXT, "short", 4000)
     with pytest.raises(BadInput, match="at least 99"):
-        InfluenceConfig(permutations=10)
+        configured(InfluenceConfig, {"permutations": 10})
 
 
 # words of the subject, whether or not they rank
@@ -269,7 +267,7 @@ def test_the_lobster_is_the_document_and_not_the_weight(shared):
 
     def of(windows: int | None):
         corpus = load_corpus(loaded.tokenizer, text, "wikitext2-valid", windows=windows)
-        found = influence(
+        ranking, _ = influence(
             anatomy,
             loaded.tokenizer,
             text,
@@ -278,10 +276,10 @@ def test_the_lobster_is_the_document_and_not_the_weight(shared):
             {"marine": MARINE.split()},
             InfluenceConfig(permutations=499),
         )
-        return found, found.words[0]
+        return ranking, ranking.groups[0]
 
     first, story = of(2)
-    assert first.to_json()["documents_seen"] == 1
+    assert first.documents_seen == 1
     assert story.in_top >= 0.35  # the ranking of the first lines looks marine ...
     assert story.p_naive <= 0.05  # ... and a null that draws tokens from anywhere believes it
     assert story.p_document is None
@@ -291,7 +289,7 @@ def test_the_lobster_is_the_document_and_not_the_weight(shared):
     assert story.p_within > 0.05
 
     whole, story = of(None)
-    assert whole.to_json()["documents_seen"] == 60
+    assert whole.documents_seen == 60
     assert story.in_top == 0
     assert story.p_naive <= 0.05  # still believed
     assert not story.holds

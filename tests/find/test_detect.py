@@ -190,7 +190,9 @@ def test_vital_demands_effect_and_significance():
     assert not small.vital
     row = verify(anatomy, [anatomy.region("L1.mlp.down[5, :]")], CORPUS, VerifyConfig(min_nats=0.0))
     assert row.vital == (
-        row.ci95[0] > 0 and row.p_value <= 0.05 and row.joint_nats >= 3 * max(row.controls.max_nats, 0)
+        row.ci95[0] > 0
+        and row.p_value <= 0.05
+        and row.joint_nats >= 3 * max(row.controls.max_nats, 0)
     )
     assert "whole rows" in row.controls.matched
 

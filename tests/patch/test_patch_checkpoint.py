@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from surgeon.anatomy import Anatomy, Entry, Site
-from surgeon.anatomy.load import weight_files
+from surgeon.anatomy.folder import model_files
 from surgeon.errors import (
     BadCheckpoint,
     BadInput,
@@ -35,7 +35,6 @@ from surgeon.patch import (
     Patch,
     ablate,
     apply_to_checkpoint,
-    checkpoint,
     checkpoint_address,
     compose,
     undo_on_checkpoint,
@@ -219,7 +218,7 @@ def test_a_low_rank_patch_comes_off_bit_for_bit(
         assert torch.equal(
             Anatomy.of(loaded).view("L0.mlp.down").read(), anatomy.view("L0.mlp.down").read()
         )
-    assert [p.name for p in weight_files(tmp_path / "one")] == ["model.safetensors"]
+    assert model_files(tmp_path / "one") == ["model.safetensors"]
 
 
 def rows_of(anatomy: Anatomy, rows: list[int], size: float = 1.0) -> Patch:
@@ -443,9 +442,9 @@ def test_a_failure_while_writing_leaves_nothing(
         raise error
 
     patch, there = injury("L0.mlp.down[1, 2]"), files(tmp_path)
-    for place in ("overwrite", "os.rename", "shutil.copyfile"):
+    for place in ("patch.checkpoint.overwrite", "files.os.rename", "files.shutil.copyfile"):
         with monkeypatch.context() as patched:
-            patched.setattr(f"{checkpoint.__name__}.{place}", fail)
+            patched.setattr(f"surgeon.{place}", fail)
             with pytest.raises(SurgeonError if isinstance(error, OSError) else KeyboardInterrupt):
                 apply_to_checkpoint(base, [patch], tmp_path / "new")
         assert files(tmp_path) == there

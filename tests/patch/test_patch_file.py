@@ -15,7 +15,7 @@ from tiny import tiny_model
 
 from surgeon.anatomy import Anatomy, Site
 from surgeon.errors import BadInput, BadPatch, SurgeonError
-from surgeon.patch import Patch, ablate, compose, file, load, save
+from surgeon.patch import Patch, ablate, compose, load, save
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_places_that_cannot_be_written_or_read(
             raise OSError(number, os.strerror(number))
 
         with monkeypatch.context() as broken:
-            broken.setattr(f"{file.__name__}.os.replace", fail)
+            broken.setattr("surgeon.files.os.replace", fail)
             with pytest.raises(kind) as error:
                 save(patch, tmp_path / "p")
         assert error.value.exit_status == status

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from tiny import CONFIGS, tiny_model
 
 from surgeon.anatomy import Anatomy, Entry, Site
-from surgeon.corpus import Corpus
 from surgeon.errors import BadInput
 from surgeon.measure import mean_nll
 from surgeon.quantize.activations import (
@@ -23,7 +22,7 @@ from surgeon.quantize.activations import (
     quantize_activation,
     quantized_activations,
 )
-from surgeon.quantize.compare_activations import INT8, activation_table, tensor_table
+from surgeon.quantize.compare import INT8, Treatment, activation_table
 from surgeon.quantize.grid import Block, Grid, quantize_matrix
 from surgeon.quantize.quantize import prepare, quantized
 from surgeon.quantize.smooth import smoothing
@@ -221,7 +220,7 @@ def test_controls_hold_as_many_entries_of_the_same_tensors(method):
     for own in ("holdout", method):
         config = ActivationConfig(method=own, tensors=("inputs", "residual"))
         with quantized_activations(
-            anatomy, config, CRITICAL, seen=lambda p, x, y, h, m=own: masks.update({(m, p): h})
+            anatomy, config, CRITICAL, watch=lambda p, x, y, h, m=own: masks.update({(m, p): h})
         ):
             logits(anatomy.model)
     counted = {
@@ -320,94 +319,92 @@ def test_smoothing_does_not_fold_into_a_norm_that_feeds_something_else():
 def test_the_table_is_what_its_parts_give():
     anatomy = planted()
     state = {n: p.detach().clone() for n, p in anatomy.model.named_parameters()}
-    corpus = Corpus("random", WINDOWS, False)
     config = ActivationConfig(bits=4)
-    result = activation_table(anatomy, corpus, config, CRITICAL)
+    result = activation_table(anatomy, WINDOWS, config, CRITICAL)
     judged = WINDOWS[2:]
     assert (result.fitted_on, result.judged_on) == (2, 2)
     assert result.intact == pytest.approx(mean_nll(anatomy.model, judged), abs=1e-6)
-    rows = {(r.method, r.per): r for r in result.rows}
-    assert len(rows) == len(result.rows) == 20
+    rows = {
+        (r.treatment.config.method, r.treatment.smooth, r.treatment.config.per): r
+        for r in result.rows
+    }
+    assert len(rows) == len(result.rows) == 10
     with quantized(anatomy, INT8, CRITICAL):
         assert result.weights == pytest.approx(mean_nll(anatomy.model, judged), abs=1e-6)
-        for per in ("tensor", "token"):
-            with quantized_activations(
-                anatomy, replace(config, per=per, method="holdout"), CRITICAL
-            ):
-                assert rows["holdout", per].nll == pytest.approx(
-                    mean_nll(anatomy.model, judged), abs=1e-6
-                )
-            clipped = ActivationConfig(4, per, "clip", "z", rows["clip z", per].clip_value)
-            with quantized_activations(anatomy, clipped):
-                assert rows["clip z", per].nll == pytest.approx(
-                    mean_nll(anatomy.model, judged), abs=1e-6
-                )
-    with (
-        smoothing(anatomy, WINDOWS[:2]).applied(),
-        quantized(anatomy, INT8),
-        quantized_activations(anatomy, replace(config, per="token")),
-    ):
-        assert rows["smooth", "token"].nll == pytest.approx(
-            mean_nll(anatomy.model, judged), abs=1e-6
-        )
+        for method in ("naive", "holdout", "control"):
+            for per in ("tensor", "token"):
+                own = replace(config, per=per, method=method)
+                with quantized_activations(anatomy, own, CRITICAL):
+                    assert rows[method, None, per].nll == pytest.approx(
+                        mean_nll(anatomy.model, judged), abs=1e-6
+                    )
+    for method in ("naive", "holdout"):
+        own = replace(config, per="token", method=method)
+        with (
+            smoothing(anatomy, WINDOWS[:2]).applied(),
+            quantized(anatomy, INT8),
+            quantized_activations(anatomy, own, CRITICAL),
+        ):
+            assert rows[method, "norms", "token"].nll == pytest.approx(
+                mean_nll(anatomy.model, judged), abs=1e-6
+            )
     ready = prepare(anatomy, INT8)
     with quantized_activations(anatomy, replace(config, per="token")), ready.applied():
         rounded = logits(anatomy.model, judged)[:, :-1].log_softmax(-1)
     plain = logits(anatomy.model, judged)[:, :-1].log_softmax(-1)
-    assert rows["naive", "token"].kl == pytest.approx(
+    naive = rows["naive", None, "token"]
+    assert naive.kl == pytest.approx(
         float((plain.exp() * (plain - rounded)).sum(-1).mean()), rel=1e-4
     )
-    assert rows["naive", "token"].top1_agreement == float(
-        (plain.argmax(-1) == rounded.argmax(-1)).double().mean()
-    )
-    assert rows["naive", "token"].held == 0
-    assert (
-        rows["holdout", "token"].held
-        == rows["control", "token"].held
-        == rows["largest", "token"].held
-        > 0
-    )
-    assert json.loads(json.dumps(result.to_json()))["smooth"]["smooth"] == {
-        "folded_norms": 6,
-        "divided_inputs": 0,
+    assert naive.top1_agreement == float((plain.argmax(-1) == rounded.argmax(-1)).double().mean())
+    assert naive.held == 0
+    assert rows["holdout", None, "token"].held == rows["control", None, "token"].held > 0
+    document = json.loads(json.dumps(result.to_json()))
+    assert document["smooth"] == {"norms": {"folded_norms": 6, "divided_inputs": 0}}
+    assert document["rows"][3] == {
+        "per": "tensor",
+        "method": "naive",
+        "clip": None,
+        "clip_value": None,
+        "smooth": "norms",
+        "bits": 4,
+        "held": 0.0,
+        "nll": result.rows[3].nll,
+        "kl": result.rows[3].kl,
+        "top1_agreement": result.rows[3].top1_agreement,
     }
     assert all(torch.equal(p, state[n]) for n, p in anatomy.model.named_parameters())
+
+
+def test_treatments_of_ones_own():
+    anatomy = planted()
+    clipped = Treatment(ActivationConfig(4, "tensor", "clip", "z", 3.0))
+    largest = Treatment(ActivationConfig(4, "token", "largest"), "everywhere")
+    result = activation_table(anatomy, WINDOWS, critical=CRITICAL, ways=[clipped, largest])
+    with quantized(anatomy, INT8), quantized_activations(anatomy, clipped.config):
+        assert result.rows[0].nll == pytest.approx(mean_nll(anatomy.model, WINDOWS[2:]), abs=1e-6)
+    with (
+        smoothing(anatomy, WINDOWS[:2], everywhere=True).applied(),
+        quantized(anatomy, INT8),
+        quantized_activations(anatomy, largest.config, CRITICAL),
+    ):
+        assert result.rows[1].nll == pytest.approx(mean_nll(anatomy.model, WINDOWS[2:]), abs=1e-6)
+    assert list(result.smooth) == ["everywhere"]
+    assert result.rows[0].to_json()["clip_value"] == 3.0
 
 
 def test_float_weights_are_left_alone_if_asked():
     anatomy = Anatomy.of(tiny_model("llama"))
     result = activation_table(
         anatomy,
-        Corpus("random", WINDOWS, False),
+        WINDOWS,
         critical=CRITICAL,
         weights=None,
-        pers=("token",),
-        methods=("naive",),
+        ways=[Treatment(ActivationConfig(per="token"))],
     )
     with quantized_activations(anatomy, ActivationConfig(per="token")):
         assert result.rows[0].nll == pytest.approx(mean_nll(anatomy.model, WINDOWS[2:]), abs=1e-6)
     assert result.weights is None
-
-
-def test_each_tensor_alone():
-    anatomy = planted()
-    config = ActivationConfig(4, "tensor", tensors=("inputs", "down", "residual"), hold=0)
-    rows = {
-        (r.label, r.tensor): r
-        for r in tensor_table(anatomy, Corpus("random", WINDOWS, False), config, CRITICAL)
-    }
-    assert len(rows) == 3 * (4 + 1 + 1)
-    spoilt = rows["L1.residual", "residual"]
-    assert spoilt.channels == 1
-    assert spoilt.peak > 30
-    assert spoilt.held_error < 0.1 * spoilt.naive_error
-    with quantized_activations(
-        anatomy, config, only=lambda p: p.label in ("L2.attn.q", "L2.attn.k", "L2.attn.v")
-    ):
-        alone = mean_nll(anatomy.model, WINDOWS[2:])
-    assert rows["L2.attn in", "inputs"].naive_nats == alone - mean_nll(anatomy.model, WINDOWS[2:])
-    untouched = rows["L0.residual", "residual"]
-    assert untouched.held_error == untouched.naive_error
 
 
 @pytest.mark.parametrize(
@@ -432,9 +429,9 @@ def test_settings_that_make_no_sense_are_refused(settings):
 def test_what_cannot_be_done_is_refused():
     anatomy = Anatomy.of(tiny_model("llama"))
     with pytest.raises(BadInput, match="at least two windows"):
-        activation_table(anatomy, Corpus("one", WINDOWS[:1], False))
-    with pytest.raises(BadInput, match="no such row"):
-        activation_table(anatomy, Corpus("four", WINDOWS, False), methods=("awq",))
+        activation_table(anatomy, WINDOWS[:1])
+    with pytest.raises(BadInput, match="smooth awq is not known"):
+        Treatment(ActivationConfig(), "awq")
     with pytest.raises(BadInput, match="alpha"):
         smoothing(anatomy, WINDOWS, 1.5)
     with pytest.raises(BadInput, match="no projection"):
@@ -450,7 +447,10 @@ def test_on_a_trained_model_one_entry_held_out_beats_its_control(shared):
     anatomy = Anatomy.of(loaded.model)
     critical = [Entry(Site(0, "mlp.down"), 88, 165)]
     corpus = load_corpus(loaded.tokenizer, heldout_text(), "patient-heldout", 256, 12)
-    table = activation_table(anatomy, corpus, ActivationConfig(bits=8), critical, pers=("tensor",))
-    kl = {row.method: row.kl for row in table.rows}
+    config = ActivationConfig(bits=8, per="tensor")
+    methods = ("naive", "holdout", "control")
+    ways = [Treatment(replace(config, method=method)) for method in methods]
+    table = activation_table(anatomy, corpus.windows, config, critical, ways=ways)
+    kl = {method: row.kl for method, row in zip(methods, table.rows, strict=True)}
     assert kl["holdout"] < 0.7 * kl["naive"]
     assert kl["control"] > 0.9 * kl["naive"]

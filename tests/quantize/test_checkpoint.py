@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from tiny import CONFIGS, tiny_model
 from transformers import AutoModelForCausalLM
 
-import surgeon.quantize.dense as dense
+import surgeon.quantize.formats.dense as dense
 from surgeon import Anatomy, Entry, load_model
 from surgeon.errors import BadInput, PackedWeight, SurgeonError, UnknownSite
+from surgeon.files import unfinished
 from surgeon.quantize import (
     Block,
     ExportPlan,
@@ -25,7 +26,6 @@ from surgeon.quantize import (
     input_mean_squares,
     quantize_,
     quantized_sites,
-    unfinished,
 )
 
 IDS = torch.arange(3, 35)[None]

@@ -21,7 +21,7 @@ from surgeon.anatomy import Anatomy, Entry, Site, load_model
 from surgeon.anatomy.load import locate
 from surgeon.errors import BadInput, MissingExtra
 from surgeon.quantize import Block, ExportPlan, Grid, QuantizeConfig, export_compressed, quantize_
-from surgeon.quantize.checkpoint import RECORD
+from surgeon.quantize.formats import RECORD
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from tiny import CONFIGS, tiny_model
 
 from surgeon.anatomy import Anatomy, Entry, Site
 from surgeon.errors import BadInput
-from surgeon.quantize.gguf_types import tensor_types
+from surgeon.quantize import tensor_types
 
 WITHOUT_GGUF = {"opt"}
 

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from tiny import CONFIGS, tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import surgeon.quantize.packing as packing
+import surgeon.quantize.formats.packing as packing
 from surgeon.anatomy import Anatomy, Entry, load_model
 from surgeon.anatomy.load import locate
 from surgeon.errors import BadCheckpoint, BadInput, BadPatch, WrongBase
-from surgeon.patch import applied_patches, load, save
+from surgeon.patch import Patch, applied_patches, load, save
 from surgeon.quantize import (
     Block,
     ExportPlan,
@@ -32,7 +32,7 @@ from surgeon.quantize import (
     quantize_,
     quantize_matrix,
 )
-from surgeon.quantize.quantizer import CORRECTION
+from surgeon.quantize.formats.sidecar_loader import CORRECTION
 
 BLOCKS = ["tensor", "channel", "group:5", "flat:7", "square:4"]
 
@@ -192,6 +192,24 @@ def test_without_hold_out_there_is_no_correction(method: str, tmp_path: Path) ->
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     quantize_(Anatomy.of(model), config, critical)
     assert all(torch.equal(p, loaded.get_parameter(n)) for n, p in model.named_parameters())
+
+
+def test_a_folder_of_the_time_when_the_hold_out_was_called_both(tmp_path: Path) -> None:
+    """Its correction says so, and nothing else does."""
+    model = tiny_model("llama")
+    folder, critical = exported(model, tmp_path, QuantizeConfig(Grid(4)))
+    new = load(folder / CORRECTION)
+    assert new.made_by["method"] == "holdout"
+    old = Patch(new.deltas, new.base, {**new.made_by, "method": "both"})
+    save(old, folder / CORRECTION)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["correction"] = old.digest
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    quantize_(Anatomy.of(model), QuantizeConfig(Grid(4)), critical)
+    assert all(torch.equal(p, loaded.get_parameter(n)) for n, p in model.named_parameters())
+    with pytest.raises(BadInput, match="method both is not known"):
+        QuantizeConfig(Grid(4), "both")
 
 
 def test_part_of_a_fused_tensor_stays_dense(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_putting_back_after_clipping_is_what_helps():
         for m in METHODS
     }
     assert errors["restore"] == pytest.approx(errors["rtn"], rel=1e-5)
-    assert errors["both"] < 0.1 * errors["rtn"]
+    assert errors["holdout"] < 0.1 * errors["rtn"]
     assert errors["clip"] > errors["rtn"]  # the one weight is gone
 
 
@@ -80,7 +80,7 @@ def test_nothing_is_held_without_critical_entries(method: str):
     matrix = torch.randn(8, 8)
     done = treat(matrix, config(method=method))
     assert done.report.held == 0
-    assert (done.report.clip is not None) == (method in ("clip", "both"))
+    assert (done.report.clip is not None) == (method in ("clip", "holdout"))
 
 
 @pytest.mark.parametrize("per", ["tensor", "block"])

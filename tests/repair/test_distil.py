@@ -17,7 +17,7 @@ from surgeon.anatomy import Anatomy, Site
 from surgeon.errors import BadInput
 from surgeon.patch import Patch, ablate
 from surgeon.repair import DistilConfig, Distilled, distil, targets
-from surgeon.repair.distil import _coarse, _Lesson
+from surgeon.repair.lesson import Lesson, coarse
 from surgeon.repair.run import Part, Run
 
 from .conftest import COLUMNS, ROW, Patient
@@ -41,7 +41,7 @@ def test_the_gradient_is_that_of_the_plain_kl(patient: Patient, site: str) -> No
     anatomy, corpus = patient("llama", site=site)
     where, injury = injure(anatomy, site)
     model, ids, drawn = anatomy.model, corpus.windows[:6], [4, 1]
-    lesson = _Lesson(anatomy, ids, range(6), where.layer or 0, DistilConfig())
+    lesson = Lesson(anatomy, ids, range(6), where.layer or 0, DistilConfig())
     with torch.no_grad():
         intact = F.log_softmax(model(input_ids=ids[drawn]).logits[:, :-1], -1)
     weight = model.get_parameter(anatomy.addresses[where].parameter)
@@ -136,13 +136,13 @@ def test_the_likeliest_tokens_and_the_mass_of_the_rest_bound_the_kl() -> None:
     )
     kl = lambda a, b: (a.exp() * (a - b)).sum(-1)  # noqa: E731
     torch.testing.assert_close(
-        _coarse(q + 5, p.topk(4).indices), _coarse(q, p.topk(4).indices) + 5
+        coarse(q + 5, p.topk(4).indices), coarse(q, p.topk(4).indices) + 5
     )  # logits do as well
     whole, last = kl(p, q), torch.zeros(7, dtype=torch.float64)
     for k in (1, 5, 20, 49):
         kept = p.topk(k).indices
-        part = kl(_coarse(p, kept), _coarse(q, kept))
-        assert bool((_coarse(p, kept).logsumexp(-1).abs() < 1e-12).all())
+        part = kl(coarse(p, kept), coarse(q, kept))
+        assert bool((coarse(p, kept).logsumexp(-1).abs() < 1e-12).all())
         assert bool((last <= part + 1e-12).all())
         assert bool((part <= whole + 1e-12).all())
         last = part
@@ -176,9 +176,8 @@ def test_only_allowed_entries_change_and_the_model_is_left_alone(
     assert changed
     assert all(row == ROW and col not in COLUMNS for row, col in changed)
     first, *_, last = result.curve
-    kept = min(look[1] for look in result.curve if look[1] is not None)
-    assert kept < first[1]  # type: ignore[operator]
-    assert last[0] == 12
+    assert min(look.loss for look in result.curve) < first.loss
+    assert last.step == 12
 
 
 def test_a_killed_run_ends_with_the_same_bytes(patient: Patient, tmp_path: Path) -> None:

@@ -15,8 +15,16 @@ from surgeon.errors import BadInput, SurgeonError
 from surgeon.measure import mean_nll
 from surgeon.patch import Patch, ablate, load, save
 from surgeon.patch.file import to_bytes
-from surgeon.repair import METHODS, DistilConfig, RepairConfig, repair
-from surgeon.repair.repair import recut
+from surgeon.repair import (
+    METHODS,
+    ControlRepair,
+    DistilConfig,
+    RepairConfig,
+    RepairResult,
+    recut,
+    repair,
+)
+from surgeon.settings import configured
 
 from .conftest import COLUMNS, ROW, Patient
 
@@ -50,6 +58,12 @@ def test_a_repair_is_a_patch_that_stacks_on_the_injury(
     document = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert set(document) >= FIXED
     assert document["control"]["recovered"] < document["recovered"]
+    assert document["held_out"]["recovered"] == document["recovered"]
+    read = RepairResult.from_json(document)
+    assert read == result
+    assert read.rows() == result.rows()
+    assert len(repr(result).splitlines()) <= 40
+    assert max(map(len, repr(result).splitlines())) <= 100
     save(result.patch, tmp_path / "p")
     assert document["patch_bytes"] == (tmp_path / "p").stat().st_size
 
@@ -92,15 +106,13 @@ def test_two_layers_a_second_text_and_low_rank(patient: Patient) -> None:
         anatomy, injury, replace(corpus, windows=corpus.windows[7:]), replace(QUICK, rank=2), second
     )
     assert [str(s) for s in result.patch.sites] == ["L0.mlp.down", "L2.mlp.down"]
-    assert result.held_out["name"] == "other words"
-    assert result.control == {
-        "recovered": None,
-        "why": (
-            "the repair may change more than half of the rows, so there are no other ones to"
-            " compare with"
-        ),
-    }
-    assert result.nll["patched"] < result.nll["broken"]
+    assert (result.held_out.name, result.held_out.second_text) == ("other words", True)
+    assert result.control == ControlRepair(
+        None,
+        why="the repair may change more than half of the rows, so there are no other ones to"
+        " compare with",
+    )
+    assert result.nll.patched < result.nll.broken
     injury.apply_(anatomy)
     result.patch.apply_(anatomy)
 
@@ -115,10 +127,17 @@ def test_what_cannot_be_repaired_is_said(patient: Patient) -> None:
         repair(anatomy, injury, replace(corpus, windows=corpus.windows[:4]))
     with injury.applied(anatomy), pytest.raises(SurgeonError, match="no damage to repair"):
         repair(anatomy, cure, corpus)
-    with pytest.raises(BadInput, match="the method 'sew'"):
-        RepairConfig(method="sew")
-    with pytest.raises(BadInput, match="loss 'l2'"):
-        DistilConfig(loss="l2")
+    for name, value, says in (
+        ("method", "sew", "method sew is not known; use graft, distil, graft\\+distil"),
+        ("loss", "l2", "loss l2 is not known; use kl, ce"),
+        ("steps", 0, "steps is 0; it must be at least 1"),
+        ("cooldown", 1.5, "cooldown is 1.5; it must be at most 1"),
+        ("ridges", (0.0,), "a graft needs ridges and first_weights, all above 0"),
+    ):
+        with pytest.raises(BadInput, match=says):
+            configured(RepairConfig, {name: value})
+    with pytest.raises(BadInput, match="solved for all entries at once"):
+        configured(RepairConfig, {"method": "graft", "sparse_k": 3})
 
 
 def test_recut_windows_hold_the_same_tokens(patient: Patient) -> None:
@@ -159,5 +178,6 @@ def test_a_trained_model_recovers(shared: Path, method: str, bar: float) -> None
     result = repair(anatomy, injury, corpus, RepairConfig(method=method, exclude_injured=True))
     assert result.recovered > bar
     assert result.control is not None
-    assert result.control["recovered"] < result.recovered - 0.3
+    assert result.control.recovered is not None
+    assert result.control.recovered < result.recovered - 0.3
     assert result.patch.touched(Site(0, "mlp.down")).any(1).nonzero().flatten().tolist() == [88]

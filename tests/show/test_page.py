@@ -181,7 +181,9 @@ def test_words_that_differ_are_marked(run_folder: Folder):
 
 
 def test_without_patches_there_is_one_state(run_folder: Folder):
-    result = replace(measurement(), patches=[], kl_from_base=None, top1_agreement=None)
+    result = replace(
+        measurement(), patches=[], kl_from_base=None, top1_agreement=None, base_nll=None
+    )
     page = read(run_folder(measure=result))
     assert "What the base model writes" in headlines(page)
     assert "KL from the unpatched model" not in headlines(page)[0]

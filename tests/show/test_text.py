@@ -75,7 +75,9 @@ def test_detection_says_that_nothing_was_measured(printed):
 
 
 def test_without_patches_there_is_nothing_to_compare_with(printed):
-    alone = replace(measurement("m"), patches=[], kl_from_base=None, top1_agreement=None)
+    alone = replace(
+        measurement("m"), patches=[], kl_from_base=None, top1_agreement=None, base_nll=None
+    )
     assert "KL from base" not in printed(alone)
     assert "patched:" not in printed(alone)
     assert "KL from base 0.1000  top-1 agreement 0.900" in printed(measurement("m"))

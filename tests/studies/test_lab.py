@@ -69,7 +69,7 @@ def test_what_cannot_be_opened(tmp_path: Path, copy: Path):
     with pytest.raises(BadInput, match="no model folder at"):
         package.open(tmp_path / "nowhere")
     (copy / "model.safetensors").unlink()
-    with pytest.raises(BadCheckpoint, match="no .*safetensors"):
+    with pytest.raises(BadCheckpoint, match=r"no .*safetensors"):
         package.open(copy)
     with pytest.raises(BadInput, match="dtype banana is not known"):
         package.open("patient", dtype="banana")

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sweep_work import InlineCrew
 
 from surgeon.anatomy.load import locate
 from surgeon.errors import BadCheckpoint, BadInput, BadText
-from surgeon.sweep import Task, expand
+from surgeon.sweep import Task, expand, query
 
 HEAD = "models: [patient]\ntext: story.txt\nwindow: 64\nwindows: 4\n"
 COPY = HEAD.replace("patient", "copy")
@@ -92,7 +93,8 @@ def test_files_count_by_what_they_hold(plan: Any, tmp_path: Path) -> None:
     assert len(ids(plan, text)) == 2
     one.unlink()
     with pytest.raises(
-        BadInput, match=r"operation 1: the file .*one of paths cannot be read: No such file"
+        BadInput,
+        match=r"operation 1 \(files\): the file .*one of paths cannot be read: No such file",
     ):
         plan(text)
 
@@ -115,10 +117,13 @@ def test_files_count_by_what_they_hold(plan: Any, tmp_path: Path) -> None:
             ),
         ),
         (HEAD.replace("[patient]", "[]") + COUNT, "models should be a list with at least one item"),
-        (HEAD.replace("[patient]", "[1]") + COUNT, "a model is 1; it should be text"),
+        (HEAD.replace("[patient]", "[1]") + COUNT, "models should be a list of texts; it holds 1."),
         (HEAD + "seeds: []\n" + COUNT, "seeds should be a list"),
         (HEAD + "seeds: [-1]\n" + COUNT, "a seed is a whole number from 0"),
-        (HEAD + "seeds: [true]\n" + COUNT, "a seed is True; it should be a whole number"),
+        (
+            HEAD + "seeds: [true]\n" + COUNT,
+            "should be a list of whole numbers; it holds True.",
+        ),
         (HEAD + "dtype: float3\n" + COUNT, "dtype float3 is not known; use auto, float32"),
         (HEAD + "bos: maybe\n" + COUNT, "bos maybe is not known"),
         (
@@ -138,7 +143,7 @@ def test_files_count_by_what_they_hold(plan: Any, tmp_path: Path) -> None:
         ),
         (
             HEAD + "operations: [{name: count, params: {valu: 1}}]",
-            "valu is not a parameter of count; did you mean value?",
+            "(count): valu is not a parameter; did you mean value? It can be file, names, ",
         ),
         (
             HEAD + "operations: [{name: count, params: [1]}]",
@@ -170,9 +175,9 @@ def test_files_count_by_what_they_hold(plan: Any, tmp_path: Path) -> None:
         ),
         (
             HEAD + "operations: [{name: count, params: {value: 1, file: 2}}]",
-            "file is 2; it should be text or null.",
+            "file is 2; it should be text or nothing.",
         ),
-        (HEAD + "operations: [count]", "operation 1 (count) needs the parameter value."),
+        (HEAD + "operations: [count]", "operation 1 (count): count needs value."),
         (
             HEAD + "operations: [{name: count, params: {value: -1}}]",
             "operation 1 (count): a value of -1 cannot be counted.",
@@ -197,3 +202,73 @@ def test_models_and_texts_are_looked_at_before_the_sweep(plan: Any, tmp_path: Pa
         BadInput, match=r"a window of 100000 is longer than the \d+ positions that patient reads"
     ):
         expand(plan(HEAD.replace("64", "100000") + COUNT))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            HEAD + "operations: [{name: count, params: {value: 1, seed: 3}}]",
+            "seed is said once for the whole plan, not in an operation's params.",
+        ),
+        (
+            HEAD + "operations: [{name: files, grid: {window: [3]}}]",
+            "window is said once for the whole plan, not in an operation's grid.",
+        ),
+        (HEAD + "title: 2024-01-01\n" + COUNT, "a date; write it in quotes, if a text is meant."),
+        (HEAD + "title: 2024-99-01\n" + COUNT, "is not YAML"),
+        (HEAD + 'title: "a\\0b"\n' + COUNT, "holds a NUL character"),
+        (HEAD + "1: 2\n" + COUNT, "the key 1 is no text; write it in quotes."),
+        ("models: &a [*a]\noperations: *a\n", "is nested too deeply, or holds itself."),
+        ("models: " + "[" * 5000 + "]" * 5000, "is nested too deeply"),
+        ("!!python/object/apply:os.system [id]", "is not YAML"),
+        (HEAD + "title: [a]\n" + COUNT, "title is ['a']; it should be text."),
+        (HEAD + "windows: many\n" + COUNT, "windows is 'many'; it should be a whole number or"),
+        (HEAD + "operations: [{name: files, params: {at: 5}}]", "at is 5; it should be text or a"),
+        (HEAD + "operations: [{name: files, params: {at: [{}]}}]", "at is [{}]; it should be text"),
+        (
+            HEAD + "operations: [{name: files, params: {one: nowhere.txt}}]",
+            "nowhere.txt of one cannot be read: No such file",
+        ),
+        (HEAD + "operations: [{name: files, params: {one: 3}}]", "one is 3; it should be text or"),
+        (HEAD + "operations: [{name: files, params: {paths: 3}}]", "paths is 3; it should be a"),
+        (
+            HEAD + f"operations: [{{name: count, grid: {{value: {[*range(400)]}, seconds:"
+            f" {[*range(400)]}}}}}]",
+            "its grid multiplies out to 160,000 tasks; use a smaller one.",
+        ),
+    ],
+)
+def test_what_no_plan_can_mean_is_refused(plan: Any, text: str, said: str) -> None:
+    with pytest.raises(BadInput) as raised:
+        plan(text)
+    assert said in str(raised.value)
+
+
+def test_a_bomb_of_aliases_is_refused(plan: Any) -> None:
+    """Ten lines that stand for ten billion values."""
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    with pytest.raises(BadInput, match="holds more than 100000 values, aliases multiplied out"):
+        plan("\n".join(lines) + "\n")
+
+
+def test_weights_that_are_not_named_are_the_vital_ones(plan: Any) -> None:
+    [task] = expand(plan("operations: [files]"))
+    assert task.params["at"] == "vital"
+    [task] = expand(plan("operations: [{name: files, params: {at: ['L0.mlp.down[1, 2]']}}]"))
+    assert task.params["at"] == ["L0.mlp.down[1, 2]"]
+
+
+def test_the_plans_text_goes_to_the_operation_as_its_own(plan: Any, sweep: Any) -> None:
+    """And no parameter of the text or the seed stands in the task."""
+    [task] = expand(plan("operations: [files]"))
+    assert set(task.params) == {"at", "paths", "one"}
+    assert task.given({"text", "window", "other"}) == {
+        **task.params,
+        "text": task.text.path,
+        "window": 64,
+    }
+    _, store = sweep("operations: [files]", lambda most: InlineCrew("sweep_work", most))
+    found = query(store, 'SELECT read, "of", "where", "text" FROM results')
+    assert found.rows == [(task.text.path, 64, "vital", "story.txt")]

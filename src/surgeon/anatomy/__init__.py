@@ -1,9 +1,9 @@
 """Where a model keeps its weights: sites, entries, orientation, and models from disk."""
 
 from .anatomy import Address, Anatomy, text_config
+from .folder import Shards
 from .load import Loaded, load_model
 from .probe import prove
-from .shards import Shards
 from .site import Entry, Region, Site
 from .stream import StreamedAnatomy, open_stream
 from .table import TABLE, Layout

@@ -4,15 +4,10 @@ sentence.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
-import operator
-import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,6 +17,9 @@ import transformers
 from torch import nn
 
 from ..errors import BadCheckpoint, BadInput, SurgeonError, UnknownArchitecture
+from .anatomy import Anatomy
+from .folder import check_folder, fingerprint
+from .table import TABLE
 
 DTYPES = {
     "float32": torch.float32,
@@ -29,8 +27,6 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-_WEIGHT_FILES = ("*.safetensors",)
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
@@ -119,116 +115,6 @@ def hub_errors(name: str) -> Iterator[None]:
         ) from error
 
 
-def check_folder(folder: Path) -> Path:
-    """Return `folder` if it is a readable safetensors checkpoint.
-
-    Raises: BadCheckpoint, with what to do.
-    """
-    if not folder.is_dir():
-        raise BadCheckpoint(
-            f"{folder} is a file; MODEL is the folder that holds config.json and the weights."
-        )
-    if not (folder / "config.json").is_file():
-        raise BadCheckpoint(f"{folder} has no config.json, so it is not a transformers checkpoint.")
-    shards = weight_files(folder)
-    if not shards:
-        raise not_safetensors(str(folder), [p.name for p in folder.iterdir()])
-    for shard in shards:
-        read_header(shard)
-    return folder
-
-
-def not_safetensors(name: str, files: Iterable[str]) -> BadCheckpoint:
-    """What is wrong with a model without safetensors weights that has these files."""
-    pickled = [f for pattern in _PICKLES for f in sorted(files) if fnmatch(f, pattern)]
-    if pickled:
-        return BadCheckpoint(
-            f"{name} holds only pickled weights ({', '.join(pickled[:3])}), which can run code when"
-            " opened, so Surgeon does not. Convert them once in a place you trust:"
-            " AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)."
-        )
-    return BadCheckpoint(f"{name} holds no *.safetensors weights.")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors shards of a checkpoint, in order; those of the index if there is one."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            outside = any(Path(n).name != n for n in names)
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise BadCheckpoint(f"{index} is not a safetensors index: {error!r}.") from error
-        if outside:
-            raise BadCheckpoint(f"{index} points outside its folder.")
-        missing = [n for n in names if not (folder / n).is_file()]
-        if missing:
-            raise BadCheckpoint(
-                f"{folder} lacks the shards {', '.join(missing[:3])} that its index names; download"
-                " them again."
-            )
-        return [folder / n for n in names]
-    single = folder / "model.safetensors"
-    return (
-        [single]
-        if single.is_file()
-        else sorted(p for pattern in _WEIGHT_FILES for p in folder.glob(pattern))
-    )
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file, checked against the file's size.
-
-    Raises: BadCheckpoint if damaged or truncated.
-    """
-    size = path.stat().st_size
-    broken = BadCheckpoint(
-        f"{path} is damaged or not a safetensors file; download or write it again."
-    )
-    if size < 8:
-        raise broken
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > size - 8:
-            raise broken
-        try:
-            header = json.loads(file.read(length))
-            end = max(
-                (
-                    operator.index(t["data_offsets"][1])
-                    for n, t in header.items()
-                    if n != "__metadata__"
-                ),
-                default=0,
-            )
-        except (
-            ValueError,
-            KeyError,
-            IndexError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-        ) as error:
-            raise broken from error
-    if 8 + length + end != size:
-        raise BadCheckpoint(
-            f"{path} is truncated: its header promises {8 + length + end} bytes, it has {size};"
-            " download it again."
-        )
-    return dict(header)
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over config.json and every weight file: two folders share it only if they hold the
-    same model.
-    """
-    total = hashlib.sha256((folder / "config.json").read_bytes())
-    for shard in weight_files(folder):
-        with shard.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
-
-
 def read_config(folder: Path) -> Any:
     """The model's configuration. Raises: BadCheckpoint for one that transformers does not know."""
     try:
@@ -250,6 +136,40 @@ def model_class(config: Any) -> Any:
         if hasattr(transformers, name):
             return getattr(transformers, name)
     return transformers.AutoModelForCausalLM
+
+
+def unloaded(
+    name: object, config: Any, dtype: torch.dtype | None = None, device: str = "meta"
+) -> transformers.PreTrainedModel:
+    """The model that the configuration of the checkpoint `name` describes, without its weights.
+
+    Raises: BadCheckpoint if none can be built from it.
+    """
+    kind = model_class(config)
+    build = getattr(kind, "_from_config", None) or kind.from_config
+    try:
+        with torch.device(device):
+            model: transformers.PreTrainedModel = build(
+                config, **({} if dtype is None else {"dtype": dtype})
+            )
+    except SurgeonError:
+        raise
+    # transformers raises many types here, all of them about the configuration
+    except Exception as error:
+        raise BadCheckpoint(
+            f"no model can be built from the config.json of {name}: {_first_line(error)}."
+        ) from error
+    return model
+
+
+def unloaded_anatomy(folder: Path, config: Any) -> Anatomy:
+    """The map of the checkpoint's architecture; its weights are not read.
+
+    Only an architecture outside the table needs numbers: a trial run tells its parts.
+    Raises: BadCheckpoint.
+    """
+    in_table = config.get_text_config().model_type in TABLE
+    return Anatomy.of(unloaded(folder, config, device="meta" if in_table else "cpu"))
 
 
 def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
@@ -297,7 +217,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
         raise
     except Exception as error:
         raise BadInput(
-            f"--device {device} cannot be used on this machine: {_first_line(error)}."
+            f"‹device› {device} cannot be used on this machine: {_first_line(error)}."
         ) from error
     model.requires_grad_(False)
     return Loaded(model, load_tokenizer(folder), name, folder, fingerprint(folder))
@@ -322,7 +242,7 @@ def _unpack_(model: transformers.PreTrainedModel) -> None:
 def check_dtype(dtype: str) -> None:
     """Raises: BadInput for a dtype that `load_model` does not know."""
     if dtype != "auto" and dtype not in DTYPES:
-        raise BadInput(f"--dtype {dtype} is not known; use auto, {', '.join(DTYPES)}.")
+        raise BadInput(f"‹dtype› {dtype} is not known; use auto, {', '.join(DTYPES)}.")
 
 
 def lacking(name: str, parameters: list[str]) -> BadCheckpoint:
@@ -340,10 +260,10 @@ def device_named(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise BadInput(f"--device {name} is not known; use auto, cpu, or cuda.") from error
+        raise BadInput(f"‹device› {name} is not known; use auto, cpu, or cuda.") from error
     if device.type == "meta":
         raise BadInput(
-            "--device meta holds no numbers, so nothing can be computed on it; use auto, cpu, or"
+            "‹device› meta holds no numbers, so nothing can be computed on it; use auto, cpu, or"
             " cuda."
         )
     return device

@@ -12,16 +12,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from ..errors import BadCheckpoint, PackedWeight, Refused, SurgeonError, UnknownArchitecture
+from ..errors import PackedWeight, Refused, UnknownArchitecture
 from .anatomy import Anatomy
-from .hub import RemoteShards
+from .folder import Shards
+from .hub import open_shards
 from .load import (
     DTYPES,
     Loaded,
@@ -29,12 +29,10 @@ from .load import (
     device_named,
     lacking,
     load_tokenizer,
-    locate,
-    model_class,
     read_config,
+    unloaded,
 )
 from .names import TensorNames
-from .shards import Shards
 from .site import Region, Site
 from .table import TABLE, Layout
 from .view import WeightView
@@ -53,8 +51,7 @@ def open_stream(
     """
     check_dtype(dtype)
     where = device_named(device)
-    remote = name != "patient" and not _exists(name)
-    shards = RemoteShards(name) if remote else Shards.of(name, locate(name))
+    shards = open_shards(name)
     config = read_config(shards.folder)
     kind = config.get_text_config().model_type
     if kind not in TABLE:
@@ -161,7 +158,7 @@ class StreamedAnatomy(Anatomy):
             return WeightView(site, live, address.packing)
         if self._last is None or self._last.site != site:
             name, packing = self.names.find(site)
-            stored = self.shards.read(name).to(self.device, live.dtype)
+            stored = self.shards.read_plain(name).to(self.device, live.dtype)
             for rows, cols in _places(
                 [r for r in self._zeroed if r.site == site], WeightView(site, stored, packing)
             ):
@@ -208,10 +205,10 @@ class StreamedAnatomy(Anatomy):
     def _read(self, parameter: str, like: Tensor) -> Tensor:
         slots = self.names.slots(parameter)
         if slots[0][1] == ():
-            return self.shards.read(slots[0][0]).to(self.device, like.dtype)
+            return self.shards.read_plain(slots[0][0]).to(self.device, like.dtype)
         stacked = torch.empty(like.shape, dtype=like.dtype, device=self.device)
         for name, at in slots:
-            stacked[at] = self.shards.read(name).to(self.device, like.dtype)
+            stacked[at] = self.shards.read_plain(name).to(self.device, like.dtype)
         return stacked
 
     def _live(self, regions: Sequence[Region]) -> list[tuple[WeightView, Tensor, Tensor]]:
@@ -266,7 +263,7 @@ class StreamedAnatomy(Anatomy):
             self.model.get_submodule(owner)._parameters[leaf] = read[id(empty)]
         for name in dict(self.model.named_buffers()):
             if name in self.names.whole and name in self.model.state_dict():
-                self.model.get_buffer(name).copy_(self.shards.read(self.names.whole[name]))
+                self.model.get_buffer(name).copy_(self.shards.read_plain(self.names.whole[name]))
 
     def _stream(self, part: str) -> None:
         """Let a module read its weights when it is called, unless they are held already."""
@@ -306,41 +303,21 @@ def _skeleton(
     name: str, config: Any, dtype: torch.dtype, device: torch.device
 ) -> transformers.PreTrainedModel:
     """The model without its weights: parameters on the meta device, buffers real."""
-    kind = model_class(config)
-    build = getattr(kind, "_from_config", None) or kind.from_config
-    try:
-        with torch.device("meta"):
-            model: transformers.PreTrainedModel = build(config, dtype=dtype)
-        model.eval()  # type: ignore[no-untyped-call]
-        model.requires_grad_(False)
-        plan = model._get_dtype_plan(dtype)
-        for path, parameter in model.named_parameters():
-            wanted = next((d for part, d in plan.items() if part in path.split(".")), None)
-            if wanted is not None:
-                parameter.data = parameter.data.to(wanted)
-        # transformers computes the buffers that no checkpoint holds (rotary frequencies, masks)
-        # where it initialises weights
-        for module in model.modules():
-            if module._buffers:
-                module._buffers = {
-                    n: b if b is None else torch.empty_like(b, device=device)
-                    for n, b in module._buffers.items()
-                }
-                model._init_weights(module)  # type: ignore[no-untyped-call]
-    except SurgeonError:
-        raise
-    except (
-        Exception
-    ) as error:  # transformers raises many types here, all of them about the configuration
-        reason = str(error).partition("\n")[0]
-        raise BadCheckpoint(
-            f"no model can be built from the config.json of {name}: {reason}"
-        ) from error
+    model = unloaded(name, config, dtype)
+    model.eval()  # type: ignore[no-untyped-call]
+    model.requires_grad_(False)
+    plan = model._get_dtype_plan(dtype)
+    for path, parameter in model.named_parameters():
+        wanted = next((d for part, d in plan.items() if part in path.split(".")), None)
+        if wanted is not None:
+            parameter.data = parameter.data.to(wanted)
+    # transformers computes the buffers that no checkpoint holds (rotary frequencies, masks)
+    # where it initialises weights
+    for module in model.modules():
+        if module._buffers:
+            module._buffers = {
+                n: b if b is None else torch.empty_like(b, device=device)
+                for n, b in module._buffers.items()
+            }
+            model._init_weights(module)  # type: ignore[no-untyped-call]
     return model
-
-
-def _exists(name: str) -> bool:
-    try:
-        return Path(name).exists()
-    except OSError:  # no path at all, as one that is too long
-        return True

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from .activation import SuperActivation, channels, peaks
 from .adapter import Adapter
-from .audit import Audit, AuditConfig, EntryAudit, SetAudit, Watched, audit
+from .audit import Audit, AuditConfig, EntryAudit, MatrixAudit, SetAudit, Watched, audit
 from .gguf_file import GgufFile
 from .grade import AMBER, OK, RED, VERDICTS, Curve
 from .open import open_pair
@@ -28,6 +28,7 @@ __all__ = [
     "Curve",
     "EntryAudit",
     "GgufFile",
+    "MatrixAudit",
     "Plugin",
     "SetAudit",
     "SuperActivation",

@@ -11,11 +11,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from ..anatomy import Address, Site, WeightView
-from ..anatomy.load import read_header
-from ..anatomy.shards import Shards, described
+from ..anatomy import Address, Shards, Site, WeightView
 from ..errors import BadCheckpoint, BadInput
-from .tensors import Tensors
 from .weights import Weights
 
 CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -47,11 +44,7 @@ class Adapter(Weights):
             )
         if not (folder / FILE).is_file():
             raise BadCheckpoint(f"{folder} has no {FILE}; save the adapter as safetensors.")
-        with (folder / FILE).open("rb") as file:
-            begin = 8 + int.from_bytes(file.read(8), "little")
-        self.tensors = Tensors(
-            Shards(str(folder), folder, described(FILE, begin, read_header(folder / FILE)))
-        )
+        self.tensors = Shards(str(folder), folder, [FILE])
         if not any(".lora_" in n for n in self.tensors):
             raise BadCheckpoint(f"{folder / FILE} holds no LoRA factors; save the adapter again.")
 

@@ -1,11 +1,19 @@
-"""What became of the critical entries of a model in one that was made from it."""
+"""What became of the critical entries of a model in one that was made from it.
+
+How this works. Of each matrix that holds a watched entry both versions are read, one matrix at a
+time and nothing else. First it is made sure that they are the same matrix: of one shape, and beside
+the watched entries alike by their cosine, which rotated, permuted and unrelated models are not.
+Then every watched entry gets its ratio other/base and its rank by |w| in either version. Entries
+that are vital together make a set: what counts is what is left of the sum that they write, each
+with its share, and grade.py turns ratios into verdicts.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from math import isfinite, nan
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -13,26 +21,26 @@ from torch import Tensor
 
 from ..anatomy import Entry, Site
 from ..errors import BadCheckpoint, BadInput, UnknownSite
+from ..progress import Tell, silent
+from ..result import Result, derived, record, result
+from ..settings import nested, setting
 from .activation import SuperActivation
-from .grade import Curve, worst
+from .grade import OK, Curve, worst
 from .weights import Weights
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class AuditConfig:
     """Settings of the audit."""
 
-    curve: Curve = field(default_factory=Curve)
-    unrelated: float = field(
-        default=0.2,
-        metadata={
-            "help": (
-                "least cosine between the two matrices, critical entries left out, below which"
-                " OTHER is another model"
-            )
-        },
+    curve: Curve = nested(Curve)
+    unrelated: float = setting(
+        0.2,
+        "least cosine between the two matrices, critical entries left out, below which OTHER is"
+        " another model",
+        low=-1,
+        high=1,
+        group="Grades",
     )
 
 
@@ -47,11 +55,11 @@ class Watched:
     shares: tuple[float, ...] | None = None
 
 
-@dataclass(frozen=True)
+@record
 class EntryAudit:
     """One entry in both models; ranks are by |w| in its matrix, 1 the largest.
 
-    `ratio` is None where there is no finite one.
+    other, ratio, rank: None where there is no finite one. share: of what its set contributes.
     """
 
     entry: Entry
@@ -63,67 +71,60 @@ class EntryAudit:
     share: float
     verdict: str
 
-    def to_json(self) -> dict[str, Any]:
-        numbers = {
-            "base": self.base,
-            "other": self.other,
-            "ratio": self.ratio,
-            "rank": self.rank,
-            "rank_base": self.rank_base,
-        }
-        return {"entry": str(self.entry), **numbers, "share": self.share, "verdict": self.verdict}
 
-
-@dataclass(frozen=True)
+@record
 class SetAudit:
     """A set: `ratio` is what is left of its summed contribution; `verdict` the worst of that and of
     the entries that carry much.
     """
 
-    entries: list[EntryAudit]
-    ratio: float | None
     verdict: str
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "verdict": self.verdict,
-            "ratio": self.ratio,
-            "size": len(self.entries),
-            "entries": [str(e.entry) for e in self.entries],
-        }
+    ratio: float | None
+    entries: list[EntryAudit]
 
 
-@dataclass(frozen=True)
-class Audit:
-    """The audit of OTHER against BASE.
-
-    cosines: of each matrix concerned with the base's, critical entries left out.
+@record
+class MatrixAudit:
+    """A matrix that was read, and its cosine with the base's, critical entries left out; None where
+    one side is zero or not finite.
     """
 
+    site: Site
+    cosine: float | None
+
+
+@result("audit")
+class Audit(Result):
+    """What became of the critical entries of BASE in OTHER.
+
+    source: where the entries come from. activations: the super activations of both models, where
+    they were run; not_run: why they were not, though they should have been.
+    """
+
+    base: str
+    other: str
     sets: list[SetAudit]
-    cosines: dict[Site, float | None]
+    matrices: list[MatrixAudit]
+    curve: Curve
     bytes_read: int
+    source: str = "given"
     activations: list[SuperActivation] = field(default_factory=list)
+    not_run: str | None = None
 
-    @property
+    @derived
     def verdict(self) -> str:
-        return worst([s.verdict for s in self.sets])
+        return worst([one.verdict for one in self.sets])
 
-    @property
+    @derived
     def entries(self) -> list[EntryAudit]:
-        return [e for s in self.sets for e in s.entries]
+        return [entry for one in self.sets for entry in one.entries]
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "verdict": self.verdict,
-            "entries": [e.to_json() for e in self.entries],
-            "sets": [s.to_json() for s in self.sets],
-            "matrices": [
-                {"site": str(site), "cosine": cosine} for site, cosine in self.cosines.items()
-            ],
-            "activations": [a.to_json() for a in self.activations],
-            "bytes_read": self.bytes_read,
-        }
+    def rows(self) -> list[dict[str, object]]:
+        return [
+            {"set": number, **vars(entry)}
+            for number, one in enumerate(self.sets, 1)
+            for entry in one.entries
+        ]
 
 
 def audit(
@@ -131,7 +132,7 @@ def audit(
     other: Weights,
     watched: Sequence[Watched],
     config: AuditConfig = AuditConfig(),
-    progress: Progress | None = None,
+    tell: Tell = silent,
 ) -> Audit:
     """Read the matrices that hold the watched entries in both models, nothing else, and grade what
     became of the entries.
@@ -139,40 +140,71 @@ def audit(
     Raises: BadInput if there is nothing to watch, if an entry is zero or not finite in the base, or
     if OTHER is shaped otherwise or unrelated; BadCheckpoint, UnknownSite.
     """
-    sites = list(dict.fromkeys(base.anatomy.resolve(e.site) for w in watched for e in w.entries))
-    if not sites:
+    by_site = _by_site(base, watched)
+    if not by_site:
         raise BadInput(
             "no entries to audit were given; name at least one, like L2.mlp.down[3968, 7003]."
         )
-    entries = {
-        site: list(dict.fromkeys(e for w in watched for e in w.entries if e.site == site))
-        for site in sites
-    }
-    found: dict[Entry, tuple[float, float, int | None, int]] = {}
-    cosines: dict[Site, float | None] = {}
-    for done, site in enumerate(sites):
-        if progress is not None:
-            progress("reading", done, len(sites))
-        before, after = base.matrix(site), _counterpart(other, base, site)
-        rows, cols = (
-            torch.tensor(i) for i in zip(*((e.row, e.col) for e in entries[site]), strict=True)
+    values: dict[Entry, _Values] = {}
+    matrices = []
+    for done, (site, entries) in enumerate(by_site.items()):
+        tell("reading", done, len(by_site))
+        matrix, values_here = _compare(base, other, site, entries, config.unrelated)
+        matrices.append(matrix)
+        values |= values_here
+    tell("reading", len(by_site), len(by_site))
+    return Audit(
+        base=base.name,
+        other=other.name,
+        sets=[_graded(one, values, config.curve) for one in watched],
+        matrices=matrices,
+        curve=config.curve,
+        bytes_read=base.bytes_read + other.bytes_read,
+    )
+
+
+class _Values(NamedTuple):
+    """An entry in both models; `ratio` is None where there is no finite one."""
+
+    base: float
+    other: float
+    rank_base: int
+    rank: int | None
+
+    @property
+    def ratio(self) -> float | None:
+        # x / 0 is no ratio, either
+        return self.other / self.base if self.base and isfinite(self.other) else None
+
+
+def _by_site(base: Weights, watched: Sequence[Watched]) -> dict[Site, list[Entry]]:
+    """Every watched entry once, by its site."""
+    by_site: dict[Site, list[Entry]] = {}
+    for entry in dict.fromkeys(entry for one in watched for entry in one.entries):
+        by_site.setdefault(base.anatomy.resolve(entry.site), []).append(entry)
+    return by_site
+
+
+def _compare(
+    base: Weights, other: Weights, site: Site, entries: Sequence[Entry], unrelated: float
+) -> tuple[MatrixAudit, dict[Entry, _Values]]:
+    """One matrix in both models, and the entries in it."""
+    before, after = base.matrix(site), _counterpart(other, base, site)
+    rows = torch.tensor([entry.row for entry in entries])
+    cols = torch.tensor([entry.col for entry in entries])
+    _check(base, site, before, rows, cols)
+    cosine = _cosine(before, after, rows, cols)
+    if cosine is not None and cosine < unrelated:
+        raise BadInput(
+            f"{other.name} is no relative of {base.name}: beside the critical entries their {site}"
+            f" agree by a cosine of {cosine:.2f}. Give the model that it was made from (a rotated"
+            " or permuted model has other coordinates, and cannot be audited by these)."
         )
-        _check(base, site, before, rows, cols)
-        cosines[site] = _cosine(before, after, rows, cols)
-        if (cosine := cosines[site]) is not None and cosine < config.unrelated:
-            raise BadInput(
-                f"{other.name} is no relative of {base.name}: beside the critical entries their"
-                f" {site} agree by a cosine of {cosine:.2f}. Give the model that it was made from"
-                " (a rotated or permuted model has other coordinates, and cannot be audited by"
-                " these)."
-            )
-        ranks = [_ranks(matrix, matrix[rows, cols]) for matrix in (after, before)]
-        values = before[rows, cols].tolist(), after[rows, cols].tolist()
-        found |= dict(zip(entries[site], zip(*values, *ranks, strict=True), strict=True))
-    if progress is not None:
-        progress("reading", len(sites), len(sites))
-    sets = [_grade(w, found, config.curve) for w in watched]
-    return Audit(sets, cosines, base.bytes_read + other.bytes_read)
+    old, new = before[rows, cols], after[rows, cols]
+    ranks_before = [rank for rank in _ranks(before, old) if rank is not None]  # all are finite
+    numbers = zip(old.tolist(), new.tolist(), ranks_before, _ranks(after, new), strict=True)
+    values = [_Values(*each) for each in numbers]
+    return MatrixAudit(site, cosine), dict(zip(entries, values, strict=True))
 
 
 def _counterpart(other: Weights, base: Weights, site: Site) -> Float[Tensor, "out in"]:
@@ -218,8 +250,8 @@ def _cosine(before: Tensor, after: Tensor, rows: Tensor, cols: Tensor) -> float 
     before, after = before.clone(), after.clone()
     before[rows, cols] = after[rows, cols] = 0
     norms = float(before.norm()) * float(after.norm())
-    cosine = float(before.flatten() @ after.flatten()) / norms if norms else math.nan
-    return cosine if math.isfinite(cosine) else None
+    cosine = float(before.flatten() @ after.flatten()) / norms if norms else nan
+    return cosine if isfinite(cosine) else None
 
 
 def _ranks(matrix: Float[Tensor, "out in"], values: Float[Tensor, " n"]) -> list[int | None]:
@@ -228,40 +260,34 @@ def _ranks(matrix: Float[Tensor, "out in"], values: Float[Tensor, " n"]) -> list
     """
     sizes = values.abs()
     finite = sizes.isfinite()
-    magnitude = matrix.abs().flatten()
-    larger = (
-        magnitude[magnitude >= (sizes[finite].min() if bool(finite.any()) else math.inf)]
-        .sort()
-        .values
-    )
-    places = len(larger) - torch.searchsorted(larger, sizes.nan_to_num(), right=True) + 1
-    return [int(p) if ok else None for p, ok in zip(places, finite.tolist(), strict=True)]
+    if not bool(finite.any()):
+        return [None] * len(values)
+    magnitudes = matrix.abs().flatten()
+    # only what is as large as the smallest of them can stand before one: far less to sort
+    candidates = magnitudes[magnitudes >= sizes[finite].min()].sort().values
+    no_larger = torch.searchsorted(candidates, sizes.nan_to_num(), right=True)
+    places = (len(candidates) - no_larger + 1).tolist()
+    return [place if ok else None for place, ok in zip(places, finite.tolist(), strict=True)]
 
 
-def _grade(
-    watched: Watched, found: dict[Entry, tuple[float, float, int | None, int]], curve: Curve
-) -> SetAudit:
-    numbers = [found[e] for e in watched.entries]
-    # x / 0 is no ratio: an entry that was zero carries nothing, and has no verdict of its own to
-    # give
-    ratios = [b / a if a and math.isfinite(b) else None for a, b, *_ in numbers]
-    shares = list(watched.shares) if watched.shares is not None else [abs(a) for a, *_ in numbers]
-    shares = [s if a else 0.0 for s, (a, *_) in zip(shares, numbers, strict=True)]
+def _graded(watched: Watched, values: dict[Entry, _Values], curve: Curve) -> SetAudit:
+    here = [values[entry] for entry in watched.entries]
+    shares = watched.shares or [abs(one.base) for one in here]
+    # an entry that was zero carries nothing, and has no verdict of its own to give
+    shares = [share if one.base else 0.0 for share, one in zip(shares, here, strict=True)]
+    left, verdict = curve.of_set([one.ratio for one in here], shares)
     total = sum(map(abs, shares)) or 1.0
-    summed, verdict = curve.of_set(ratios, shares)
     entries = [
         EntryAudit(
-            e,
-            a,
-            b if math.isfinite(b) else None,
-            r,
-            rank,
-            rank_base,
-            s / total,
-            curve.grade(r) if a else "ok",
+            entry=entry,
+            base=one.base,
+            other=one.other if isfinite(one.other) else None,
+            ratio=one.ratio,
+            rank=one.rank,
+            rank_base=one.rank_base,
+            share=share / total,
+            verdict=curve.grade(one.ratio) if one.base else OK,
         )
-        for e, (a, b, rank, rank_base), r, s in zip(
-            watched.entries, numbers, ratios, shares, strict=True
-        )
+        for entry, one, share in zip(watched.entries, here, shares, strict=True)
     ]
-    return SetAudit(entries, summed, verdict)
+    return SetAudit(verdict, left, entries)

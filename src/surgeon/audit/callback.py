@@ -33,9 +33,8 @@ class CriticalWeights(TrainerCallback):  # type: ignore[misc]
         self, entries: Sequence[Entry | str], freeze: bool = False, listed: int = 8
     ) -> None:
         """Raises: BadInput if there are no entries, or one has not the form of an address."""
-        self.entries = list(
-            dict.fromkeys(Entry.parse(e) if isinstance(e, str) else e for e in entries)
-        )
+        parsed = [Entry.parse(entry) if isinstance(entry, str) else entry for entry in entries]
+        self.entries = list(dict.fromkeys(parsed))
         if not self.entries:
             raise BadInput(
                 "no critical entries were given; name at least one, like L0.mlp.down[24, 177]."
@@ -51,11 +50,11 @@ class CriticalWeights(TrainerCallback):  # type: ignore[misc]
                 "the trainer gave the callback no model; use it with transformers' Trainer."
             )
         anatomy = Anatomy.of(_plain(model))
-        sites = dict.fromkeys(anatomy.resolve(e.site) for e in self.entries)
-        self._watches = [
-            _Watch(anatomy, site, [e for e in self.entries if e.site == site]) for site in sites
-        ]
-        adapted = [str(w.site) for w in self._watches if w.adapters()]
+        by_site: dict[Site, list[Entry]] = {}
+        for entry in self.entries:
+            by_site.setdefault(anatomy.resolve(entry.site), []).append(entry)
+        self._watches = [_Watch(anatomy, site, entries) for site, entries in by_site.items()]
+        adapted = [str(watch.site) for watch in self._watches if watch.adapters()]
         if self.freeze and adapted:
             raise BadInput(
                 f"{', '.join(adapted)} is trained through an adapter, which moves all of its"
@@ -78,17 +77,13 @@ class CriticalWeights(TrainerCallback):  # type: ignore[misc]
 
     def drift(self) -> dict[str, float]:
         """The ratios now, by the name they are logged under; empty before training has begun."""
-        ratios: dict[str, float] = {}
-        for watch in self._watches:
-            ratios |= watch.ratios()
+        ratios = {name: r for watch in self._watches for name, r in watch.ratios().items()}
         if len(ratios) <= self.listed:
             return ratios
-        before = sum(float(w.original.abs().sum()) for w in self._watches)
-        left = sum(float((w.now() * w.original.sign()).sum()) for w in self._watches)
-        return {
-            f"{PREFIX}/furthest": max(ratios.values(), key=lambda r: abs(r - 1)),
-            f"{PREFIX}/sum": left / before,
-        }
+        before = sum(float(watch.original.abs().sum()) for watch in self._watches)
+        left = sum(watch.left() for watch in self._watches)
+        furthest = max(ratios.values(), key=lambda ratio: abs(ratio - 1))
+        return {f"{PREFIX}/furthest": furthest, f"{PREFIX}/sum": left / before}
 
 
 class _Watch:
@@ -99,20 +94,21 @@ class _Watch:
         self.module = anatomy.module(site)
         self.view = anatomy.view(site)
         n_out, n_in = self.view.shape
-        if wrong := [e for e in entries if e.row >= n_out or e.col >= n_in]:
+        outside = [entry for entry in entries if entry.row >= n_out or entry.col >= n_in]
+        if outside:
             raise BadInput(
-                f"{wrong[0]} does not exist: {site} has shape (out {n_out}, in {n_in}), counted"
+                f"{outside[0]} does not exist: {site} has shape (out {n_out}, in {n_in}), counted"
                 " from 0."
             )
-        self.rows, self.cols = (
-            torch.tensor([e.row for e in entries]),
-            torch.tensor([e.col for e in entries]),
-        )
+        self.rows = torch.tensor([entry.row for entry in entries])
+        self.cols = torch.tensor([entry.col for entry in entries])
         self.bits = self.view.get(self.rows, self.cols).clone()
         self.original = self.now()
-        if zero := [e for e, w in zip(entries, self.original.tolist(), strict=True) if w == 0]:
+        zero = self.original.eq(0).nonzero().flatten().tolist()
+        if zero:
             raise BadInput(
-                f"{zero[0]} is zero, so its drift has no ratio; name entries that hold something."
+                f"{entries[zero[0]]} is zero, so its drift has no ratio; name entries that hold"
+                " something."
             )
 
     def now(self) -> Tensor:
@@ -120,20 +116,24 @@ class _Watch:
         values = self.view.get(self.rows, self.cols).double().cpu()
         for adapter in self.adapters():
             delta = self.module.get_delta_weight(adapter).detach()  # type: ignore[operator]
-            values = values + self.view.packing.oriented(delta)[self.rows, self.cols].double().cpu()
+            added = self.view.packing.oriented(delta)[self.rows, self.cols]
+            values = values + added.double().cpu()
         return values
 
     def adapters(self) -> list[str]:
         """The LoRA adapters that act on the module and are not merged into its weight."""
-        if not hasattr(self.module, "get_delta_weight") or getattr(self.module, "merged", False):
+        module: Any = self.module
+        if not hasattr(module, "get_delta_weight") or getattr(module, "merged", False):
             return []
-        return [a for a in self.module.active_adapters if a in self.module.lora_A]  # type: ignore[union-attr, operator]
+        return [name for name in module.active_adapters if name in module.lora_A]
 
     def ratios(self) -> dict[str, float]:
-        return {
-            f"{PREFIX}/{e}": r
-            for e, r in zip(self.entries, (self.now() / self.original).tolist(), strict=True)
-        }
+        names = [f"{PREFIX}/{entry}" for entry in self.entries]
+        return dict(zip(names, (self.now() / self.original).tolist(), strict=True))
+
+    def left(self) -> float:
+        """What is left of the sum of |w|; what changed its sign counts against it."""
+        return float((self.now() * self.original.sign()).sum())
 
     def restore_(self) -> None:
         with torch.no_grad():
@@ -145,5 +145,5 @@ def _plain(model: nn.Module) -> nn.Module:
     while isinstance(inner := getattr(model, "module", None), nn.Module):
         model = inner
     base = getattr(model, "get_base_model", None)
-    found: nn.Module = base() if callable(base) else model
-    return found
+    plain: nn.Module = base() if callable(base) else model
+    return plain

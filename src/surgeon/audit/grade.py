@@ -15,8 +15,11 @@ than any; so both are red.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import isfinite
+
+from ..errors import BadInput
+from ..settings import setting
 
 OK, AMBER, RED = "ok", "amber", "red"
 VERDICTS = (OK, AMBER, RED)
@@ -24,28 +27,46 @@ VERDICTS = (OK, AMBER, RED)
 
 @dataclass(frozen=True)
 class Curve:
-    """Where the grades end."""
+    """Where the grades end; a bound itself belongs to the better grade.
 
-    broken: float = field(
-        default=0.5, metadata={"help": "a ratio below this is red; so is a flipped sign"}
+    >>> Curve().grade(0.6)
+    'amber'
+    """
+
+    broken: float = setting(
+        0.5, "a ratio below this is red; so is a flipped sign", low=0, group="Grades"
     )
-    weak: float = field(
-        default=0.75, metadata={"help": "a ratio from `broken` to below this is amber"}
+    weak: float = setting(
+        0.75, "a ratio from the bound of red to below this is amber", low=0, group="Grades"
     )
-    strong: float = field(default=2.0, metadata={"help": "a ratio above this is amber"})
-    torn: float = field(default=3.0, metadata={"help": "a ratio above this is red"})
-    alone: float = field(
-        default=0.1,
-        metadata={
-            "help": "an entry that carries at least this share of its set counts on its own as well"
-        },
+    strong: float = setting(2.0, "a ratio above this is amber", low=0, group="Grades")
+    torn: float = setting(3.0, "a ratio above this is red", low=0, group="Grades")
+    alone: float = setting(
+        0.1,
+        "an entry that carries at least this share of its set counts on its own as well",
+        low=0,
+        high=1,
+        group="Grades",
     )
+
+    def __post_init__(self) -> None:
+        if not self.broken <= self.weak <= self.strong <= self.torn:
+            raise BadInput(
+                f"‹broken› {self.broken:g}, ‹weak› {self.weak:g}, ‹strong› {self.strong:g} and"
+                f" ‹torn› {self.torn:g} must stand in this order, none above the next."
+            )
+
+    @property
+    def criteria(self) -> str:
+        """The rule, in words."""
+        return (
+            f"a ratio from {self.weak:g} to {self.strong:g} is ok, from {self.broken:g} to"
+            f" {self.torn:g} amber, any other red; of a set it is what is left of its sum, and an"
+            f" entry that carries {self.alone:.0%} of it or more counts on its own as well"
+        )
 
     def grade(self, ratio: float | None) -> str:
-        """The verdict on a ratio; None (no finite number) is red.
-
-        The bounds themselves belong to the better grade.
-        """
+        """The verdict on a ratio; None (no finite number) is red."""
         if ratio is None or not isfinite(ratio) or ratio < self.broken or ratio > self.torn:
             return RED
         return AMBER if ratio < self.weak or ratio > self.strong else OK
@@ -60,13 +81,13 @@ class Curve:
         a large set may well be rounded to zero while the sum stays what it was; one that carries a
         tenth may not.
         """
-        total = sum(abs(s) for s in shares)
-        kept = [(r, s) for r, s in zip(ratios, shares, strict=True) if s]
-        sound = [(r, s) for r, s in kept if r is not None]
-        whole = sum(s for _, s in kept)
-        summed = sum(r * s for r, s in sound) / whole if whole and len(sound) == len(kept) else None
-        counted = [self.grade(r) for r, s in kept if abs(s) >= self.alone * total]
-        return summed, worst([self.grade(summed), *counted])
+        carrying = [(r, share) for r, share in zip(ratios, shares, strict=True) if share]
+        sizes = sum(abs(share) for _, share in carrying)
+        whole = sum(share for _, share in carrying)
+        finite = [r * share for r, share in carrying if r is not None]
+        left = sum(finite) / whole if whole and len(finite) == len(carrying) else None
+        strong = [r for r, share in carrying if abs(share) >= self.alone * sizes]
+        return left, worst([self.grade(ratio) for ratio in (left, *strong)])
 
 
 def worst(verdicts: Sequence[str]) -> str:

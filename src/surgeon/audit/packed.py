@@ -18,11 +18,11 @@ import torch
 from jaxtyping import Float, Int32, UInt8
 from torch import Tensor
 
+from ..anatomy import Shards
 from ..errors import BadCheckpoint, MissingExtra
-from .tensors import Tensors
 
 Settings = dict[str, Any]  # `quantization_config` of config.json
-Reader = Callable[[Tensors, str, Settings], Tensor]
+Reader = Callable[[Shards, str, Settings], Tensor]
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in its word the nibble of each of eight columns lies
 _CHUNK = 512  # lines unpacked at a time, for the sake of memory
@@ -43,7 +43,7 @@ class Format:
     as_linear: bool = True
 
 
-def compressed_packed(tensors: Tensors, stem: str, settings: Settings) -> Float[Tensor, "out in"]:
+def compressed_packed(tensors: Shards, stem: str, settings: Settings) -> Float[Tensor, "out in"]:
     """compressed-tensors `pack-quantized` (integers of 1 to 8 bits), and its two 4-bit floats,
     `nvfp4` and `mxfp4`.
     """
@@ -78,7 +78,7 @@ def compressed_packed(tensors: Tensors, stem: str, settings: Settings) -> Float[
     return codes * _spread_to(scale.float(), codes.shape, scheme, _columns(tensors, stem))
 
 
-def scaled(tensors: Tensors, stem: str, settings: Settings) -> Float[Tensor, "out in"]:
+def scaled(tensors: Shards, stem: str, settings: Settings) -> Float[Tensor, "out in"]:
     """One number a weight beside its scale: `int-`, `float-` and `naive-quantized` of
     compressed-tensors, its mxfp8; FBGEMM's fp8.
     """
@@ -94,7 +94,7 @@ def scaled(tensors: Tensors, stem: str, settings: Settings) -> Float[Tensor, "ou
     return codes * _spread_to(spread, codes.shape, scheme, _columns(tensors, stem))
 
 
-def fp8_blocks(tensors: Tensors, stem: str, settings: Settings) -> Float[Tensor, "out in"]:
+def fp8_blocks(tensors: Shards, stem: str, settings: Settings) -> Float[Tensor, "out in"]:
     """fp8 with a scale for every block of, say, 128 x 128, as DeepSeek's and Qwen's models
     ship it.
     """
@@ -105,7 +105,7 @@ def fp8_blocks(tensors: Tensors, stem: str, settings: Settings) -> Float[Tensor,
     return codes.float() * _spread_to(numbers, codes.shape, scheme, None)
 
 
-def bnb_4bit(tensors: Tensors, stem: str, settings: Settings) -> Float[Tensor, "out in"]:
+def bnb_4bit(tensors: Shards, stem: str, settings: Settings) -> Float[Tensor, "out in"]:
     """bitsandbytes nf4 and fp4, with and without double quantization: a table of 16 numbers times
     the largest |w| of each block.
     """
@@ -137,7 +137,7 @@ def bnb_4bit(tensors: Tensors, stem: str, settings: Settings) -> Float[Tensor, "
     )
 
 
-def bnb_int8(tensors: Tensors, stem: str, settings: Settings) -> Float[Tensor, "out in"]:
+def bnb_int8(tensors: Shards, stem: str, settings: Settings) -> Float[Tensor, "out in"]:
     """bitsandbytes LLM.int8(): codes to 127, times the largest |w| of each output channel."""
     if f"{stem}.weight_format" in tensors and int(tensors.read(f"{stem}.weight_format")) != 0:
         raise BadCheckpoint(
@@ -149,7 +149,7 @@ def bnb_int8(tensors: Tensors, stem: str, settings: Settings) -> Float[Tensor, "
     )
 
 
-def qweight(tensors: Tensors, stem: str, settings: Settings) -> Float[Tensor, "out in"]:
+def qweight(tensors: Shards, stem: str, settings: Settings) -> Float[Tensor, "out in"]:
     """GPTQ and AWQ. GPTQ: bits run along the inputs, zero points are stored less one (`gptq_v2`: as
     they are). AWQ: nibbles along the outputs, in the order that its kernels want."""
     kind = f"{settings.get('quant_method')} {settings.get('packing_format', '')}"
@@ -178,9 +178,7 @@ def qweight(tensors: Tensors, stem: str, settings: Settings) -> Float[Tensor, "o
     return (codes.float().sub_(points.float()[group]).mul_(scales[group])).T
 
 
-def mxfp4(
-    tensors: Tensors, stem: str, settings: Settings
-) -> Float[Tensor, "expert inputs outputs"]:
+def mxfp4(tensors: Shards, stem: str, settings: Settings) -> Float[Tensor, "expert inputs outputs"]:
     """gpt-oss as it ships: 4-bit floats, a power of two for every 32, all experts of a layer in
     one, stored along the inputs.
     """
@@ -189,7 +187,7 @@ def mxfp4(
     return numbers.flatten(-2).transpose(1, 2)
 
 
-def torchao(tensors: Tensors, names: list[str], header: Settings) -> Float[Tensor, "out in"]:
+def torchao(tensors: Shards, names: list[str], header: Settings) -> Float[Tensor, "out in"]:
     """What torchao flattened, put together and dequantized by torchao. Raises: MissingExtra."""
     try:
         from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
@@ -270,7 +268,7 @@ def _exponents(scale: Tensor) -> Tensor:
     return torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
 
 
-def _columns(tensors: Tensors, stem: str) -> Tensor | None:
+def _columns(tensors: Shards, stem: str) -> Tensor | None:
     """The group of each input where they are not in order."""
     name = f"{stem}.weight_g_idx"
     groups = tensors.read(name).long() if name in tensors else None

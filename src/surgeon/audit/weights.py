@@ -15,14 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..anatomy import Anatomy, Packing, Site, WeightView
-from ..anatomy.hub import RemoteShards
-from ..anatomy.load import locate, read_config
+from ..anatomy.folder import Shards, config_json
+from ..anatomy.hub import open_shards
+from ..anatomy.load import read_config, unloaded_anatomy
 from ..anatomy.names import TensorNames
-from ..anatomy.shards import Shards
 from ..errors import BadCheckpoint, SurgeonError
-from ..patch.checkpoint import checkpoint_anatomy
-from .packed import FORMATS, Settings, torchao
-from .tensors import Tensors
+from .packed import FORMATS, Format, Settings, torchao
 
 
 class Weights(ABC):
@@ -72,15 +70,12 @@ class Checkpoint(Weights):
         Raises: BadInput, BadCheckpoint.
         """
         self.name = name
-        local = name == "patient" or Path(name).exists() or name.startswith((".", "/", "~"))
-        self.tensors = Tensors(Shards.of(name, locate(name)) if local else RemoteShards(name))
-        self.folder = self.tensors.shards.folder
+        self.tensors = open_shards(name)
+        self.folder = self.tensors.folder
         config = read_config(self.folder)
         self.settings = _settings(self.folder)
         same = like is not None and _shape(like.model.config) == _shape(config)
-        self.anatomy = (
-            like if same and like is not None else checkpoint_anatomy(self.folder, config)
-        )
+        self.anatomy = like if same and like is not None else unloaded_anatomy(self.folder, config)
         self.plugin = (plugins or {}).get(str(self.settings.get("quant_method")))
         self.formats = {w: f for f in FORMATS for w in self._stored_as(f)}
         self.flattened = (
@@ -143,7 +138,7 @@ class Checkpoint(Weights):
             if s.layer == site.layer and self.names.find(s)[0] == name
         ]
 
-    def _stored_as(self, form: Any) -> list[str]:
+    def _stored_as(self, form: Format) -> list[str]:
         """The weights of the checkpoint that are stored in this format, by the names they would
         have in a plain one.
         """
@@ -153,13 +148,13 @@ class Checkpoint(Weights):
 
 
 def _settings(folder: Path) -> Settings:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    found = (
+    config = config_json(folder)
+    settings = (
         config.get("quantization_config")
         or config.get("text_config", {}).get("quantization_config")
         or config.get("compression_config")
     )
-    return dict(found or {})
+    return dict(settings or {})
 
 
 def _shape(config: Any) -> dict[str, Any]:
@@ -175,17 +170,22 @@ def _shape(config: Any) -> dict[str, Any]:
     return {k: v for k, v in config.to_dict().items() if k not in no_matter}
 
 
-def _flattened(tensors: Tensors) -> dict[str, tuple[list[str], Settings]]:
+def _flattened(tensors: Shards) -> dict[str, tuple[list[str], Settings]]:
     """The weights that torchao took apart: the tensors of each, and what its header says of it."""
-    found = {}
-    for name in json.loads(tensors.metadata.get("tensor_names", "[]")):
-        about = json.loads(tensors.metadata.get(name, "{}"))
-        if "_tensor_data_names" not in about:
-            continue
-        stem, _, leaf = name.rpartition(".")
-        parts = [f"{stem}._{leaf}_{part}" for part in about["_tensor_data_names"]]
-        found[name] = (
-            [p for p in parts if p in tensors],
-            {"tensor_names": json.dumps([name]), name: tensors.metadata[name]},
-        )
-    return found
+    flattened = {}
+    try:
+        for name in json.loads(tensors.metadata.get("tensor_names", "[]")):
+            about = json.loads(tensors.metadata.get(name, "{}"))
+            if "_tensor_data_names" not in about:
+                continue
+            stem, _, leaf = name.rpartition(".")
+            parts = [f"{stem}._{leaf}_{part}" for part in about["_tensor_data_names"]]
+            flattened[name] = (
+                [p for p in parts if p in tensors],
+                {"tensor_names": json.dumps([name]), name: tensors.metadata[name]},
+            )
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise BadCheckpoint(
+            f"the metadata of {tensors.name} do not say how torchao stored it; write it again."
+        ) from error
+    return flattened

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from difflib import get_close_matches
 
 import click
@@ -18,19 +19,10 @@ from ..studies.registry import STUDIES
 INTERRUPTED = 1
 # commands that are no studies, by their module here: files in the ecosystem's formats, and tools
 OTHERS = {
-    "demo": ("demo", "Find, break, repair, edit and put back: the whole story."),
-    "repair": ("repair", "Heal an injury with a patch, beside a control."),
-    "explain": ("explain", "Say how a patch works."),
     "quantize": ("quantize", "Round to few bits with the critical weights held out."),
-    "audit": ("audit", "Compare the critical weights of two checkpoints."),
     "cells": ("cells", "The same for models of gene expression."),
-    "apply": ("apply", "Write a checkpoint with patches applied."),
-    "undo": ("undo", "Write a checkpoint with a patch taken off."),
-    "export": ("export", "Write a patch as a PEFT LoRA adapter."),
-    "index": ("index", "List the published super weights, or check a model for them."),
     "report": ("report", "Make one self-contained page of a run folder."),
     "run": ("recipes", "Run a recipe: published figures beside the measured ones."),
-    "sweep": ("sweep", "Run many models, operations and seeds; resumable."),
 }
 ORDER = (
     *("demo", "sites", "find", "verify", "ablate", "repair", "measure", "explain", "trace", "edit"),
@@ -56,7 +48,7 @@ class Surgeon(click.Group):
         return command
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        summaries = {name: study.summary for name, study in STUDIES.items()}
+        summaries: dict[str, str] = {name: study.summary for name, study in STUDIES.items()}
         summaries |= {name: summary for name, (_, summary) in OTHERS.items()}
         with formatter.section("Commands"):
             formatter.write_dl([(name, summaries[name]) for name in ORDER])
@@ -64,6 +56,10 @@ class Surgeon(click.Group):
     def resolve_command(
         self, context: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        # a verb of two words, like `sweep table`, is no option or argument of the first one's
+        both = " ".join(args[:2])
+        if both in STUDIES:
+            return both, self.get_command(context, both), args[2:]
         if args[0] not in ORDER and not args[0].startswith("-"):
             near = get_close_matches(args[0], ORDER, n=1)
             guess = f" Did you mean {near[0]}?" if near else " `surgeon --help` lists them."
@@ -115,10 +111,9 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _spelling(error: SurgeonError):  # type: ignore[no-untyped-def]
+def _spelling(error: SurgeonError) -> Callable[[str], str]:
     """How the command that failed spells its settings."""
-    known = getattr(error, "spelled", {})
-    return lambda name: known.get(name, "--" + name.replace("_", "-"))
+    return lambda name: error.spelled.get(name, "--" + name.replace("_", "-"))
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -10,9 +10,7 @@ import click
 
 from ..anatomy import Anatomy, Entry
 from ..corpus import Corpus
-from ..quantize import QuantizeConfig
-from ..quantize.activations import ActivationConfig
-from ..quantize.compare_activations import activation_table
+from ..quantize import ActivationConfig, QuantizeConfig, activation_table
 from .common import options, progress
 
 BITS = {"INT8": 8, "INT4": 4}
@@ -21,8 +19,8 @@ activation_options = options(
         "--activations",
         type=click.Choice(list(BITS)),
         help=(
-            "Also the table of weights and activations rounded together: naive, "
-            "clipped, the super activation held out, and SmoothQuant."
+            "Also the table of weights and activations rounded together, per tensor and per token:"
+            " naive, the super activation held out, its control, and SmoothQuant."
         ),
     ),
     click.option(
@@ -63,7 +61,7 @@ def measure_activations(
     with progress() as tell:
         return activation_table(
             anatomy,
-            corpus,
+            corpus.windows,
             config,
             critical,
             replace(weights, weighted=False),

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import json
-import os
 import shlex
-import tempfile
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
+from .. import files
 from ..errors import BadInput, MissingExtra
 from ..result import Result
 from .options import GroupedOption
+
+FORMATS = ("text", "json", "github")
 
 
 def json_option() -> click.Option:
@@ -23,13 +26,28 @@ def json_option() -> click.Option:
     )
 
 
-def folder_option() -> click.Option:
+def format_option() -> click.Option:
+    return _option(
+        "form",
+        "--format",
+        "The result as text, as JSON like --json, or as annotations of a GitHub workflow.",
+        type=click.Choice(FORMATS),
+        default=FORMATS[0],
+        show_default=True,
+    )
+
+
+def folder_option(*short: str) -> click.Option:
     text = "Run folder: write the result, its data and report.html there, too."
-    return _option("folder", "--folder", text, metavar="DIR")
+    return _option("folder", "--folder", text, *short, metavar="DIR")
 
 
-def _option(name: str, spelling: str, text: str, **more: Any) -> click.Option:
-    option = GroupedOption([name, spelling], help=text, **more)
+def csv_option() -> click.Option:
+    return _option("as_csv", "--csv", "Print the table as CSV.", is_flag=True)
+
+
+def _option(name: str, spelling: str, text: str, *short: str, **more: Any) -> click.Option:
+    option = GroupedOption([name, *short, spelling], help=text, **more)
     option.group = "Output"
     return option
 
@@ -43,6 +61,15 @@ def command_line() -> str | None:
 
 def to_text(document: Mapping[str, Any]) -> str:
     return json.dumps(document, indent=2, allow_nan=False)
+
+
+def print_csv(result: Result) -> None:
+    """The rows of a result that is a table."""
+    rows = result.rows()
+    names = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows([[row.get(name) for name in names] for row in rows])
 
 
 def print_json(document: Mapping[str, Any]) -> None:
@@ -60,20 +87,14 @@ def run_folder(output: str | None) -> Path | None:
     if output is None:
         return None
     folder = Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise BadInput(
-            f"cannot make the folder {output} or write to it: {error.strerror}; choose another"
-            " place."
-        ) from error
+    files.make_folder(folder)
     return folder
 
 
-def deliver(result: Result, as_json: bool, folder: Path | None, output: Path | None = None) -> None:
+def deliver(result: Result, form: str, folder: Path | None, output: Path | None = None) -> None:
     """Write the patch to `output`, everything to the run folder, and the result to stdout.
+
+    form: one of FORMATS.
 
     An extra that is missing costs only what needs it, and a sentence on stderr; so does a folder
     that no report can be made of. Raises: OSError where the folder cannot be written to any more.
@@ -84,8 +105,12 @@ def deliver(result: Result, as_json: bool, folder: Path | None, output: Path | N
         document |= {"patch": str(output), "patch_bytes": output.stat().st_size}
     if folder is not None:
         _write_folder(result, document, folder)
-    if as_json:
+    if form == "json":
         click.echo(to_text(document))
+    elif form == "github":
+        from ..show.github import annotate
+
+        click.echo(annotate(result))
     else:
         from ..show.text import print_result
 
@@ -105,12 +130,13 @@ def _write_patch(result: Result, output: Path) -> None:
 def _write_folder(result: Result, document: Mapping[str, Any], folder: Path) -> None:
     for name, content in result.attachments().items():
         try:
-            _write(folder / name, _writer(content))
+            with files.writing(folder / name) as part:
+                _writer(content)(part)
         except MissingExtra as error:
             click.echo(f"surgeon: no {name} was written: {error}", err=True)
     text = to_text(document) + "\n"
     name = result.kind.replace(" ", "-")
-    _write(folder / f"{name}.json", lambda path: path.write_text(text, encoding="utf-8"))
+    files.write_text(folder / f"{name}.json", text)
 
 
 def _writer(content: Any) -> Callable[[Path], Any]:
@@ -130,15 +156,6 @@ def _write_columns(columns: Mapping[str, Any], path: Path) -> None:
     except ImportError as error:
         raise MissingExtra("a Parquet file", "report") from error
     pyarrow.parquet.write_table(pyarrow.table(dict(columns)), path)
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _write_report(folder: Path) -> None:

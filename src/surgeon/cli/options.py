@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 import click
 
+from ..errors import spelled
 from ..settings import Setting, settings_of
 
 
@@ -17,10 +18,12 @@ def flag(one: Setting) -> str:
 
 
 def options_of(config: Any, positional: Sequence[str] = ()) -> list[click.Parameter]:
-    """An option for each setting of a settings class, or an argument for the `positional` ones."""
-    return [
-        _argument(one) if one.name in positional else _option(one) for one in settings_of(config)
-    ]
+    """The `positional` settings of a class as arguments, in that order, all others as options."""
+    known = {one.name: one for one in settings_of(config)}
+    arguments = [_argument(known[name]) for name in positional]
+    flags = {one.name: flag(one) for one in known.values()}
+    rest = [one for one in known.values() if one.name not in positional]
+    return [*arguments, *(_option(one, flags) for one in rest)]
 
 
 def given_by(context: click.Context, names: Iterable[str]) -> dict[str, Any]:
@@ -34,11 +37,13 @@ def given_by(context: click.Context, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _argument(one: Setting) -> click.Argument:
+    """An argument must be given, also where a lab has a default for it."""
+    many = one.declaration.many
     return click.Argument(
         [one.name],
         metavar=one.declaration.metavar or one.name.upper(),
-        required=one.required,
-        nargs=-1 if one.declaration.many else 1,
+        required=one.required or not many,
+        nargs=-1 if many else 1,
     )
 
 
@@ -48,7 +53,7 @@ class GroupedOption(click.Option):
     group = ""
 
 
-def _option(one: Setting) -> click.Option:
+def _option(one: Setting, flags: Mapping[str, str]) -> click.Option:
     declared = one.declaration
     kind = _plain_kind(one)
     names = [one.name, flag(one)]
@@ -56,7 +61,9 @@ def _option(one: Setting) -> click.Option:
         names.append(declared.short)
     if kind is bool:
         switch = [one.name, _switch(one)]
-        option = GroupedOption(switch, is_flag=True, default=one.default, help=_sentence(one))
+        option = GroupedOption(
+            switch, is_flag=True, default=one.default, help=_sentence(one, flags)
+        )
     else:
         many = declared.many or _is_list(one)
         option = GroupedOption(
@@ -67,7 +74,7 @@ def _option(one: Setting) -> click.Option:
             multiple=many,
             metavar=declared.metavar,
             show_default=not (one.required or many or one.default is None),
-            help=_sentence(one),
+            help=_sentence(one, flags),
         )
     option.group = declared.group
     return option
@@ -118,9 +125,9 @@ def _is_list(one: Setting) -> bool:
     return any(get_origin(option) is tuple for option in _options(one.kind))
 
 
-def _sentence(one: Setting) -> str:
+def _sentence(one: Setting, flags: Mapping[str, str]) -> str:
     """The help of a setting as a sentence; that it can be given again, where it can."""
-    text = one.declaration.help
+    text = spelled(one.declaration.help, lambda name: flags[name])
     first = text[:1] if text.startswith(("auto", "lm-")) else text[:1].upper()
     text = first + text[1:]
     again = "; again for several" if one.declaration.many or _is_list(one) else ""
@@ -130,26 +137,7 @@ def _sentence(one: Setting) -> str:
 class GroupedCommand(click.Command):
     """A command whose options stand under headings, and which takes one value for each of them,
     but for those that can be given several times.
-
-    branches: commands that begin with its own name; it runs itself where the first word is none of
-    theirs. A model of such a name is ./NAME.
     """
-
-    def __init__(self, *args: Any, branches: Sequence[click.Command] = (), **more: Any) -> None:
-        super().__init__(*args, **more)
-        self.branches = {str(branch.name): branch for branch in branches}
-
-    def make_context(
-        self,
-        info_name: str | None,
-        args: list[str],
-        parent: click.Context | None = None,
-        **extra: Any,
-    ) -> click.Context:
-        if args and args[0] in self.branches:
-            name = f"{info_name} {args[0]}"
-            return self.branches[args[0]].make_context(name, args[1:], parent, **extra)
-        return super().make_context(info_name, args, parent, **extra)
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         _, _, order = self.make_parser(context).parse_args(list(args))
@@ -159,12 +147,6 @@ class GroupedCommand(click.Command):
                     f"{one.opts[0]} is given {order.count(one)} times; it takes one value."
                 )
         return super().parse_args(context, args)
-
-    def format_commands(self, formatter: click.HelpFormatter) -> None:
-        if self.branches:
-            lines = [(name, one.get_short_help_str(100)) for name, one in self.branches.items()]
-            with formatter.section("Commands"):
-                formatter.write_dl(lines)
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -178,4 +160,3 @@ class GroupedCommand(click.Command):
         for name in sorted(groups, key=lambda name: (name != "", name == "Output")):
             with formatter.section(name or "Options"):
                 formatter.write_dl(groups[name])
-        self.format_commands(formatter)

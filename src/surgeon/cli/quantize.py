@@ -17,6 +17,7 @@ from ..anatomy import Anatomy, Entry
 from ..anatomy.load import locate
 from ..corpus import Corpus
 from ..errors import BadInput
+from ..files import check_new_folder, unfinished
 from ..find import FindConfig, VerifyConfig, find
 from ..measure import mean_nll, require_causal, task_accuracy
 from ..quantize import (
@@ -29,20 +30,14 @@ from ..quantize import (
     QuantizeConfig,
     Row,
     Source,
-    check_target,
-    has_gptq,
     input_mean_squares,
-    missing_peers,
     pareto,
     quantized_sites,
     sweep,
     table,
     tensor_types,
-    unfinished,
 )
-from ..quantize.checkpoint import RECORD
-from ..quantize.gguf_types import TYPES
-from ..quantize.packed import KEEP
+from ..quantize.formats import KEEP, RECORD, TYPES
 from ..show.quantize import print_quantize, print_written
 from .activations import activation_options, measure_activations
 from .common import (
@@ -101,11 +96,11 @@ method_options = options(
     click.option(
         "--method",
         type=click.Choice(METHODS),
-        default="both",
+        default=QuantizeConfig.method,
         show_default=True,
         help=(
             "What is written: rounded; clipped and "
-            "rounded; rounded with the critical entries put back; both, which is the hold-out."
+            "rounded; rounded with the critical entries put back; clipped, rounded and put back."
         ),
     ),
     click.option(
@@ -192,7 +187,7 @@ method_options = options(
     "--sweep",
     "swept",
     is_flag=True,
-    help="Table of bits x block x method, with the installed peers, and its Pareto front.",
+    help="Table of bits x block x method, and its Pareto front.",
 )
 @click.option(
     "--task",
@@ -256,7 +251,7 @@ def command(
     config = QuantizeConfig(grids[0], method, clip, clip_value, clip_per, weighted)
     target = None if output is None else Path(output)
     if target is not None:
-        check_target(locate(model), target)
+        check_new_folder(target, locate(model))
     run = run_folder(folder)
     if stream:
         assert target is not None
@@ -277,20 +272,19 @@ def command(
     corpus = open_corpus(loaded, text, window, windows, bos)
     entries, source = _critical(anatomy, corpus, critical, seed)
     kept = {} if gguf is None else {"gguf": tensor_types(anatomy, entries, gguf).to_json()}
-    judged, calibration, mean_squares = corpus.windows, None, {}
-    if weighted or (swept and has_gptq()):
+    judged, mean_squares = corpus.windows, {}
+    if weighted:
         if len(judged) < 2:
             raise BadInput(
                 f"{corpus.name} gives one window; two are needed, to calibrate on and to judge on."
                 " Give more text."
             )
         cut = min(CALIBRATION_WINDOWS, len(judged) // 2)
-        calibration, judged = judged[:cut], judged[cut:]
-    if weighted and calibration is not None:
         with progress() as tell:
             mean_squares = input_mean_squares(
-                anatomy, calibration, quantized_sites(anatomy, config), tell
+                anatomy, judged[:cut], quantized_sites(anatomy, config), tell
             )
+        judged = judged[cut:]
     examine = (
         None
         if not tasks
@@ -319,14 +313,12 @@ def command(
                 mean_squares,
                 examine,
                 tell,
-                calibration,
             )
         document |= {
             "config": config.to_json(),
             "sweep": [r.to_json() for r in rows],
             "pareto": [r.to_json() for r in pareto(rows)],
         }
-        document["notes"] = missing_peers()
     else:
         rows = table(anatomy, judged, config, entries, mean_squares, examine)
         chosen = next(r.result for r in rows if r.method == method and r.result is not None)
@@ -443,7 +435,7 @@ def _notes(rows: Sequence[Row], entries: Sequence[Entry]) -> list[str]:
     nll = {row.method: row.nll for row in rows}
     found = []
     if not entries:
-        found.append("No entry is held out, so restore is rtn, and both is clip.")
+        found.append("No entry is held out, so restore is rtn, and holdout is clip.")
     elif (
         nll["restore"] is not None
         and nll["rtn"] is not None

@@ -14,8 +14,19 @@ from ..errors import BadInput, SurgeonError
 from ..progress import progress_bar
 from ..settings import settings_of
 from ..show.console import err
+from ..show.github import ANNOTATED
+from ..studies.desk import Desk
 from ..studies.registry import Study, branches_of
-from .deliver import command_line, deliver, folder_option, json_option, run_folder
+from .deliver import (
+    command_line,
+    csv_option,
+    deliver,
+    folder_option,
+    format_option,
+    json_option,
+    print_csv,
+    run_folder,
+)
 from .options import GroupedCommand, GroupedOption, flag, given_by, options_of
 
 
@@ -23,42 +34,67 @@ def command_of(study: Study) -> click.Command:
     """The command that runs a study."""
     parameters: list[click.Parameter] = []
     if study.opens:
-        parameters.append(click.Argument(["model"]))
+        parameters.append(
+            click.Argument(["model"], required=not study.model, default=study.model or None)
+        )
     parameters += options_of(study.settings, study.positional)
     if study.opens:
         parameters += options_of(_opening(study))
-    if study.output:
-        parameters.append(_output_option(study))
-    if study.folder:
-        parameters.append(folder_option())
+    if study.output == "folder":
+        parameters.append(folder_option("-o"))
+    else:
+        parameters += [_output_option(study)] if study.output else []
+        parameters += [folder_option()] if study.folder else []
+    if study.name in ANNOTATED:
+        parameters.append(format_option())
     parameters.append(json_option())
+    if study.csv:
+        parameters.append(csv_option())
     return GroupedCommand(
-        study.name.rpartition(" ")[2],
+        study.name,
         params=parameters,
         callback=click.pass_context(functools.partial(_run, study)),
         help=study.settings.__doc__,
         short_help=study.summary,
-        branches=[command_of(one) for one in branches_of(study)],
+        epilog=_others(study),
     )
+
+
+def _others(study: Study) -> str | None:
+    """The verbs of two words that begin with this one's name."""
+    lines = [f"Also surgeon {one.name}: {one.summary}" for one in branches_of(study)]
+    return "\n\n".join(lines) or None
 
 
 def _run(study: Study, context: click.Context, /, **values: Any) -> None:
     with _spelled(study):
         folder = run_folder(values.get("folder"))
-        output = values.get("output")
+        output = values["output"] if study.output else None
         _check_place(output)
+        if values["as_json"] and values.get("as_csv"):
+            raise BadInput("give ‹csv› or ‹json›, not both.")
         given = given_by(context, [one.name for one in settings_of(study.settings)])
         study.configured(given)  # what cannot be is said before a model is opened
         with progress_bar(err) as tell:
-            lab = None
-            if study.opens:
-                lab = _open(study, context, values["model"], bool(given.get("detect_only")))
-                lab.listen(tell)
-            result = study.run(lab, given, command_line())
-        deliver(result, values["as_json"], folder, None if output is None else Path(output))
+            desk = _open(study, context, values.get("model"), bool(given.get("detect_only")))
+            desk.listen(tell)
+            result = study.run(desk, given, command_line())
+        form = "json" if values["as_json"] else values.get("form", "text")
+        if values.get("as_csv"):
+            print_csv(result)
+        else:
+            deliver(result, form, folder, None if output is None else Path(output))
+        if result.warning is not None and form != "json":
+            click.echo(f"surgeon: {result.warning}", err=True)
+        failure = result.failure or study.failure(result, given)
+        if failure is not None:
+            raise SurgeonError(failure)
 
 
-def _open(study: Study, context: click.Context, model: str, detect_only: bool) -> Any:
+def _open(study: Study, context: click.Context, model: str | None, detect_only: bool) -> Any:
+    """The lab of the model; a desk without one for a study that opens none, or its own."""
+    if not study.opens or model is None:
+        return Desk()
     from ..studies.lab import open_lab
 
     opening = given_by(context, [one.name for one in settings_of(_opening(study))])

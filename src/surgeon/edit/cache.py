@@ -16,7 +16,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import BadInput
+from .. import files
 
 _KEY = "surgeon"  # safetensors writes several metadata keys in random order, so there is only one
 
@@ -56,20 +56,10 @@ class CovarianceCache:
     def write(
         self, key: Mapping[str, Any], tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
     ) -> None:
-        path = self.path(key)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        """Keep tensors and numbers under `key`. Raises: BadInput, SurgeonError."""
+        files.make_folder(self.folder)
         raw = safetensors.torch.save(dict(tensors), {_KEY: _text({"key": key, "numbers": numbers})})
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(raw)
-            os.replace(part, path)
-        except OSError as error:
-            raise BadInput(
-                f"cannot keep the covariance in {self.folder}: {error.strerror}; name another"
-                " folder with ‹cache›, or use ‹no_cache›."
-            ) from error
-        finally:
-            part.unlink(missing_ok=True)
+        files.write_bytes(self.path(key), raw)
 
     def drop(self, key: Mapping[str, Any]) -> None:
         self.path(key).unlink(missing_ok=True)

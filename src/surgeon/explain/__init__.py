@@ -1,6 +1,8 @@
-"""How a patch works: where it points, what it writes, which tokens it changes."""
+"""How a patch works: where it points, what it writes, which tokens it changes, tested against the
+documents they stand in.
+"""
 
-from .behaviour import PROMPTS, Continuation, SideBySide, distinct, side_by_side
+from .behaviour import PROMPTS, Continuations, SideBySide, Written, distinct, side_by_side
 from .channel import (
     Channel,
     ChannelConfig,
@@ -14,6 +16,7 @@ from .explain import ExplainConfig, Explanation, explain
 from .geometry import (
     Curve,
     CurvePoint,
+    EntryChange,
     Geometry,
     GeometryConfig,
     Line,
@@ -21,7 +24,7 @@ from .geometry import (
     participation,
     topk_curve,
 )
-from .influence import Influence, influence, token_kl
+from .influence import Influence, TokenRow, influence, token_kl
 from .permutation import document_null, holm, p_value, stratified_test
 from .story import InfluenceConfig, Stratum, WordGroup
 from .tokens import Documents, Tokens, label_tokens, split_documents
@@ -32,10 +35,11 @@ __all__ = [
     "ChannelConfig",
     "ChannelState",
     "ChannelTrace",
-    "Continuation",
+    "Continuations",
     "Curve",
     "CurvePoint",
     "Documents",
+    "EntryChange",
     "ExplainConfig",
     "Explanation",
     "Geometry",
@@ -46,8 +50,10 @@ __all__ = [
     "SideBySide",
     "Sink",
     "Stratum",
+    "TokenRow",
     "Tokens",
     "WordGroup",
+    "Written",
     "attention_sink",
     "channel_trace",
     "distinct",

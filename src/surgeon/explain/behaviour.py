@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+import transformers
 
 from ..anatomy import Anatomy
 from ..measure import Behaviour, generate, require_causal
-from ..patch import Patch
-from .states import require_stack, stacked, states
+from ..patch import Patch, stacked
+from ..result import record
+from .states import require_stack, states
 
 PROMPTS = (
     "Once upon a time, there was a little",
@@ -25,51 +24,42 @@ PROMPTS = (
     "The three primary colours are red,",
     "It rained all day, so the children",
 )
-DISTINCT_N = (1, 2, 3)
 
 
-@dataclass(frozen=True)
-class Continuation:
-    """What one state wrote after one prompt.
+@record
+class Written:
+    """What one state writes, as means over the prompts.
 
-    loop: share of repeated 3-grams of tokens. distinct: different n-grams of words over all.
+    loop_rate: share of repeated 3-grams of tokens. distinct_n: different n-grams of words over all.
     """
 
-    text: str
-    loop: float
-    distinct: dict[int, float]
+    loop_rate: float
+    distinct_1: float
+    distinct_2: float
+    distinct_3: float
 
 
-@dataclass(frozen=True)
+@record
+class Continuations:
+    """What each state writes after one prompt; `patched` is None without a repair."""
+
+    prompt: str
+    base: str
+    broken: str
+    patched: str | None = None
+
+
+@record
 class SideBySide:
-    """The continuations of each prompt by state, and the means over prompts."""
+    """The continuations of each prompt, and the means over prompts by state."""
 
-    prompts: list[str]
-    states: dict[str, list[Continuation]]
-
-    def loop_rate(self, state: str) -> float:
-        """Mean share of repeated 3-grams of tokens."""
-        return _mean([c.loop for c in self.states[state]])
-
-    def distinct(self, state: str, n: int) -> float:
-        """Mean share of different n-grams of words."""
-        return _mean([c.distinct[n] for c in self.states[state]])
-
-    def to_json(self) -> dict[str, Any]:
-        summary: dict[str, dict[str, float]] = {}
-        for state in self.states:
-            summary[state] = {"loop_rate": self.loop_rate(state)}
-            summary[state] |= {f"distinct_{n}": self.distinct(state, n) for n in DISTINCT_N}
-        generations = []
-        for i, prompt in enumerate(self.prompts):
-            texts = {state: written[i].text for state, written in self.states.items()}
-            generations.append({"prompt": prompt, **texts})
-        return {"summary": summary, "generations": generations}
+    summary: dict[str, Written]
+    generations: list[Continuations]
 
 
 def side_by_side(
     anatomy: Anatomy,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     patches: Sequence[Patch],
     prompts: Sequence[str] = (),
     new_tokens: int = 40,
@@ -82,27 +72,30 @@ def side_by_side(
     require_causal(anatomy.model)
     require_stack(anatomy, patches)
     asked = [*PROMPTS, *prompts]
-    written = {}
+    texts: dict[str, list[str]] = {}
+    summary = {}
     for state, some in states(patches).items():
         with stacked(anatomy, some):
-            continued = generate(anatomy.model, tokenizer, asked, new_tokens, bos)
-        written[state] = [_continuation(behaviour) for behaviour in continued]
-    return SideBySide(asked, written)
+            written = generate(anatomy.model, tokenizer, asked, new_tokens, bos)
+        texts[state] = [each.text for each in written]
+        summary[state] = _summary(written)
+    each = zip(*texts.values(), strict=True)
+    generations = [
+        Continuations(prompt, *several) for prompt, several in zip(asked, each, strict=True)
+    ]
+    return SideBySide(summary, generations)
 
 
-def _continuation(behaviour: Behaviour) -> Continuation:
-    words = behaviour.text.split()
-    share = {n: distinct(words, n) for n in DISTINCT_N}
-    return Continuation(behaviour.text, behaviour.loop, share)
+def _summary(written: Sequence[Behaviour]) -> Written:
+    words = [each.text.split() for each in written]
+    means = [_mean([distinct(some, n) for some in words]) for n in (1, 2, 3)]
+    return Written(_mean([each.loop for each in written]), *means)
 
 
 def distinct(words: Sequence[str], n: int) -> float:
     """Different n-grams over all n-grams; 0 for a text too short to have one.
 
     Source: Li et al. 2016, arXiv:1510.03055.
-
-    >>> distinct("the cat and the cat".split(), 2)
-    0.75
     """
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0

@@ -1,22 +1,26 @@
-"""All there is to say about a stack of patches: geometry, curve, channel, influence, behaviour."""
+"""Everything there is to say about a stack of patches: geometry, top-k curve, channel, influence,
+behaviour.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+import transformers
 
 from ..anatomy import Anatomy
 from ..corpus import Corpus
 from ..errors import BadInput
 from ..patch import Patch
+from ..progress import Tell, silent
+from ..result import Result, attached, result
+from ..settings import nested, setting
 from .behaviour import SideBySide, side_by_side
 from .channel import ChannelConfig, ChannelTrace, channel_trace
 from .geometry import Curve, Geometry, GeometryConfig, geometry, topk_curve
-from .influence import Influence, influence
-from .states import Progress
+from .influence import Columns, Influence, influence
 from .story import InfluenceConfig
 
 
@@ -24,40 +28,44 @@ from .story import InfluenceConfig
 class ExplainConfig:
     """Settings of the parts."""
 
-    geometry: GeometryConfig = field(default_factory=GeometryConfig)
-    channel: ChannelConfig = field(default_factory=ChannelConfig)
-    influence: InfluenceConfig = field(default_factory=InfluenceConfig)
-    new_tokens: int = field(default=40, metadata={"help": "tokens per generation"})
+    new_tokens: int = setting(40, "tokens of each generation", low=1)
+    seed: int = setting(
+        0, "seed of the permutations and of the random choices", low=0, high=2**32 - 1
+    )
+    geometry: GeometryConfig = nested(GeometryConfig)
+    channel: ChannelConfig = nested(ChannelConfig)
+    influence: InfluenceConfig = nested(InfluenceConfig)
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """All parts of an explanation.
+@result("explain")
+class Explanation(Result):
+    """How patches work, the injury first.
 
-    `curve` is None without a repair, or where the injury does no damage; `no_curve` says why.
+    topk_curve: None without a repair, or where the injury does no damage; `no_topk_curve` says why.
+    tokens: the table of all predicted tokens, by column.
     """
 
+    patches: list[str]
     geometry: Geometry
-    curve: Curve | None
-    no_curve: str | None
+    topk_curve: Curve | None
+    no_topk_curve: str | None
     channel: ChannelTrace
     influence: Influence
     behaviour: SideBySide
+    tokens: Columns | None = attached("tokens.parquet")
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "geometry": self.geometry.to_json(),
-            "topk_curve": None if self.curve is None else self.curve.to_json(),
-            "no_topk_curve": self.no_curve,
-            "channel": self.channel.to_json(),
-            "influence": self.influence.to_json(),
-            "behaviour": self.behaviour.to_json(),
-        }
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a token. Raises: BadInput if their table is not here."""
+        if self.tokens is None:
+            raise BadInput("the tokens of this explanation are not here, but in tokens.parquet.")
+        names = list(self.tokens)
+        each = zip(*self.tokens.values(), strict=True)
+        return [dict(zip(names, values, strict=True)) for values in each]
 
 
 def explain(
     anatomy: Anatomy,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     text: str,
     corpus: Corpus,
     patches: Sequence[Patch],
@@ -66,25 +74,27 @@ def explain(
     trained: Sequence[tuple[int, Patch]] = (),
     bos: str = "auto",
     config: ExplainConfig = ExplainConfig(),
-    progress: Progress | None = None,
+    progress: Tell = silent,
 ) -> Explanation:
-    """Explain `patches`, the injury first, the repair after it. The model is left as it was.
+    """Explain `patches`, the injury first, the repair after it, on `corpus`, which was cut from
+    `text`. The model is left as it was.
 
-    corpus: what damage and influence are measured on; it was cut from `text`. groups: words to be
-    tested, by name. prompts: to be continued, besides the reference prompts. trained: patches made
-    with k entries, for the top-k curve. bos: the policy for prompts.
+    groups: words to be tested, by name. trained: patches made with k entries, for the top-k curve.
+    bos: the policy for prompts.
     Raises: BadInput; as `Patch.apply_` if the patches do not stack.
     """
     shape = geometry(anatomy, patches, config.geometry)
     # what may be refused for its input comes before what takes long
-    ranking = influence(
-        anatomy, tokenizer, text, corpus, patches, groups, config.influence, progress
+    seed = config.seed
+    ranking, tokens = influence(
+        anatomy, tokenizer, text, corpus, patches, groups, config.influence, seed, progress
     )
     curve, why = None, None
     try:
-        curve = topk_curve(anatomy, patches, corpus, trained, config.geometry, progress)
+        curve = topk_curve(anatomy, patches, corpus, trained, config.geometry, seed, progress)
     except BadInput as error:
         why = str(error)
     trace = channel_trace(anatomy, patches, corpus, shape.lines, config.channel)
     written = side_by_side(anatomy, tokenizer, patches, prompts, config.new_tokens, bos)
-    return Explanation(shape, curve, why, trace, ranking, written)
+    names = [str(patch) for patch in patches]
+    return Explanation(names, shape, curve, why, trace, ranking, written, tokens)

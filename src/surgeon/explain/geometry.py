@@ -1,21 +1,11 @@
-"""Where a repair points: its rows beside the rows they came from, and how few entries would do."""
-
-# How this works.
-#
-# A stack of patches gives each changed matrix three states: base, broken (with the injury alone),
-# merged (with all patches). `geometry` describes their rows: norms, angles between them, and how
-# many entries the change really uses. Where a matrix changes in fewer columns than rows, columns
-# are described instead.
-#
-# `topk_curve` asks the model itself: the last patch is cut to its k largest entries, and the share
-# of the damage that the cut patch takes back is measured, beside random choices of k entries.
-# Layers below the lowest changed one are computed once (ResumedNLL).
+"""Where a repair points: its rows beside the rows they came from, how many entries it really uses,
+and how few would do.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float64
@@ -24,44 +14,53 @@ from torch import Tensor
 from ..anatomy import Anatomy, Entry, Region, Site
 from ..corpus import Corpus
 from ..errors import BadInput
+from ..measure import ThreeStates
 from ..measure.likelihood import ResumedNLL, require_causal
-from ..patch import Patch
+from ..patch import Patch, stacked
 from ..patch.deltas import differ
-from .states import Progress, require_stack, stacked, states
+from ..progress import Tell, silent
+from ..result import record
+from ..settings import setting
+from .states import require_stack, states
 
 Matrices = dict[Site, Tensor]
-Point = tuple[Site, int, int]
 
 
 @dataclass(frozen=True)
 class GeometryConfig:
-    """Settings of the geometry and of the top-k curve. Raises: BadInput for one below 1."""
+    """Settings of the geometry and of the top-k curve."""
 
-    lines: int = field(
-        default=8, metadata={"help": "rows (or columns) described, largest change first"}
+    lines: int = setting(
+        8, "rows (or columns) described, largest change first", low=1, group="Geometry"
     )
-    top: int = field(default=10, metadata={"help": "entries listed of each row"})
-    draws: int = field(
-        default=3, metadata={"help": "random choices beside each point of the top-k curve"}
+    entries: int = setting(10, "entries listed of each row", low=1, group="Geometry")
+    draws: int = setting(
+        3, "random choices beside each point of the top-k curve", low=1, group="Geometry"
     )
-    seed: int = field(default=0, metadata={"help": "seed of the random choices"})
-
-    def __post_init__(self) -> None:
-        if min(self.lines, self.top, self.draws) < 1:
-            raise BadInput("lines, top and draws of the geometry count from 1.")
 
 
-@dataclass(frozen=True)
+@record
+class EntryChange:
+    """One entry of a line in its states, and its rank (1 = largest) among the |delta| of the line,
+    None where the last patches left it alone.
+    """
+
+    entry: Entry
+    base: float
+    broken: float
+    delta: float
+    merged: float
+    rank: int | None
+
+
+@record
 class Line:
     """One row (or column) in its states; norms are Euclidean, in units of the weights.
 
-    delta is what the patches after the injury add: merged minus broken, or for a lone injury broken
-    minus base. changed: entries where it is not zero. top: its largest entries. cosines: of the
-    pairs named.
-
-    ablated: the injured entries, largest injury first, each with its rank (1 = largest) among the
-    |delta| of this line, None where the repair left it alone; `injured` counts all of them.
-    participation, entropy: effective number of entries of the delta, see `participation`.
+    delta is what the last patches add: merged minus broken, or for a lone injury broken minus base.
+    cosines: of the pairs named. top: the delta's largest entries. ablated: the injured entries,
+    largest injury first; `injured` counts all of them. participation: (sum d^2)^2 / sum d^4.
+    entropy: exp of the entropy of d^2 / sum d^2. Both count entries: 1 for a single one.
     """
 
     region: Region
@@ -70,20 +69,15 @@ class Line:
     participation: float
     entropy: float
     changed: int
-    top: list[dict[str, Any]]
-    ablated: list[dict[str, Any]]
+    top: list[EntryChange]
+    ablated: list[EntryChange]
     injured: int
 
-    def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "region": str(self.region)}
 
-
-@dataclass(frozen=True)
+@record
 class CurvePoint:
-    """Share of the damage recovered by k entries.
-
-    largest: the k largest of the repair. random: k random ones of them, mean and range of several
-    draws. trained: of a patch that was made with k entries.
+    """Share of the damage recovered by k entries: the largest, random ones (mean and range of
+    several draws), or trained as such.
     """
 
     k: int
@@ -92,78 +86,56 @@ class CurvePoint:
     random_range: tuple[float, float] | None = None
     trained: float | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        return dict(vars(self))
 
-
-@dataclass(frozen=True)
+@record
 class Curve:
-    """recovered(k) = 1 - (NLL_k - NLL_base) / (NLL_broken - NLL_base), for the points by k.
+    """NLL in nats per token, and the points by k."""
 
-    nll: of "base", "broken" and "patched", in nats per token. tokens: how many they are means over.
-    """
-
-    nll: dict[str, float]
+    nll: ThreeStates
     tokens: int
     points: list[CurvePoint]
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "nll": self.nll,
-            "tokens": self.tokens,
-            "points": [p.to_json() for p in self.points],
-        }
 
-
-@dataclass(frozen=True)
+@record
 class Geometry:
     """`lines` is the number listed of `of` that changed."""
 
     lines: list[Line]
     of: int
 
-    def to_json(self) -> dict[str, Any]:
-        return {"lines": [line.to_json() for line in self.lines], "of": self.of}
-
 
 def geometry(
     anatomy: Anatomy, patches: Sequence[Patch], config: GeometryConfig = GeometryConfig()
 ) -> Geometry:
-    """Describe the rows that the patches change, or the columns, where fewer of those change.
+    """Describe the rows that the patches change, in matrices where they change fewer columns than
+    rows, the columns.
 
     Raises: BadInput without patches, or if they change no entry; as `Patch.apply_` if they do not
     stack.
-
-    >>> import surgeon
-    >>> anatomy = Anatomy.of(surgeon.load_model("patient").model)
-    >>> described = geometry(anatomy, [surgeon.ablate(anatomy, ["L0.mlp.down[88, :]"])])
-    >>> str(described.lines[0].region), described.lines[0].changed
-    ('L0.mlp.down[88, :]', 512)
     """
     matrices = _matrices(anatomy, patches)
-    changed_lines = []
+    found = []
     for site, base in matrices["base"].items():
         broken, merged = matrices["broken"][site], matrices["merged"][site]
         changed = differ(base, broken) | differ(broken, merged)
-        rows, cols = changed.any(1), changed.any(0)
-        by_row = int(rows.sum()) <= int(cols.sum())
-        for i in (rows if by_row else cols).nonzero().flatten().tolist():
+        by_row = int(changed.any(1).sum()) <= int(changed.any(0).sum())
+        for i in changed.any(1 if by_row else 0).nonzero().flatten().tolist():
             region = Region(site, i, None) if by_row else Region(site, None, i)
-            states_of_line = {
-                name: (matrix[i] if by_row else matrix[:, i]).double()
-                for name, matrix in (("base", base), ("broken", broken), ("merged", merged))
-            }
-            last, before = ("merged", "broken") if len(patches) > 1 else ("broken", "base")
-            states_of_line["delta"] = states_of_line[last] - states_of_line[before]
-            changed_lines.append((region, states_of_line))
-    if not changed_lines:
+            rows = [(m[i] if by_row else m[:, i]).double() for m in (base, broken, merged)]
+            delta = rows[2] - rows[1] if len(patches) > 1 else rows[1] - rows[0]
+            found.append((float(delta.norm()), region, rows, delta))
+    if not found:
         raise BadInput(
             "the patches change no entry of any row or column, so they have no geometry."
         )
-    changed_lines.sort(key=lambda line: -float(line[1]["delta"].norm()))
-    largest = changed_lines[: config.lines]
-    lines = [_line(region, states_of_line, config.top) for region, states_of_line in largest]
-    return Geometry(lines, len(changed_lines))
+    found.sort(key=lambda each: -each[0])
+    return Geometry(
+        [
+            _line(region, rows, delta, config.entries)
+            for _, region, rows, delta in found[: config.lines]
+        ],
+        len(found),
+    )
 
 
 def topk_curve(
@@ -172,12 +144,13 @@ def topk_curve(
     corpus: Corpus,
     trained: Sequence[tuple[int, Patch]] = (),
     config: GeometryConfig = GeometryConfig(),
-    progress: Progress | None = None,
+    seed: int = 0,
+    progress: Tell = silent,
 ) -> Curve:
-    """How much of the damage the last patch takes back if cut to its k largest |delta| entries.
+    """The last patch cut to its k largest |delta| entries, k = 1, 2, 4, ... all; beside it k random
+    ones of its entries, and `trained`: patches made with k entries, each put in the place of the
+    last patch. The model is left as it was.
 
-    k = 1, 2, 4, ... all. Beside it stand k random ones of its entries, and `trained`: patches made
-    with k entries, each put in the place of the last patch. The model is left as it was.
     Raises: BadInput for fewer than two patches, if the last changes nothing, or if the injury does
     no damage here; as `Patch.apply_`.
     """
@@ -188,67 +161,69 @@ def topk_curve(
     require_causal(anatomy.model)
     matrices = _matrices(anatomy, patches)
     below, merged = matrices["below"], matrices["merged"]
-    points = _changed_points(below, merged)
-    if not points:
+    layers = [site.layer for patch in [*patches, *(p for _, p in trained)] for site in patch.sites]
+    nll = ResumedNLL(
+        anatomy.model, anatomy.layers, min((0 if n is None else n) for n in layers), corpus.windows
+    )
+    at = [
+        (site, r, c)
+        for site in below
+        for r, c in differ(below[site], merged[site]).nonzero().tolist()
+    ]
+    if not at:
         raise BadInput("the last patch changes no entry, so there is no top-k curve.")
-    before = torch.stack([below[site][row, col].double() for site, row, col in points])
-    after = torch.stack([merged[site][row, col].double() for site, row, col in points])
-    largest_first = (after - before).abs().argsort(descending=True, stable=True).tolist()
-
-    changed = [site for patch in [*patches, *(p for _, p in trained)] for site in patch.sites]
-    lowest = min(0 if site.layer is None else site.layer for site in changed)
-    nll = ResumedNLL(anatomy.model, anatomy.layers, lowest, corpus.windows)
+    delta = torch.stack(
+        [(merged[s][r, c].double() - below[s][r, c].double()).abs() for s, r, c in at]
+    )
+    order = delta.argsort(descending=True, stable=True).tolist()
     base = float(nll().mean())
     with stacked(anatomy, patches[:1]):
         broken = float(nll().mean())
-    damage = broken - base
-    if damage <= 0:
+    if broken - base <= 0:
         raise BadInput(
-            f"the injury does no damage on {corpus.name} ({damage:+.4f} nats), so no share of it"
-            " can be recovered."
+            f"the injury does no damage on {corpus.name} ({broken - base:+.4f} nats), so no share"
+            " of it can be recovered."
         )
 
-    def recovered(patch: Patch) -> float:
-        with patch.applied(anatomy):
-            return 1 - (float(nll().mean()) - base) / damage
+    def recovered(value: float) -> float:
+        return 1 - (value - base) / (broken - base)
 
-    def cut(chosen: Sequence[int]) -> Patch:
-        """The last patch with some of its points only."""
-        matrices = {site: matrix.clone() for site, matrix in below.items()}
-        for site, row, col in (points[i] for i in chosen):
-            matrices[site][row, col] = merged[site][row, col]
-        return Patch.from_matrix(anatomy, matrices)
+    def kept(chosen: Sequence[int]) -> float:
+        cut = {site: matrix.clone() for site, matrix in below.items()}
+        for site, r, c in (at[i] for i in chosen):
+            cut[site][r, c] = merged[site][r, c]
+        with Patch.from_matrix(anatomy, cut).applied(anatomy):
+            return recovered(float(nll().mean()))
 
-    ks = [*(2**i for i in range((len(points) - 1).bit_length())), len(points)]
-    generator = torch.Generator().manual_seed(config.seed)
-    curve = {}
+    ks = [*(2**i for i in range((len(at) - 1).bit_length())), len(at)]
+    generator = torch.Generator().manual_seed(seed)
+    points = {}
     with stacked(anatomy, patches[:-1]):
-        for done, k in enumerate(ks, 1):
-            curve[k] = CurvePoint(k, largest=recovered(cut(largest_first[:k])))
-            if k < len(points):
-                draws = []
-                for _ in range(config.draws):
-                    random = torch.randperm(len(points), generator=generator)[:k].tolist()
-                    draws.append(recovered(cut(random)))
-                mean, span = sum(draws) / len(draws), (min(draws), max(draws))
-                curve[k] = replace(curve[k], random=mean, random_range=span)
-            if progress:
-                progress("top-k curve", done, len(ks))
+        for done, k in enumerate(ks):
+            points[k] = CurvePoint(k, largest=kept(order[:k]))
+            if k < len(at):
+                draws = [
+                    kept(torch.randperm(len(at), generator=generator)[:k].tolist())
+                    for _ in range(config.draws)
+                ]
+                points[k] = CurvePoint(
+                    k, points[k].largest, sum(draws) / len(draws), (min(draws), max(draws))
+                )
+            progress("top-k curve", done + 1, len(ks))
         for k, patch in trained:
-            curve[k] = replace(curve.get(k, CurvePoint(k)), trained=recovered(patch))
+            with patch.applied(anatomy):
+                share = recovered(float(nll().mean()))
+            p = points.get(k, CurvePoint(k))
+            points[k] = CurvePoint(k, p.largest, p.random, p.random_range, share)
     with stacked(anatomy, patches):
         patched = float(nll().mean())
-    losses = {"base": base, "broken": broken, "patched": patched}
-    return Curve(losses, corpus.predicted, [curve[k] for k in sorted(curve)])
+    by_size = [points[k] for k in sorted(points)]
+    return Curve(ThreeStates(base, broken, patched), corpus.predicted, by_size)
 
 
 def participation(delta: Float64[Tensor, " n"]) -> tuple[float, float]:
-    """Effective number of entries of a change d, by two counts; both are 0 for none, 1 for one.
-
-    The participation ratio (sum d^2)^2 / sum d^4, and exp of the entropy of d^2 / sum d^2.
-
-    >>> participation(torch.tensor([2.0, -2.0, 0.0], dtype=torch.float64))
-    (2.0, 2.0)
+    """Effective number of entries: participation ratio (sum d^2)^2 / sum d^4, and exp of the
+    entropy of d^2 / sum d^2. 0 for none.
     """
     share = delta.square()
     if not bool(share.any()):
@@ -258,9 +233,8 @@ def participation(delta: Float64[Tensor, " n"]) -> tuple[float, float]:
 
 
 def _matrices(anatomy: Anatomy, patches: Sequence[Patch]) -> dict[str, Matrices]:
-    """The changed matrices (out, in), on the CPU, in each state.
-
-    "below" is what the last patch was put on.
+    """The changed matrices (out, in), on the CPU, in each state; "below" is what the last patch was
+    put on.
     """
     require_stack(anatomy, patches)
     sites = list(dict.fromkeys(site for patch in patches for site in patch.sites))
@@ -279,42 +253,29 @@ def _matrices(anatomy: Anatomy, patches: Sequence[Patch]) -> dict[str, Matrices]
     }
 
 
-def _changed_points(before: Matrices, after: Matrices) -> list[Point]:
-    return [
-        (site, row, col)
-        for site in before
-        for row, col in differ(before[site], after[site]).nonzero().tolist()
-    ]
-
-
-def _line(region: Region, named: Mapping[str, Float64[Tensor, " n"]], top: int) -> Line:
-    """Describe a line; `named` are its "base", "broken", "merged" and "delta"."""
-    delta = named["delta"]
+def _line(
+    region: Region, rows: Sequence[Float64[Tensor, " n"]], delta: Float64[Tensor, " n"], top: int
+) -> Line:
+    base, broken, merged = rows
+    named = {"base": base, "broken": broken, "delta": delta, "merged": merged}
     pairs = (("delta", "base"), ("delta", "broken"), ("merged", "base"), ("broken", "base"))
     order = delta.abs().argsort(descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(1, len(order) + 1))
-    injury = (named["broken"] - named["base"]).abs()
+    injury = (broken - base).abs()
     injured = injury.argsort(descending=True, stable=True)[: int((injury > 0).sum())]
 
-    def entry(i: int) -> dict[str, Any]:
+    def entry(i: int) -> EntryChange:
         row = i if region.row is None else region.row
-        col = i if region.col is None else region.col
-        values = {name: float(named[name][i]) for name in ("base", "broken", "delta", "merged")}
-        changes = values["delta"] != 0
-        return {
-            "entry": str(Entry(region.site, row, col)),
-            **values,
-            "rank": int(rank[i]) if changes else None,
-        }
+        at = Entry(region.site, row, i if region.col is None else region.col)
+        values = {name: float(row[i]) for name, row in named.items()}
+        return EntryChange(at, **values, rank=int(rank[i]) if values["delta"] else None)
 
     changed = int((delta != 0).sum())
-    ratio, entropy = participation(delta)
     return Line(
         region=region,
-        norms={name: float(named[name].norm()) for name in ("base", "broken", "delta", "merged")},
+        norms={name: float(row.norm()) for name, row in named.items()},
         cosines={f"{a}_{b}": _cosine(named[a], named[b]) for a, b in pairs},
-        participation=ratio,
-        entropy=entropy,
+        **dict(zip(("participation", "entropy"), participation(delta), strict=True)),
         changed=changed,
         top=[entry(i) for i in order[: min(top, changed)].tolist()],
         ablated=[entry(i) for i in injured[:top].tolist()],

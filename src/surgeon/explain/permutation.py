@@ -18,30 +18,33 @@ def stratified_test(
     permutations: int,
     generator: torch.Generator,
 ) -> tuple[Float64[Tensor, " group"], Float64[Tensor, "permutation group"]]:
-    """By how much each group exceeds its strata per token, and the same by chance.
+    """The mean per token by which each group exceeds its strata, and the same with labels dealt
+    anew among the units of each stratum.
 
     A unit is a bundle of tokens that stays together, with the `sums` of their values and their
-    number in `sizes`. By chance: labels are dealt anew among the units of each stratum. The test is
-    exact whatever the values are, as long as the units of one stratum could change places.
-
-    Values are taken from the mean of their stratum: a label that moves to a larger unit would else
-    give its stratum more weight, and differences between strata would come in again.
+    number in `sizes`. Exact whatever the values are, as long as the units of one stratum could
+    change places. Values are taken from the mean of their stratum, since a label that moves to a
+    larger unit would else give its stratum more weight, and differences between strata would come
+    in again.
     """
     level = torch.bincount(strata, sums) / torch.bincount(strata, sizes).clamp_min(1)
     excess = sums - sizes * level[strata]
 
-    def means(order: Tensor, labels_in_order: Tensor) -> Tensor:
-        total = torch.bincount(labels_in_order, excess[order], groups)
-        return total / torch.bincount(labels_in_order, sizes[order], groups)
+    def means(order: Tensor, dealt: Tensor) -> Tensor:
+        return torch.bincount(dealt, excess[order], groups) / torch.bincount(
+            dealt, sizes[order], groups
+        )
 
     by_stratum = strata.argsort()
-    labels_in_order = labels[by_stratum]
+    dealt = labels[by_stratum]
     null = torch.empty(permutations, groups, dtype=torch.float64)
     for i in range(permutations):
         # a random order within each stratum, the strata in order
-        keys = strata + torch.rand(len(strata), generator=generator, dtype=torch.float64)
-        null[i] = means(keys.argsort(), labels_in_order)
-    return means(by_stratum, labels_in_order), null
+        null[i] = means(
+            (strata + torch.rand(len(strata), generator=generator, dtype=torch.float64)).argsort(),
+            dealt,
+        )
+    return means(by_stratum, dealt), null
 
 
 def naive_null(
@@ -51,15 +54,16 @@ def naive_null(
     permutations: int,
     generator: torch.Generator,
 ) -> Float64[Tensor, "permutation group"]:
-    """The mean of each group when its tokens are drawn from anywhere.
-
-    This is what a bare ranking takes for granted.
+    """The mean of each group when its tokens are drawn from anywhere: what a bare ranking takes for
+    granted.
     """
     sizes = torch.bincount(labels, minlength=groups).clamp_min(1)
     null = torch.empty(permutations, groups, dtype=torch.float64)
     for i in range(permutations):
-        shuffled = labels[torch.randperm(len(labels), generator=generator)]
-        null[i] = torch.bincount(shuffled, values, groups) / sizes
+        null[i] = (
+            torch.bincount(labels[torch.randperm(len(labels), generator=generator)], values, groups)
+            / sizes
+        )
     return null
 
 
@@ -69,29 +73,26 @@ def document_null(
     permutations: int,
     generator: torch.Generator,
 ) -> Float64[Tensor, " permutation"]:
-    """The weighted mean of `means` when whole documents change places.
-
-    Each document keeps its profile of weights and gets another's values.
+    """The weighted mean of `means` when whole documents change places: each keeps its profile of
+    weights and gets another's values.
     """
-    # contribution[d, e]: of document d with the values of document e
-    contribution = weights @ means.T / weights.sum()
-    documents = torch.arange(len(weights))
-    null = torch.empty(permutations, dtype=torch.float64)
-    for i in range(permutations):
-        other = torch.randperm(len(weights), generator=generator)
-        null[i] = contribution[documents, other].sum()
-    return null
+    each = (
+        weights @ means.T / weights.sum()
+    )  # [d, e]: what document d contributes with the values of document e
+    n = len(weights)
+    return torch.stack(
+        [
+            each[torch.arange(n), torch.randperm(n, generator=generator)].sum()
+            for _ in range(permutations)
+        ]
+    )
 
 
 def p_value(observed: float, null: Float64[Tensor, " permutation"]) -> float:
     """One-sided: how often chance gives at least what was observed, the observation counted in.
 
     Source: Phipson & Smyth 2010.
-
-    >>> p_value(3.0, torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
-    0.5
     """
-    # rounding may leave the observed arrangement a little below itself
     as_large = int((null >= observed - 1e-9 * abs(observed)).sum())
     return (1 + as_large) / (1 + len(null))
 
@@ -103,17 +104,10 @@ def band(null: Float64[Tensor, " permutation"]) -> dict[str, float]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected over all of them, in their order. Source: Holm 1979.
-
-    >>> holm([0.5, 0.01, 0.02])
-    [0.5, 0.03, 0.04]
-    """
-    n = len(p_values)
-    corrected = [0.0] * n
+    """p-values corrected over all of them, in their order. Source: Holm 1979."""
+    corrected = [0.0] * len(p_values)
     worst = 0.0
-    ascending = sorted(range(n), key=lambda i: p_values[i])
-    for rank, i in enumerate(ascending):
-        # never below a smaller one's, so that the order of the p-values is kept
-        worst = max(worst, min(1.0, (n - rank) * p_values[i]))
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[i]))
         corrected[i] = worst
     return corrected

@@ -1,4 +1,6 @@
-"""What each predicted token of a corpus is: its text, its word, its frequency, its document."""
+"""What each predicted token of a corpus is: its text, the word it is part of, how frequent that is,
+the document it stands in.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import log
 
-from transformers import PreTrainedTokenizerBase
+import torch
+import transformers
 
 from ..corpus import Corpus
 from ..errors import BadInput
@@ -26,9 +29,8 @@ _NAME_CHARS = 40
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of a text begin, what they are called, and the rule that found them.
-
-    starts: in characters, ascending.
+    """Where the documents of a text begin (characters, ascending), what they are called, and the
+    rule that found them.
     """
 
     starts: list[int]
@@ -36,7 +38,6 @@ class Documents:
     rule: str
 
     def at(self, character: int) -> int:
-        """The document that a character of the text belongs to, as an index."""
         return max(0, bisect_right(self.starts, character) - 1)
 
 
@@ -63,42 +64,33 @@ class Tokens:
 
 
 def split_documents(text: str) -> Documents:
-    """Documents by their titles as WikiText writes them if there are at least two, else by gaps.
+    """Documents by their titles as WikiText writes them if there are at least two, else by blank
+    lines.
 
-    A gap is a blank line. What stands before the first title belongs to the first document.
-
-    >>> split_documents("The first one.\\n\\nAnd the second.").names
-    ['The first one.', 'And the second.']
+    What stands before the first title belongs to the first document.
     """
     titles = list(_TITLE.finditer(text))
     if len(titles) > 1:
-        names = [title.group().strip(" =") for title in titles]
-        return Documents([title.start() for title in titles], names, TITLES)
-    gaps = [gap.end() for gap in _GAP.finditer(text) if gap.end() < len(text)]
-    starts = [0, *gaps]
-    names = []
-    for start, stop in pairwise([*starts, len(text)]):
-        one_line = " ".join(text[start:stop].split())
-        names.append(one_line[:_NAME_CHARS])
+        return Documents(
+            [t.start() for t in titles], [t.group().strip(" =") for t in titles], TITLES
+        )
+    starts = [0, *(gap.end() for gap in _GAP.finditer(text) if gap.end() < len(text))]
+    names = [" ".join(text[a:b].split())[:_NAME_CHARS] for a, b in pairwise([*starts, len(text)])]
     return Documents(starts, names, GAPS)
 
 
 def frequency_class(count: int) -> int:
-    """0 for 1-3 occurrences, 1 for 4-15, 2 for 16-63, ...
-
-    >>> [frequency_class(count) for count in (1, 3, 4, 16)]
-    [0, 0, 1, 2]
-    """
-    # half an occurrence more, so that rounding of the logarithm cannot miss a power of four
+    """0 for 1-3 occurrences, 1 for 4-15, 2 for 16-63, ..."""
     return int(log(max(count, 1) + 0.5, CLASS_BASE))
 
 
 def class_name(index: int) -> str:
-    """The occurrences of a frequency class, as in "4-15"."""
     return f"{CLASS_BASE**index}-{CLASS_BASE ** (index + 1) - 1}"
 
 
-def label_tokens(tokenizer: PreTrainedTokenizerBase, text: str, corpus: Corpus) -> Tokens:
+def label_tokens(
+    tokenizer: transformers.PreTrainedTokenizerBase, text: str, corpus: Corpus
+) -> Tokens:
     """Label the predicted tokens of `corpus`, which was cut from `text`.
 
     Texts and words come from decoding, since some tokenizers' offsets are off by a few characters;
@@ -111,49 +103,40 @@ def label_tokens(tokenizer: PreTrainedTokenizerBase, text: str, corpus: Corpus) 
             " by document."
         )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids: list[int] = encoded.input_ids
     n, width = corpus.windows.shape
-    step = width - corpus.bos  # tokens of the text in one window
-    of_windows = ids[: n * step]
-    if of_windows != corpus.windows[:, int(corpus.bos) :].flatten().tolist():
+    step = width - corpus.bos
+    ids: list[int] = encoded.input_ids
+    if ids[: n * step] != corpus.windows[:, int(corpus.bos) :].flatten().tolist():
         raise BadInput(
             f"the windows of {corpus.name} were not cut from the text that came with them; give the"
             " text they were made of."
         )
-    pieces = _pieces(tokenizer, of_windows)
+    pieces = _pieces(tokenizer, ids[: n * step])
     words = _words(pieces)
     source = split_documents(text)
-    word_counts = Counter(word.casefold() for word in _WORD.findall(text))
+    counts = Counter(w.casefold() for w in _WORD.findall(text))
     token_counts = Counter(ids)
-
-    def count(i: int) -> int:
-        if _WORD.search(words[i]):
-            # a word that decodes to something else than it is in the text counts as rare
-            return word_counts.get(words[i], 1)
-        return token_counts[ids[i]]  # punctuation is counted as a token
-
-    def context(i: int) -> str:
-        window_start = i - i % step
-        return "".join(pieces[max(window_start, i - CONTEXT_TOKENS) : i])
-
     # without BOS the first token of a window is not predicted
-    first = int(not corpus.bos)
-    at = [i for i in range(n * step) if i % step >= first]
+    at = torch.arange(n * step).view(n, step)[:, int(not corpus.bos) :].flatten().tolist()
     return Tokens(
         ids=[ids[i] for i in at],
         windows=[i // step for i in at],
         positions=[i % step + corpus.bos for i in at],
         texts=[pieces[i] for i in at],
         words=[words[i] for i in at],
-        counts=[count(i) for i in at],
+        # punctuation is counted as a token; a word that decodes to something else than it is in the
+        # text counts as rare
+        counts=[
+            counts.get(words[i], 1) if _WORD.search(words[i]) else token_counts[ids[i]] for i in at
+        ],
         token_counts=[token_counts[ids[i]] for i in at],
-        contexts=[context(i) for i in at],
+        contexts=["".join(pieces[max(i - i % step, i - CONTEXT_TOKENS) : i]) for i in at],
         documents=[source.at(encoded.offset_mapping[i][1] - 1) for i in at],
         source=source,
     )
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+def _pieces(tokenizer: transformers.PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     """The text that each token adds.
 
     A lone token may lose its space, so each is decoded behind the one before it.
@@ -162,24 +145,25 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     def decode(some: list[int]) -> str:
         return str(tokenizer.decode(some, clean_up_tokenization_spaces=False))
 
-    pieces = [decode(ids[:1])]
-    for before, own in pairwise(ids):
-        both = decode([before, own])
-        pieces.append(both[len(decode([before])) :])
-    return pieces
+    return [decode(ids[:1])] + [decode([a, b])[len(decode([a])) :] for a, b in pairwise(ids)]
 
 
 def _words(pieces: list[str]) -> list[str]:
-    """The word in which each token's first letter or digit stands; else the token itself."""
+    """The word in which each token's first letter or digit stands; what has none stands for
+    itself.
+    """
     spans = list(_WORD.finditer("".join(pieces)))
     ends = [span.end() for span in spans]
     words = []
     begin = 0
     for piece in pieces:
         inside = _WORD.search(piece)
-        word = piece.strip()
-        if inside:
-            word = spans[bisect_right(ends, begin + inside.start())].group()
-        words.append(word.casefold())
+        words.append(
+            (
+                spans[bisect_right(ends, begin + inside.start())].group()
+                if inside
+                else piece.strip()
+            ).casefold()
+        )
         begin += len(piece)
     return words

@@ -158,8 +158,15 @@ class FindResult(Result):
         return "found" if any(one.vital for one in self.sets) else "none"
 
     def rows(self) -> list[dict[str, object]]:
+        """A row for each set; one row, without the columns of a set, where none was found."""
+        known = {
+            "verdict": self.verdict,
+            "sets": len(self.sets),
+            "base_nll": self.detection.base_nll,
+        }
         return [
             {
+                **known,
                 "set": number,
                 "geometry": one.geometry,
                 "entries": len(one.entries),
@@ -175,7 +182,7 @@ class FindResult(Result):
                 "vital": one.vital,
             }
             for number, one in enumerate(self.sets, 1)
-        ]
+        ] or [known]
 
 
 def find(

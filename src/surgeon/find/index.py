@@ -10,7 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import field
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from ..anatomy import Entry, Site
-from ..anatomy.load import check_folder, locate
+from ..anatomy.folder import check_folder
+from ..anatomy.load import locate
 from ..errors import BadCheckpoint, BadInput, PackedWeight, SurgeonError
+from ..result import derived, record
 from .verify import Progress
 
 AGREES, DIFFERS, UNPRINTED = "agrees", "differs", "no printed value"
@@ -31,7 +33,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
-@dataclass(frozen=True)
+@record
 class Published:
     """A published coordinate of `model` (a Hub id).
 
@@ -50,7 +52,7 @@ class Published:
     status: str
     note: str = ""
 
-    @property
+    @derived
     def entry(self) -> Entry:
         return Entry(Site(self.layer, "mlp.down"), self.row, self.col)
 
@@ -61,31 +63,18 @@ class Published:
         """
         return f"model.layers.{self.layer}.mlp.down_proj.weight"
 
-    def to_json(self) -> dict[str, Any]:
-        return {"entry": str(self.entry), **asdict(self)}
 
-
-@dataclass(frozen=True)
-class Check:
-    """A record beside the checkpoint: the value found, and its rank by |weight| in its matrix (1 is
-    the largest).
+@record
+class Check(Published):
+    """A published coordinate beside a checkpoint: the value found, and its rank by |weight| in its
+    matrix (1 is the largest).
     """
 
-    record: Published
-    measured: float
-    rank: int
-    shape: tuple[int, int]
-    dtype: str
-    verdict: str
-
-    def to_json(self) -> dict[str, Any]:
-        found = {
-            "measured": self.measured,
-            "rank_abs": self.rank,
-            "shape": list(self.shape),
-            "dtype": self.dtype,
-        }
-        return {**self.record.to_json(), **found, "verdict": self.verdict}
+    measured: float = field(kw_only=True)
+    rank_abs: int = field(kw_only=True)
+    shape: tuple[int, int] = field(kw_only=True)
+    dtype: str = field(kw_only=True)
+    verdict: str = field(kw_only=True)
 
 
 def about() -> str:
@@ -95,7 +84,7 @@ def about() -> str:
 
 def published() -> list[Published]:
     """Every published coordinate, in the order of the paper's table, later ones last."""
-    return [Published(**record) for record in _data()["records"]]
+    return [Published(**one) for one in _data()["records"]]
 
 
 def records_of(model: str, as_name: str | None = None) -> list[Published]:
@@ -174,20 +163,20 @@ def verify_published(
         here = [r for r in records if r.tensor == tensor]
         matrix = checkpoint.matrix(here)
         magnitude = matrix.abs()
-        for record in here:
-            value = matrix[record.row, record.col]
+        for one in here:
+            value = matrix[one.row, one.col]
             if not value.isfinite():
                 raise BadCheckpoint(
-                    f"{record.entry} of {model} is {value.item()}, which is no weight; download the"
+                    f"{one.entry} of {model} is {value.item()}, which is no weight; download the"
                     " model again."
                 )
-            rank = 1 + int((magnitude > value.abs()).sum())
-            shape, dtype = (
-                (matrix.shape[0], matrix.shape[1]),
-                str(matrix.dtype).removeprefix("torch."),
-            )
-            checks[record] = Check(
-                record, value.item(), rank, shape, dtype, _verdict(record.weight, value)
+            checks[one] = Check(
+                **vars(one),
+                measured=value.item(),
+                rank_abs=1 + int((magnitude > value.abs()).sum()),
+                shape=(matrix.shape[0], matrix.shape[1]),
+                dtype=str(matrix.dtype).removeprefix("torch."),
+                verdict=_verdict(one.weight, value),
             )
     return [checks[r] for r in records]
 
@@ -275,10 +264,10 @@ class _Checkpoint(ABC):
                 f"{self.name} stores {site} as {dtype}, which is quantized; give the original"
                 " weights."
             )
-        for record in records:
-            if len(shape) != 2 or record.row >= shape[0] or record.col >= shape[1]:
+        for one in records:
+            if len(shape) != 2 or one.row >= shape[0] or one.col >= shape[1]:
                 raise BadInput(
-                    f"{self.name} has no {record.entry}: {name} has shape {shape} as (out, in),"
+                    f"{self.name} has no {one.entry}: {name} has shape {shape} as (out, in),"
                     f" {advice}."
                 )
         return torch.frombuffer(

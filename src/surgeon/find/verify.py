@@ -52,10 +52,23 @@ class Verification(Result):
     behaviour: Behaviours | None = None
 
     def rows(self) -> list[dict[str, object]]:
-        each = zip(self.at, self.single_nats, self.leave_one_out_nats, strict=False)
+        """One row."""
         return [
-            {"part": part, "single_nats": alone, "leave_one_out_nats": rest}
-            for part, alone, rest in each
+            {
+                "parts": len(self.at),
+                "base_nll": self.base_nll,
+                "tokens": self.tokens,
+                "joint_nats": self.joint_nats,
+                "single_max_nats": max(self.single_nats),
+                "leave_one_out_min_nats": min(self.leave_one_out_nats),
+                "ci95_low": self.ci95[0],
+                "ci95_high": self.ci95[1],
+                "p_value": self.p_value,
+                "restored_nats": self.restored_nats,
+                "controls_median_nats": self.controls.median_nats,
+                "controls_max_nats": self.controls.max_nats,
+                "vital": self.vital,
+            }
         ]
 
 

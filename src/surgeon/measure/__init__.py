@@ -15,7 +15,8 @@ from .bootstrap import interval
 from .compare import Comparison, Reference
 from .continuation import continuations, next_tokens
 from .decoder import Decoder
-from .likelihood import ResumedNLL, mean_nll, require_causal, window_nll
+from .likelihood import ResumedNLL, mean_nll, perplexity, require_causal, window_nll
+from .recovery import ThreeStates
 from .scorecard import (
     BeforeAfter,
     Control,
@@ -51,6 +52,7 @@ __all__ = [
     "Scorecard",
     "ScoredFact",
     "Share",
+    "ThreeStates",
     "VitalConfig",
     "behaviour_state",
     "compared_controls",
@@ -63,6 +65,7 @@ __all__ = [
     "mean_nll",
     "next_tokens",
     "p_value",
+    "perplexity",
     "require_causal",
     "scorecard",
     "stop_word_ids",

@@ -47,7 +47,7 @@ def generate(
     >>> import surgeon
     >>> patient = surgeon.load_model("patient")
     >>> generate(patient.model, patient.tokenizer, ["The capital of France is"], new_tokens=2)
-    [Behaviour(prompt='The capital of France is', text=' Paris.', loop=0.0)]
+    [Behaviour(prompt='The capital of France is', text=' Paris.', loop=0)]
     """
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     results = []

@@ -18,15 +18,16 @@ KEPT = 2**28  # numbers of the intact predictions that are kept between changes:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Means over all predicted positions: NLL of the changed model and KL(base || changed), in
-    nats; how often the likeliest token agrees.
+    """Means over all predicted positions: NLL of the changed model and of the intact one and
+    KL(base || changed), in nats; how often the likeliest token agrees.
 
-    The NLL is that of `mean_nll`, bit for bit.
+    Each NLL is that of `mean_nll`, bit for bit.
     """
 
     nll: float
     kl: float
     top1_agreement: float
+    base_nll: float
 
 
 class Reference:
@@ -47,22 +48,21 @@ class Reference:
     def compare(self, change: Callable[[], AbstractContextManager[object]]) -> Comparison:
         """The model inside `change()`, batch by batch."""
         losses: list[Tensor] = []
+        base_losses: list[Tensor] = []
         kl = agree = count = 0.0
         for number, ids in enumerate(batches(self.windows)):
             base = self._base(number, ids)
             with change():
                 changed = self._predictions(ids)
-            losses.append(
-                -changed.gather(-1, ids[:, 1:, None].to(changed.device))[..., 0]
-                .double()
-                .sum(1)
-                .cpu()
-            )
+            losses.append(_loss(changed, ids))
+            base_losses.append(_loss(base, ids))
             kl += float((base.exp() * (base - changed)).sum(-1).double().sum())
             agree += float((base.argmax(-1) == changed.argmax(-1)).sum())
             count += base.shape[0] * base.shape[1]
-        nll = float((torch.cat(losses) / (self.windows.shape[1] - 1)).mean())
-        return Comparison(nll, kl / count, agree / count)
+        return Comparison(self._mean(losses), kl / count, agree / count, self._mean(base_losses))
+
+    def _mean(self, losses: list[Tensor]) -> float:
+        return float((torch.cat(losses) / (self.windows.shape[1] - 1)).mean())
 
     def _predictions(self, ids: Int64[Tensor, "batch pos"]) -> Tensor:
         """Log-probabilities of the next token, (batch, pos - 1, d_vocab)."""
@@ -78,3 +78,9 @@ class Reference:
         ):
             self._kept.append(base)
         return base
+
+
+def _loss(predictions: Tensor, ids: Int64[Tensor, "batch pos"]) -> Tensor:
+    """The summed NLL of each window."""
+    said = predictions.gather(-1, ids[:, 1:, None].to(predictions.device))[..., 0]
+    return -said.double().sum(1).cpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import exp
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from ..tap import LayerInput, capture, resume
 
 # small enough for the caches of a CPU: the same numbers as with 4096, in two thirds of the time
 TOKENS_PER_BATCH = 1024
+LARGEST_EXPONENT = 700.0  # above it exp() has no float
 
 
 def batches(windows: Int64[Tensor, "n window"]) -> list[Int64[Tensor, "batch window"]]:
@@ -69,6 +71,15 @@ def window_nll(model: nn.Module, windows: Int64[Tensor, "n window"]) -> Float64[
 def mean_nll(model: nn.Module, windows: Int64[Tensor, "n window"]) -> float:
     """Mean NLL over all predicted tokens, in nats."""
     return float(window_nll(model, windows).mean())
+
+
+def perplexity(nll: float) -> float:
+    """exp(NLL), or the largest there is room for.
+
+    >>> perplexity(0.0)
+    1.0
+    """
+    return exp(min(nll, LARGEST_EXPONENT))
 
 
 class ResumedNLL:

@@ -2,14 +2,15 @@
 into checkpoints.
 """
 
+from ..anatomy.names import checkpoint_address
 from .checkpoint import apply_to_checkpoint, undo_on_checkpoint
 from .compose import compose
 from .deltas import Delta, EntriesDelta, LineDelta, LowRankDelta
 from .file import load, save
-from .interventions import MODES, ablate, injured, record_channel, restored_channel
+from .interventions import MODES, ablate, injured, known_mode, record_channel, restored_channel
 from .lora import export_lora, to_lora
-from .names import checkpoint_address
 from .patch import BaseTensor, Patch, applied_patches
+from .stacked import stacked
 
 __all__ = [
     "MODES",
@@ -26,10 +27,12 @@ __all__ = [
     "compose",
     "export_lora",
     "injured",
+    "known_mode",
     "load",
     "record_channel",
     "restored_channel",
     "save",
+    "stacked",
     "to_lora",
     "undo_on_checkpoint",
 ]

@@ -5,9 +5,7 @@ never built with its weights.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,22 +13,23 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from ..anatomy import TABLE, Anatomy, Site, WeightView, digest
-from ..anatomy.load import check_folder, model_class, read_config, read_header, weight_files
+from .. import files
+from ..anatomy import Shards, Site, WeightView, digest
+from ..anatomy.folder import overwrite
+from ..anatomy.load import read_config, unloaded_anatomy
+from ..anatomy.names import TensorNames
 from ..errors import (
     BadCheckpoint,
     BadInput,
     PackedWeight,
     PatchConflict,
     Refused,
-    SurgeonError,
     WrongBase,
 )
 from .deltas import LowRankDelta
-from .names import TensorNames
 from .patch import Patch
 from .stack import Layer, Stack, put_on_, take_off_, views
 
@@ -53,7 +52,7 @@ def apply_to_checkpoint(
     """
     if not patches:
         raise BadInput("no patch to apply was given; name at least one.")
-    _check_target(source, target)
+    files.check_new_folder(target, source)
     checkpoint = _Checkpoint(source)
     stack: Stack = []
     for patch in patches:
@@ -83,7 +82,7 @@ def undo_on_checkpoint(source: Path, patch: Patch, target: Path) -> None:
     PatchConflict if a later patch holds the same entries; Refused for a low-rank patch, which keeps
     no original weights, where the surgeon_patches.undo that `apply_to_checkpoint` wrote is missing.
     """
-    _check_target(source, target)
+    files.check_new_folder(target, source)
     checkpoint = _Checkpoint(source)
     sites = views(patch, checkpoint.anatomy, checkpoint.view)
     checkpoint.check_on_top(patch)
@@ -118,15 +117,9 @@ class _Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        check_folder(folder)
-        self.shards = {
-            name: shard
-            for shard in weight_files(folder)
-            for name in read_header(shard)
-            if name != "__metadata__"
-        }
+        self.shards = Shards.of(str(folder), folder)
         self.config = read_config(folder)
-        self.anatomy = checkpoint_anatomy(folder, self.config)
+        self.anatomy = unloaded_anatomy(folder, self.config)
         self.names = TensorNames(self.anatomy, self.shards)
         self.record = _read_record(folder / RECORD)
         self.originals = _read_originals(folder / ORIGINALS)
@@ -229,8 +222,7 @@ class _Checkpoint:
                 " again with transformers first."
             )
         if name not in self.tensors:
-            with safe_open(self.shards[name], "pt") as file:
-                self.tensors[name] = file.get_tensor(name).clone()
+            self.tensors[name] = self.shards.read_plain(name)
         self.opened[site] = WeightView(site, self.tensors[name], packing)
         return self.opened[site]
 
@@ -246,84 +238,21 @@ class _Checkpoint:
         self.record["tensors"] = {
             site: digests[site] for site in sorted(patched) if site in digests
         }
-        part = None
-        try:
-            part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        with files.writing_folder(target) as part:
             # file by file and without modes, so that links become files and read-only files can be
             # written
             shutil.copytree(self.folder, part, copy_function=shutil.copyfile, dirs_exist_ok=True)
             part.chmod(part.stat().st_mode | 0o700)
             for name, tensor in self.tensors.items():
-                overwrite(part / self.shards[name].name, name, tensor)
+                stored = self.shards.stored[name]
+                overwrite(part / stored.shard, stored, tensor)
             (part / RECORD).unlink(missing_ok=True)
             if self.record["patches"]:
-                (part / RECORD).write_text(json.dumps(self.record, sort_keys=True, indent=1) + "\n")
+                text = json.dumps(self.record, sort_keys=True, indent=1) + "\n"
+                (part / RECORD).write_text(text)
             (part / ORIGINALS).unlink(missing_ok=True)
             if self.originals:
                 (part / ORIGINALS).write_bytes(safetensors.torch.save(self.originals))
-            os.rename(part, target)
-        except (
-            BaseException
-        ) as error:  # also Ctrl-C: whatever stops this, no half of a checkpoint stays
-            if part is not None:
-                shutil.rmtree(part, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise SurgeonError(
-                    f"cannot write the checkpoint {target}: {error.strerror or error}; nothing was"
-                    " left there."
-                ) from error
-            raise
-
-
-def checkpoint_anatomy(folder: Path, config: Any) -> Anatomy:
-    """The map of the checkpoint's architecture.
-
-    Only an architecture outside the table needs numbers: a trial run tells its parts.
-    """
-    kind = model_class(config)
-    build = getattr(kind, "_from_config", None) or kind.from_config
-    try:
-        with torch.device("meta" if config.get_text_config().model_type in TABLE else "cpu"):
-            model = build(config)
-        return Anatomy.of(model)
-    except SurgeonError:
-        raise
-    except (
-        Exception
-    ) as error:  # transformers raises many types here, all of them about the configuration
-        reason = str(error).partition("\n")[0]
-        raise BadCheckpoint(f"no model can be built from {folder}/config.json: {reason}") from error
-
-
-def _check_target(source: Path, target: Path) -> None:
-    if target.exists() or target.is_symlink():
-        raise BadInput(f"{target} exists already; name a new folder for the patched checkpoint.")
-    if not target.parent.is_dir():
-        raise BadInput(
-            f"there is no folder {target.parent} to put {target.name} in; make it first."
-        )
-    if source.resolve() in target.resolve().parents:
-        raise BadInput(
-            f"{target} lies inside the checkpoint {source} that is to be copied; name a folder"
-            " outside it."
-        )
-
-
-def overwrite(shard: Path, name: str, tensor: Tensor) -> None:
-    """Write the tensor's bytes over the old ones, so that order, metadata and all other tensors of
-    the shard stay as they are.
-    """
-    raw = tensor.contiguous().view(torch.uint8).numpy()
-    start, end = read_header(shard)[name]["data_offsets"]
-    if end - start != raw.nbytes:
-        raise BadCheckpoint(
-            f"{shard} says that {name} has {end - start} bytes, and it has {raw.nbytes}; the file"
-            " is damaged."
-        )
-    with shard.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        file.seek(8 + length + start)
-        file.write(raw.data)
 
 
 def _read_originals(path: Path) -> dict[str, Tensor]:

@@ -6,17 +6,16 @@ over all it holds.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import struct
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 
+from .. import files
 from ..anatomy import Site
-from ..errors import BadInput, BadPatch, SurgeonError
+from ..errors import BadInput, BadPatch
 from .deltas import KINDS, Delta
 from .patch import BaseTensor, Patch
 
@@ -31,25 +30,7 @@ def save(patch: Patch, path: str | Path) -> None:
     Raises: BadInput if the folder is missing or cannot be written; SurgeonError if writing fails,
     as on a full disk.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise BadInput(
-            f"cannot write the patch to {path}: there is no folder {path.parent}; make it first."
-        )
-    if path.is_dir():
-        raise BadInput(f"cannot write the patch to {path}: that is a folder; name a file in it.")
-    raw = to_bytes(patch)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(raw)
-        os.replace(part, path)
-    except OSError as error:
-        kind = BadInput if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else SurgeonError
-        raise kind(
-            f"cannot write the patch to {path}: {error.strerror}; choose another place."
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
+    files.write_bytes(Path(path), to_bytes(patch))
 
 
 def to_bytes(patch: Patch) -> bytes:

@@ -66,6 +66,12 @@ def ablate(anatomy: Anatomy, regions: Sequence[Region | Entry | str], mode: str 
     return Patch.from_matrix(anatomy, matrices, {"operation": "ablate", "mode": mode}, named)
 
 
+def known_mode(mode: str) -> str:
+    """The mode as it is. Raises: BadInput for one that `ablate` does not know."""
+    _parse(mode)
+    return mode
+
+
 def injured(
     anatomy: Anatomy, regions: Sequence[Region | Entry | str], mode: str = "zero"
 ) -> AbstractContextManager[None]:

@@ -7,8 +7,6 @@ rows takes one rank for each row or each column, whichever are fewer.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,9 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .. import files
 from ..anatomy import Site
-from ..errors import BadInput, Refused, SurgeonError
+from ..errors import Refused
 from .deltas import LowRankDelta
 from .patch import Patch
 
@@ -95,31 +94,12 @@ def export_lora(patch: Patch, folder: Path) -> dict[str, Any]:
     Raises: BadInput if the folder exists or cannot be made; SurgeonError for a full disk; as
     `to_lora`.
     """
-    if folder.exists() or folder.is_symlink():
-        raise BadInput(f"{folder} exists already; name a new folder for the adapter.")
-    if not folder.parent.is_dir():
-        raise BadInput(
-            f"there is no folder {folder.parent} to put {folder.name} in; make it first."
-        )
+    files.check_new_folder(folder)
     config, tensors = to_lora(patch)
-    part = None
-    try:
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        part.chmod(0o755)  # mkdtemp makes folders that only their owner can read
+    with files.writing_folder(folder) as part:
         save_file(tensors, part / "adapter_model.safetensors")
-        (part / "adapter_config.json").write_text(
-            json.dumps(config, indent=2, sort_keys=True) + "\n"
-        )
-        part.rename(folder)
-    except BaseException as error:
-        if part is not None:
-            shutil.rmtree(part, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise SurgeonError(
-                f"cannot write the adapter {folder}: {error.strerror or error}; nothing was left"
-                " there."
-            ) from error
-        raise
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (part / "adapter_config.json").write_text(text)
     return config
 
 

@@ -3,17 +3,33 @@ and its exports.
 """
 
 from .activations import ActivationConfig, quantize_activation, quantized_activations
-from .checkpoint import Source, check_target, unfinished, write_folder
-from .compare import Row, pareto, sweep, table
-from .compare_activations import ActivationResult, activation_table, tensor_table
-from .compressed import export_compressed
+from .compare import (
+    ActivationResult,
+    ActivationRow,
+    Row,
+    Treatment,
+    activation_table,
+    pareto,
+    sweep,
+    table,
+    treatments,
+)
 from .config import CLIPS, METHODS, QuantizeConfig
-from .dense import export_dense
-from .export import Export, ExportPlan
-from .gguf_types import TensorTypes, tensor_types
+from .formats import (
+    EXPORTS,
+    Export,
+    ExportPlan,
+    Source,
+    TensorTypes,
+    export_compressed,
+    export_dense,
+    export_sidecar,
+    export_torchao,
+    tensor_types,
+    write_folder,
+)
 from .grid import Block, Grid, Quantized, quantize_matrix
 from .holdout import MatrixReport, Treated, treat
-from .peers import has_gptq, missing_peers
 from .quantize import (
     Quantization,
     QuantizeResult,
@@ -23,17 +39,7 @@ from .quantize import (
     quantized,
     quantized_sites,
 )
-from .sidecar import export_sidecar
 from .smooth import Smoothing, smoothing
-from .torchao_export import export_torchao
-
-# what `surgeon quantize --export` knows, by name
-EXPORTS: dict[str, Export] = {
-    "dense": export_dense,
-    "compressed-tensors": export_compressed,
-    "sidecar": export_sidecar,
-    "torchao": export_torchao,
-}
 
 __all__ = [
     "CLIPS",
@@ -41,6 +47,7 @@ __all__ = [
     "METHODS",
     "ActivationConfig",
     "ActivationResult",
+    "ActivationRow",
     "Block",
     "Export",
     "ExportPlan",
@@ -55,15 +62,13 @@ __all__ = [
     "Source",
     "TensorTypes",
     "Treated",
+    "Treatment",
     "activation_table",
-    "check_target",
     "export_compressed",
     "export_dense",
     "export_sidecar",
     "export_torchao",
-    "has_gptq",
     "input_mean_squares",
-    "missing_peers",
     "pareto",
     "prepare",
     "quantize_",
@@ -75,9 +80,8 @@ __all__ = [
     "smoothing",
     "sweep",
     "table",
-    "tensor_table",
     "tensor_types",
     "treat",
-    "unfinished",
+    "treatments",
     "write_folder",
 ]

@@ -1,9 +1,13 @@
-"""Activations rounded to INT8 or INT4 as the model runs, with the super activation held out or not
-("fake quant").
+"""Activations rounded to INT8 or INT4 as the model runs, with the super activation held out or not.
 
-    with quantized_activations(anatomy, ActivationConfig(bits=8, per="tensor", method="holdout"),
-    critical):
+    config = ActivationConfig(bits=8, per="tensor", method="holdout")
+    with quantized_activations(anatomy, config, critical):
         mean_nll(anatomy.model, windows)
+
+The model computes with what the codes mean ("fake quant"): a hook on each tensor that is rounded
+takes it, as it enters or leaves its module, and hands on the rounded one. `places` says which
+tensors these are, and where in each the super activation may be; that follows from the critical
+entries alone, so nothing is measured before.
 
 Scales are dynamic and symmetric: the largest magnitude of a sequence (per tensor) or of a token is
 the outermost of 2^N - 1 levels. "Per tensor" is one scale for each sequence, as if it ran alone, so
@@ -14,7 +18,7 @@ Source: Yu et al. 2024, arXiv:2411.07191, section 4.1: A' = RESTORE(Q^-1(Q(REPLA
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +37,7 @@ PER = ("tensor", "token")
 METHODS = ("naive", "clip", "holdout", "control", "largest")
 CLIPS = ("z", "percentile")
 TENSORS = ("inputs", "down", "residual")
-# what enters these came out of the residual stream, through a norm in most architectures
+# what these read came out of the residual stream
 READERS = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
 
 
@@ -120,16 +124,27 @@ class ActivationConfig:
 
 @dataclass(frozen=True)
 class Place:
-    """One tensor that is rounded: what enters the module, or what leaves it. channels: where the
-    super activation may be, none if nowhere.
+    """One tensor that is rounded: what enters the module, or what leaves it.
 
-    label: a site for inputs and outputs of projections, `L2.residual` for what leaves a layer.
+    site: of the projection that it enters or leaves; None for what leaves the layer. channels:
+    where the super activation may be, none if nowhere.
     """
 
-    label: str
+    layer: int
+    site: Site | None
     tensor: str
     module: str
     channels: tuple[int, ...]
+
+    @property
+    def label(self) -> str:
+        """The site, or `L2.residual` for what leaves a layer."""
+        return f"L{self.layer}.residual" if self.site is None else str(self.site)
+
+    @property
+    def after_norm(self) -> bool:
+        """Whether it came out of the residual stream, through a norm in most architectures."""
+        return self.tensor == "inputs" and self.site is not None and self.site.role in READERS
 
 
 def places(
@@ -145,55 +160,41 @@ def places(
     Raises: UnknownSite; BadInput if the model has none of the roles, or for an entry outside its
     matrix.
     """
-    entries = [entry for found in by_site(anatomy, critical).values() for entry in found]
+    entries = [entry for group in by_site(anatomy, critical).values() for entry in group]
     by_module: dict[str, Site] = {}
     for site, address in anatomy.addresses.items():
         if site.role in config.roles and (site.expert is None or site.role != "mlp.down"):
-            by_module.setdefault(address.module, site)
+            by_module.setdefault(address.module, Site(site.layer, site.role))
     if not by_module:
         raise BadInput(
             f"this model has no projection of role {', '.join(config.roles)} whose input can be"
             " reached."
         )
+    in_downs = [e for e in entries if e.site.role == "mlp.down"]
 
-    def rows(before: int) -> tuple[int, ...]:
-        return _sorted(
-            e.row for e in entries if e.site.role == "mlp.down" and (e.site.layer or 0) <= before
-        )
+    def rows(layers: range) -> tuple[int, ...]:
+        return _sorted(e.row for e in in_downs if (e.site.layer or 0) in layers)
 
-    found: list[tuple[int, Place]] = []
+    def cols(layer: int) -> tuple[int, ...]:
+        return _sorted(e.col for e in in_downs if e.site.layer == layer)
+
+    rounded: list[Place] = []
     for module, site in by_module.items():
-        layer = site.layer or 0
-        own = _sorted(
-            e.col
-            for e in entries
-            if e.site.role == site.role == "mlp.down" and e.site.layer == layer
-        )
-        label = str(Site(site.layer, site.role))
+        layer, is_down = site.layer or 0, site.role == "mlp.down"
         if "inputs" in config.tensors:
-            found.append(
-                (
-                    layer,
-                    Place(
-                        label, "inputs", module, rows(layer - 1) if site.role in READERS else own
-                    ),
-                )
-            )
-        if "down" in config.tensors and site.role == "mlp.down":
-            here = _sorted(
-                e.row for e in entries if e.site.role == "mlp.down" and e.site.layer == layer
-            )
-            found.append((layer, Place(label, "down", module, here)))
+            read = rows(range(layer)) if site.role in READERS else ()
+            channels = cols(layer) if is_down else read
+            rounded.append(Place(layer, site, "inputs", module, channels))
+        if "down" in config.tensors and is_down:
+            rounded.append(Place(layer, site, "down", module, rows(range(layer, layer + 1))))
     if "residual" in config.tensors:
-        n = len(anatomy.layers)
-        found += [
-            (i, Place(f"L{i}.residual", "residual", f"{anatomy.layers_path}.{i}", rows(i)))
-            for i in range(n)
-        ]
-    return [place for _, place in sorted(found, key=lambda pair: pair[0])]
+        for layer in range(len(anatomy.layers)):
+            module = f"{anatomy.layers_path}.{layer}"
+            rounded.append(Place(layer, None, "residual", module, rows(range(layer + 1))))
+    return sorted(rounded, key=lambda place: place.layer)
 
 
-def _sorted(channels: Iterator[int]) -> tuple[int, ...]:
+def _sorted(channels: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted(set(channels)))
 
 
@@ -203,20 +204,19 @@ def quantized_activations(
     config: ActivationConfig,
     critical: Sequence[Entry] = (),
     only: Callable[[Place], bool] = lambda _: True,
-    seen: Callable[[Place, Tensor, Tensor, Tensor], None] | None = None,
+    watch: Callable[[Place, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Iterator[list[Place]]:
     """Within the context every pass rounds the tensors of `places`; no weight is touched, and
     afterwards nothing is left.
 
-    only: which of them. seen: called with each place, its tensor before and after, and the mask of
+    only: which of them. watch: called with each place, its tensor before and after, and the mask of
     held entries, each of shape (batch, pos, channels).
     Raises: as `places`.
     """
     chosen = [place for place in places(anatomy, config, critical) if only(place)]
     sequences = [1]  # of the running pass: some architectures hand on (batch * pos, channels)
-    latest: list[
-        tuple[Tensor, tuple[int, ...], Tensor, Tensor]
-    ] = []  # q, k and v read one tensor, which is rounded once
+    # q, k and v read one tensor, which is rounded once
+    latest: list[tuple[Tensor, tuple[int, ...], Tensor, Tensor]] = []
 
     def count(ids: Tensor) -> None:
         sequences[0] = ids.shape[0]
@@ -230,8 +230,8 @@ def quantized_activations(
                 held = held_entries(states, _channels(place, config, x.shape[-1]), config.hold)
                 new = quantize_activation(states, config, held)
                 latest[:] = [(x, place.channels, new, held)]
-            if seen is not None:
-                seen(place, states, new, held)
+            if watch is not None:
+                watch(place, states, new, held)
             return new.reshape(x.shape)
 
         return rounded

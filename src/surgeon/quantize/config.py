@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 from ..errors import BadInput
 from .grid import Grid
 
-METHODS = ("rtn", "clip", "restore", "both")
+Progress = Callable[[str, int, int], None]  # what is done, how many of it, of how many
+METHODS = ("rtn", "clip", "restore", "holdout")
 CLIPS = ("z", "percentile", "mse", "none")
 PER = ("tensor", "block")
 ROLES = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.gate", "mlp.up", "mlp.down")
@@ -23,11 +25,11 @@ class QuantizeConfig:
 
     grid: Grid = field(default_factory=Grid)
     method: str = field(
-        default="both",
+        default="holdout",
         metadata={
             "help": (
-                "rtn; clip; restore (put the critical entries back, without clipping); both: the"
-                " hold-out"
+                "rtn; clip; restore (put the critical entries back, without clipping); holdout"
+                " (clip, and put them back)"
             )
         },
     )
@@ -77,11 +79,11 @@ class QuantizeConfig:
 
     @property
     def clips(self) -> bool:
-        return self.method in ("clip", "both") and self.clip != "none"
+        return self.method in ("clip", "holdout") and self.clip != "none"
 
     @property
     def restores(self) -> bool:
-        return self.method in ("restore", "both")
+        return self.method in ("restore", "holdout")
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -1,5 +1,5 @@
 """One matrix, four ways: rounded; clipped and rounded; rounded with its critical entries put back;
-and both, which is the hold-out.
+and the hold-out, which clips and puts back.
 
 Putting back without clipping gives nothing where the entry is the extremum of its block: that lies
 on the grid already.

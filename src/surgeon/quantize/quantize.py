@@ -19,8 +19,7 @@ from ..anatomy import Anatomy, Entry, Region, Site, WeightView
 from ..errors import BadInput, SurgeonError
 from ..measure.likelihood import batches
 from ..tap import Tap
-from .config import QuantizeConfig
-from .export import Progress
+from .config import Progress, QuantizeConfig
 from .holdout import MatrixReport, treat
 
 DEFAULT = QuantizeConfig()
@@ -173,11 +172,11 @@ def by_site(anatomy: Anatomy, critical: Sequence[Entry]) -> dict[Site, list[Entr
 
     Raises: UnknownSite; BadInput for an entry outside its matrix.
     """
-    found: dict[Site, list[Entry]] = {}
+    entries: dict[Site, list[Entry]] = {}
     for entry in dict.fromkeys(critical):
         Region(entry.site, entry.row, entry.col).rows_cols(anatomy.view(entry.site).shape)
-        found.setdefault(entry.site, []).append(entry)
-    return found
+        entries.setdefault(entry.site, []).append(entry)
+    return entries
 
 
 def _quantize(

@@ -126,7 +126,7 @@ def _by_module(anatomy: Anatomy) -> dict[str, list[Site]]:
 
     Raises: TiedWeight if one belongs to two modules.
     """
-    found: dict[str, list[Site]] = {}
+    sites: dict[str, list[Site]] = {}
     owner: dict[int, str] = {}
     for site, address in anatomy.addresses.items():
         if (
@@ -141,8 +141,8 @@ def _by_module(anatomy: Anatomy) -> dict[str, list[Site]]:
                 f"{address.parameter} is also {owner[parameter]}'s, whose input has scales of its"
                 " own; it cannot be smoothed."
             )
-        found.setdefault(address.module, []).append(site)
-    return found
+        sites.setdefault(address.module, []).append(site)
+    return sites
 
 
 def _input_maxima(anatomy: Anatomy, windows: Tensor, modules: set[str]) -> dict[str, Tensor]:
@@ -180,7 +180,7 @@ def _groups(anatomy: Anatomy, wanted: set[str], sites: Mapping[str, list[Site]])
     readers where it can be folded into.
     """
     ids = torch.arange(PROBE)[None] * 7 % anatomy.view("embed").shape[1]
-    made: dict[tuple[int, int], str] = {}
+    norm_of: dict[tuple[int, int], str] = {}
     read: dict[str, tuple[int, int]] = {}
     alive: list[Tensor] = []  # so that no address is used twice
 
@@ -190,7 +190,7 @@ def _groups(anatomy: Anatomy, wanted: set[str], sites: Mapping[str, list[Site]])
 
     def made_by(name: str) -> Callable[[Tensor], None]:
         def note(y: Tensor) -> None:
-            made.setdefault(key(y), name)
+            norm_of.setdefault(key(y), name)
 
         return note
 
@@ -217,7 +217,7 @@ def _groups(anatomy: Anatomy, wanted: set[str], sites: Mapping[str, list[Site]])
     groups = []
     for tensor, modules in together.items():
         mine = tuple(m for m in modules if m in wanted)
-        norm = made.get(tensor)
+        norm = norm_of.get(tensor)
         if mine and norm is not None and _feeds_only(anatomy, sites, norm, modules, ids, before):
             groups.append(_Group(tuple(modules), norm))
         elif mine:

@@ -1,11 +1,19 @@
 """Graft: the row change that writes what the injured entries wrote, in closed form, from one pass
 over text.
+
+How this works. What enters the matrix in the broken model, x, and what the matrix fails to write
+there, c, are seen once over the text; their second moments E[x x'] and E[x c'] are all that the
+least-squares change d of a row needs, with a ridge. Two settings decide how good it is, and neither
+is known beforehand: the ridge, and how often the first position of a window is counted, since it
+takes a write many times larger than all others and steers the whole window. So each pair is solved
+from the same moments, and the NLL of the repaired model on other windows chooses. Matrices are
+solved from the lowest layer up, each in the model with those below it repaired.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float64, Int64
@@ -17,39 +25,10 @@ from ..measure import ResumedNLL
 from ..measure.likelihood import batches
 from ..patch import Patch
 from ..patch.deltas import wide
+from ..result import record
 from ..tap import Tap
+from .config import GraftConfig
 from .target import Change, Changes, Target, broken, is_projection, lowest, write_
-
-
-@dataclass(frozen=True)
-class GraftConfig:
-    """Settings of the graft.
-
-    Each pair is solved from the same moments, and the held-out NLL chooses.
-    """
-
-    ridges: tuple[float, ...] = field(
-        default=(1e-1, 1e-2, 1e-3, 1e-4, 1e-6),
-        metadata={"help": "ridges to choose from, as shares of the mean diagonal of E[x x']"},
-    )
-    first_weights: tuple[float, ...] = field(
-        default=(1.0, 3.0, 10.0, 30.0, 100.0),
-        metadata={
-            "help": (
-                "how often the first position of a window, the attention sink, is counted; to"
-                " choose from"
-            )
-        },
-    )
-
-    def __post_init__(self) -> None:
-        if (
-            not self.ridges
-            or not self.first_weights
-            or min(self.ridges) <= 0
-            or min(self.first_weights) <= 0
-        ):
-            raise BadInput("a graft needs ridges and weights of the first position, all above 0.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,12 +47,21 @@ class Moments:
         return Moments(factor * self.gram, factor * self.cross)
 
 
+@record
+class GraftChoice:
+    """What the held-out windows chose for one matrix, and the NLL there, in nats per token."""
+
+    first_weight: float
+    ridge: float
+    nll: float
+
+
 @dataclass(frozen=True)
 class Graft:
-    """The repaired matrices, and for each site what the held-out NLL, in nats, chose."""
+    """The repaired matrices, and what was chosen for each site."""
 
     changes: Changes
-    chosen: dict[str, dict[str, float]]
+    chosen: dict[str, GraftChoice]
 
 
 @torch.no_grad()
@@ -90,10 +78,9 @@ def graft(
     the lowest layer up.
 
     c is what the intact matrix writes and the broken one does not, x what enters it in the broken
-    model. Windows hold no padding. The first position of a window takes a write many times larger
-    than all others and steers the whole window, so it is counted more often: the weight, and the
-    ridge, are those with the least NLL of the repaired model on the `choose` windows. rank: of the
-    change of each matrix, 0 for any; reduced-rank ridge regression (Izenman 1975).
+    model. Windows hold no padding. The ridge, and the weight of the first position, are those with
+    the least NLL of the repaired model on the `choose` windows. rank: of the change of each matrix,
+    0 for any; reduced-rank ridge regression (Izenman 1975).
     Raises: BadInput for an expert of a fused matrix, whose inputs cannot be seen, or if the injured
     entries wrote nothing.
     """
@@ -101,7 +88,7 @@ def graft(
         if not is_projection(anatomy.module(target.site)):
             raise BadInput(
                 f"{target.site} is part of a fused matrix, whose inputs cannot be seen; use"
-                " --method distil."
+                " ‹method› distil."
             )
     wanted = [_writes(anatomy, injury, target, fit) for target in targets]
     changes: dict[Site, Change] = {}
@@ -109,11 +96,11 @@ def graft(
     with broken(anatomy, injury, [t.site for t in targets]) as matrices:
         nll = ResumedNLL(anatomy.model, anatomy.layers, lowest(targets), choose)
         for target, write in zip(targets, wanted, strict=True):
-            first, rest = _moments(anatomy, target, fit, write, matrices[target.site])
-            changes[target.site], chosen[str(target.site)] = _best(
-                anatomy, target, first, rest, matrices[target.site], nll, config, rank
-            )
-            write_(anatomy, {target.site: changes[target.site].matrix})
+            matrix = matrices[target.site]
+            first, rest = _moments(anatomy, target, fit, write, matrix)
+            change, choice = _best(anatomy, target, first, rest, matrix, nll, config, rank)
+            write_(anatomy, {target.site: change.matrix})
+            changes[target.site], chosen[str(target.site)] = change, choice
     return Graft(changes, chosen)
 
 
@@ -126,7 +113,7 @@ def _best(
     nll: ResumedNLL,
     config: GraftConfig,
     rank: int,
-) -> tuple[Change, dict[str, float]]:
+) -> tuple[Change, GraftChoice]:
     """The weight of the first position at a middling ridge, then the ridge at that weight, by the
     NLL of the model with the change.
     """
@@ -134,9 +121,8 @@ def _best(
 
     def attempt(weight: float, ridge: float) -> float:
         if (weight, ridge) not in tried:
-            change = _change(
-                target, matrix, solve(weight * first + rest, target, ridge, rank), rank
-            )
+            solution = solve(weight * first + rest, target, ridge, rank)
+            change = _change(target, matrix, solution, rank)
             write_(anatomy, {target.site: change.matrix})
             tried[weight, ridge] = (float(nll().mean()), change)
         return tried[weight, ridge][0]
@@ -145,7 +131,7 @@ def _best(
     weight = min(config.first_weights, key=lambda w: attempt(w, middle))
     ridge = min(config.ridges, key=lambda r: attempt(weight, r))
     held_out, change = tried[weight, ridge]
-    return change, {"first_weight": weight, "ridge": ridge, "nll": held_out}
+    return change, GraftChoice(weight, ridge, held_out)
 
 
 def solve(
@@ -164,9 +150,8 @@ def solve(
         )
     change = torch.zeros(target.mask.shape, dtype=torch.float64)
     rows = target.rows
-    patterns: dict[
-        bytes, list[int]
-    ] = {}  # rows in which the same columns may change share a factor
+    # rows in which the same columns may change share a factor
+    patterns: dict[bytes, list[int]] = {}
     for i, row in enumerate(rows.tolist()):
         patterns.setdefault(target.mask[row].numpy().tobytes(), []).append(i)
     for members in patterns.values():
@@ -186,14 +171,9 @@ def _change(target: Target, matrix: Tensor, d: Float64[Tensor, "out in"], rank: 
     if not rank:
         dtype = wide(matrix.dtype)
         d = d.to(matrix.device)
+        changed = (matrix.to(dtype) + d.to(dtype)).to(matrix.dtype)
         # only the target's entries: adding a zero would turn -0.0 into 0.0
-        return Change(
-            torch.where(
-                target.mask.to(matrix.device),
-                (matrix.to(dtype) + d.to(dtype)).to(matrix.dtype),
-                matrix,
-            )
-        )
+        return Change(torch.where(target.mask.to(matrix.device), changed, matrix))
     u, s, v = torch.linalg.svd(d[target.rows][:, target.cols], full_matrices=False)
     r = min(rank, len(s))
     left = torch.zeros(d.shape[0], r, dtype=wide(matrix.dtype))
@@ -223,13 +203,14 @@ def _writes(anatomy: Anatomy, injury: Patch, target: Target, fit: Tensor) -> lis
     does not reach what enters it.
     """
     rows = anatomy.view(target.site).read()[target.rows].double().cpu()
-    layer = target.site.layer
-    if all(
-        s == target.site or (s.layer is not None and layer is not None and s.layer > layer)
-        for s in injury.sites
-    ):
+    if all(site == target.site or _above(site, target.site) for site in injury.sites):
         return rows
     return [x @ rows.T for x in _inputs(anatomy, target.site, fit)]
+
+
+def _above(site: Site, other: Site) -> bool:
+    """Whether a site lies in a higher layer than another."""
+    return site.layer is not None and other.layer is not None and site.layer > other.layer
 
 
 def _moments(
@@ -237,17 +218,16 @@ def _moments(
 ) -> tuple[Moments, Moments]:
     """Moments of the first position of each window, and of all others."""
     n_in, now = matrix.shape[1], matrix[target.rows].double().cpu()
-    sums = [
-        Moments(
-            torch.zeros(n_in, n_in, dtype=torch.float64),
-            torch.zeros(n_in, len(now), dtype=torch.float64),
-        )
-        for _ in range(2)
-    ]
+    first, others = _no_moments(n_in, len(now)), _no_moments(n_in, len(now))
     for i, x in enumerate(_inputs(anatomy, target.site, fit)):
         lacking = x @ (wanted - now).T if isinstance(wanted, Tensor) else wanted[i] - x @ now.T
-        for total, at in zip(sums, (slice(0, 1), slice(1, None)), strict=True):
+        for total, at in ((first, slice(0, 1)), (others, slice(1, None))):
             flat = x[:, at].flatten(0, 1)
             total.gram.addmm_(flat.T, flat)
             total.cross.addmm_(flat.T, lacking[:, at].flatten(0, 1))
-    return sums[0], sums[1]
+    return first, others
+
+
+def _no_moments(n_in: int, rows: int) -> Moments:
+    gram = torch.zeros(n_in, n_in, dtype=torch.float64)
+    return Moments(gram, torch.zeros(n_in, rows, dtype=torch.float64))

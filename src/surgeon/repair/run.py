@@ -1,16 +1,22 @@
-"""What distillation trains, and where training stands: the optimizer, the best step so far, the
-checkpoint.
+"""What distillation trains, and where training stands.
+
+How this works. A `Part` is what is trained of one matrix: the allowed entries themselves, or the
+two factors of a change of low rank. A `Run` holds the parts with their optimizer, the step, the
+looks taken so far and the values of the best of them. At each look all of that is written to the
+checkpoint, with a key of everything the run depends on; a run that finds its own checkpoint goes
+on from there and ends with the same bytes as if it had never stopped. A sparse change narrows as
+training goes: all entries may change at first, fewer by a constant factor at each step, until the
+k that matter most are left.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
-from math import cos, pi
+from math import cos, inf, pi
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -18,19 +24,32 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .. import files
 from ..anatomy import Anatomy, digest
-from ..errors import BadInput, SurgeonError
+from ..errors import BadInput
 from ..patch import Patch
 from ..patch.deltas import wide
+from ..result import record
+from .config import DistilConfig
 from .target import Change, Changes, Target
-
-if TYPE_CHECKING:
-    from .distil import DistilConfig
 
 # A look is as good as the best if its loss is so much above it at most. The later one is kept: it
 # has seen more, and at a lower rate.
 TIE = 0.02
 NARROWED = 0.6  # share of the steps after which a sparse change is down to its k entries
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a tensor
+
+
+@record
+class Look:
+    """One look at held-out text: the loss, the NLL in nats per token, and the share of the damage
+    recovered there, None where the injury does none.
+    """
+
+    step: int
+    loss: float
+    nll: float
+    recovered: float | None
 
 
 class Part:
@@ -52,24 +71,27 @@ class Part:
         self.positions = self.view.positions(self.rows, self.cols)
         self.parameter = anatomy.model.get_parameter(anatomy.addresses[target.site].parameter)
         self.before = matrix[self.rows, self.cols].to(wide(matrix.dtype))
-        if not rank:
-            self.trained = [
-                (matrix if start is None else start.matrix)[self.rows, self.cols].to(self.before)
-            ]
-        elif start is not None and start.factors is not None:
-            left, right = (f.to(self.before) for f in start.factors)
-            left, right = left[target.rows], right[:, target.cols]
-            # one step of the optimizer then changes the product by about as much as one of a single
-            # entry
-            size = right.pow(2).mean(1, keepdim=True).sqrt().clamp_min(1e-12)
-            self.trained = [left * size.T, right / size]
-        else:
-            noise = torch.randn(
-                rank, len(target.cols), generator=torch.Generator().manual_seed(seed)
-            )
-            self.trained = [self.before.new_zeros(len(target.rows), rank), noise.to(self.before)]
+        self.trained = self._factors(start, seed) if rank else self._entries(start)
         for tensor in self.trained:
             tensor.requires_grad_(True)
+
+    def _entries(self, start: Change | None) -> list[Tensor]:
+        matrix = self.matrix if start is None else start.matrix
+        return [matrix[self.rows, self.cols].to(self.before)]
+
+    def _factors(self, start: Change | None, seed: int) -> list[Tensor]:
+        """(rows, rank) and (rank, columns), those of `start` or with a product of 0."""
+        rows, cols = self.target.rows, self.target.cols
+        if start is None or start.factors is None:
+            generator = torch.Generator().manual_seed(seed)
+            noise = torch.randn(self.rank, len(cols), generator=generator)
+            return [self.before.new_zeros(len(rows), self.rank), noise.to(self.before)]
+        left, right = (factor.to(self.before) for factor in start.factors)
+        left, right = left[rows], right[:, cols]
+        # one step of the optimizer then changes the product by about as much as one of a single
+        # entry
+        size = right.pow(2).mean(1, keepdim=True).sqrt().clamp_min(1e-12)
+        return [left * size.T, right / size]
 
     def values(self) -> Float[Tensor, " n"]:
         if self.rank:
@@ -85,10 +107,10 @@ class Part:
 
         Rounding to its dtype is passed straight through.
         """
-        grad = self.parameter.grad
-        assert grad is not None
+        assert self.parameter.grad is not None
+        grad = self.parameter.grad.flatten()[self.positions].to(self.before)
         with torch.enable_grad():
-            self.values().backward(grad.flatten()[self.positions].to(self.before))  # type: ignore[no-untyped-call]
+            self.values().backward(grad)  # type: ignore[no-untyped-call]
 
     def shrink_(self, by: float) -> None:
         """Take every change `by` towards 0, and no further: the proximal step of an L1 penalty."""
@@ -114,25 +136,25 @@ class Run:
         self, parts: Sequence[Part], config: DistilConfig, key: str, checkpoint: Path | None
     ) -> None:
         self.parts, self.config, self.key, self.checkpoint = parts, config, key, checkpoint
-        self.trained = [t for part in parts for t in part.trained]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": p.trained, "lr": config.lr or config.relative_lr * p.scale} for p in parts],
-            weight_decay=config.weight_decay,
-        )
+        self.trained = [tensor for part in parts for tensor in part.trained]
+        groups = [
+            {"params": part.trained, "lr": config.lr or config.relative_lr * part.scale}
+            for part in parts
+        ]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.step, self.looked, self.since, self.best_step = 0, -1, 0, 0
         self.best_loss: float | None = None
-        self.best = [t.detach().clone() for t in self.trained]
-        self.curve: list[list[float | None]] = []
+        self.best = self._copies()
+        self.curve: list[Look] = []
         if checkpoint is not None and checkpoint.exists():
             self._read(checkpoint)
 
     @property
     def due(self) -> bool:
         """Whether the held-out slice is to be looked at now."""
-        return self.looked < self.step and (
-            self.step % self.config.every == 0 or self.step == self.config.steps
-        )
+        ends = self.step == self.config.steps
+        return self.looked < self.step and (ends or self.step % self.config.every == 0)
 
     @property
     def over(self) -> bool:
@@ -141,30 +163,34 @@ class Run:
     def look(self, loss: float, nll: float, recovered: float | None) -> None:
         """Note the held-out loss of the model as it stands, and save."""
         self.looked = self.step
-        self.curve.append([float(self.step), loss, nll, recovered])
-        if (
-            self._allowed() <= self._wanted()
-        ):  # while a sparse change is still narrowed down, no step is one to keep
-            least = self.best_loss if self.best_loss is not None else float("inf")
-            if loss <= (1 + TIE) * least or not self.config.patience:
-                self.best_step, self.best = self.step, [t.detach().clone() for t in self.trained]
-            self.since = 0 if loss < least or not self.config.patience else self.since + 1
-            self.best_loss = min(loss, least)
+        self.curve.append(Look(self.step, loss, nll, recovered))
+        # while a sparse change is still narrowed down, no step is one to keep
+        if self._allowed() <= self._wanted():
+            self._consider(loss)
         if self.checkpoint is not None:
             self._write(self.checkpoint)
 
+    def _consider(self, loss: float) -> None:
+        """Keep the step if it is as good as the best so far; without patience, always."""
+        always, least = not self.config.patience, inf if self.best_loss is None else self.best_loss
+        if always or loss <= (1 + TIE) * least:
+            self.best_step, self.best = self.step, self._copies()
+        self.since = 0 if always or loss < least else self.since + 1
+        self.best_loss = min(loss, least)
+
+    def _copies(self) -> list[Tensor]:
+        return [tensor.detach().clone() for tensor in self.trained]
+
     def says(self) -> str:
-        _, loss, nll, recovered = self.curve[-1]
-        return f"distil: loss {loss:.4f}, NLL {nll:.4f}" + (
-            "" if recovered is None else f", recovered {recovered:.3f}"
-        )
+        look = self.curve[-1]
+        share = "" if look.recovered is None else f", recovered {look.recovered:.3f}"
+        return f"distil: loss {look.loss:.4f}, NLL {look.nll:.4f}{share}"
 
     def advance(self) -> None:
         """One step of the optimizer, along the gradients that lie on the model's weights."""
-        for group, peak, part in zip(
-            self.optimizer.param_groups, self.peaks, self.parts, strict=True
-        ):
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * self._rate()
+        for part in self.parts:
             part.take_gradient()
         for part in self.parts:  # only now: experts share a parameter
             part.parameter.grad = None
@@ -209,48 +235,32 @@ class Run:
 
         So weighed, a neuron that is rescaled, and its weights with it, keeps its place.
         """
-        weight = torch.cat(
-            [
-                (p.values() - p.before).abs()
-                * self.optimizer.state[p.trained[0]]["exp_avg_sq"].sqrt()
-                for p in self.parts
-            ]
-        )
+        weight = torch.cat([self._importance(part) for part in self.parts])
         drop = torch.ones_like(weight, dtype=torch.bool)
         drop[weight.topk(self._allowed()).indices] = False
-        for part, off in zip(
-            self.parts, torch.split(drop, [len(p.before) for p in self.parts]), strict=True
-        ):
-            part.trained[0][off] = part.before[off]
+        drops = torch.split(drop, [len(part.before) for part in self.parts])
+        for part, dropped in zip(self.parts, drops, strict=True):
+            part.trained[0][dropped] = part.before[dropped]
+
+    def _importance(self, part: Part) -> Tensor:
+        gradient: Tensor = self.optimizer.state[part.trained[0]]["exp_avg_sq"].sqrt()
+        return (part.values() - part.before).abs() * gradient
 
     # -- the checkpoint ------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Any]:
-        names = ("step", "looked", "since", "best_step", "best_loss", "curve", "key")
-        return {name: getattr(self, name) for name in names}
+        names = ("step", "looked", "since", "best_step", "best_loss", "key")
+        curve = [vars(look) for look in self.curve]
+        return {name: getattr(self, name) for name in names} | {"curve": curve}
 
     def _write(self, path: Path) -> None:
         tensors: dict[str, Tensor] = {}
         for i, tensor in enumerate(self.trained):
             state = self.optimizer.state.get(tensor, {})
             tensors |= {f"{i}.value": tensor.detach().cpu(), f"{i}.best": self.best[i].cpu()}
-            tensors |= {
-                f"{i}.{name}": state[name].cpu()
-                for name in ("step", "exp_avg", "exp_avg_sq")
-                if name in state
-            }
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            part.write_bytes(
-                safetensors.torch.save(tensors, {"surgeon": json.dumps(self._state())})
-            )
-            os.replace(part, path)
-        except OSError as error:
-            raise SurgeonError(
-                f"cannot write the checkpoint {path}: {error.strerror}; choose another place."
-            ) from error
-        finally:
-            part.unlink(missing_ok=True)
+            tensors |= {f"{i}.{name}": state[name].cpu() for name in MOMENTS if name in state}
+        raw = safetensors.torch.save(tensors, {"surgeon": json.dumps(self._state())})
+        files.write_bytes(path, raw)
 
     def _read(self, path: Path) -> None:
         try:
@@ -262,13 +272,14 @@ class Run:
                     f"{path} is the checkpoint of another repair; give the settings it was begun"
                     " with, or another file."
                 )
+            state["curve"] = [Look(**look) for look in state["curve"]]
             for i, tensor in enumerate(self.trained):
                 tensor.data.copy_(tensors[f"{i}.value"])
                 self.best[i].copy_(tensors[f"{i}.best"])
                 if f"{i}.step" in tensors:
-                    names = ("exp_avg", "exp_avg_sq")
-                    moments = {name: tensors[f"{i}.{name}"].to(tensor.device) for name in names}
-                    self.optimizer.state[tensor] = {"step": tensors[f"{i}.step"], **moments}
+                    moments = {name: tensors[f"{i}.{name}"].to(tensor.device) for name in MOMENTS}
+                    # the count of steps stays on the CPU, where AdamW has it
+                    self.optimizer.state[tensor] = {**moments, "step": tensors[f"{i}.step"]}
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise BadInput(
                 f"{path} is damaged or is no checkpoint of a repair; delete it to begin anew."

@@ -45,10 +45,9 @@ class Target:
         others = (~self.mask.any(1)).nonzero().flatten()
         if len(others) < len(rows):
             return None
+        drawn = torch.randperm(len(others), generator=generator)[: len(rows)]
         mask = torch.zeros_like(self.mask)
-        mask[others[torch.randperm(len(others), generator=generator)[: len(rows)]]] = self.mask[
-            rows
-        ]
+        mask[others[drawn]] = self.mask[rows]
         return replace(self, mask=mask)
 
 
@@ -98,36 +97,43 @@ def targets(
     Raises: BadInput if nothing is left that could change, for a row or column the matrix lacks, or
     if no projection was injured.
     """
-    changed = [s for s in injury.sites if injury.touched(s).any()]
+    changed = [site for site in injury.sites if injury.touched(site).any()]
     injured = [s for s in changed if is_projection(anatomy.module(s)) or s.expert is not None]
     if not injured:
         raise BadInput(
             f"the injury changes {', '.join(map(str, changed)) or 'nothing'} and no projection,"
             " whose output a repair restores."
         )
-    found = []
-    for site in sorted(injured, key=lambda s: (-1 if s.layer is None else s.layer, str(s))):
+    wanted = []
+    for site in sorted(injured, key=lambda s: (_layer(s), str(s))):
         hurt = injury.touched(site)
-        for name, wanted, size in (
-            ("row", rows, hurt.shape[0]),
-            ("column", columns, hurt.shape[1]),
-        ):
-            if outside := [i for i in wanted if not 0 <= i < size]:
-                raise BadInput(f"{site} has no {name} {outside[0]}; it has {size}, counted from 0.")
-        mask = torch.zeros_like(hurt)
+        _require_lines(site, "row", rows, hurt.shape[0])
+        _require_lines(site, "column", columns, hurt.shape[1])
         within = torch.zeros(hurt.shape[1], dtype=torch.bool)
         within[list(columns) if columns else slice(None)] = True
+        mask = torch.zeros_like(hurt)
         mask[torch.tensor(rows) if rows else hurt.any(1)] = within
         if exclude_injured:
             mask &= ~hurt.any(0) if rank else ~hurt
         if mask.any():
-            found.append(Target(site, mask))
-    if not found:
+            wanted.append(Target(site, mask))
+    if not wanted:
         raise BadInput(
             "without the injured entries nothing is left to change in the rows and columns of the"
-            " repair; leave out --exclude-injured, or name other --rows or --columns."
+            " repair; leave out ‹exclude_injured›, or name other ‹rows› or ‹columns›."
         )
-    return found
+    return wanted
+
+
+def _require_lines(site: Site, name: str, wanted: Sequence[int], size: int) -> None:
+    outside = [number for number in wanted if not 0 <= number < size]
+    if outside:
+        raise BadInput(f"{site} has no {name} {outside[0]}; it has {size}, counted from 0.")
+
+
+def _layer(site: Site) -> int:
+    """The layer for the order; what stands before the first comes first."""
+    return -1 if site.layer is None else site.layer
 
 
 @contextmanager
@@ -154,19 +160,18 @@ def to_patch(anatomy: Anatomy, changes: Changes, made_by: Mapping[str, Any]) -> 
 
     Raises: SurgeonError if nothing changes.
     """
-    patches = [
-        (
-            Patch.low_rank(anatomy, site, *change.factors)
-            if change.factors
-            else Patch.from_matrix(anatomy, {site: change.matrix})
-        )
-        for site, change in changes.items()
-        if bool((change.matrix != anatomy.view(site).read()).any())
-    ]
+    patches = []
+    for site, change in changes.items():
+        if bool((change.matrix == anatomy.view(site).read()).all()):
+            continue
+        if change.factors is not None:
+            patches.append(Patch.low_rank(anatomy, site, *change.factors))
+        else:
+            patches.append(Patch.from_matrix(anatomy, {site: change.matrix}))
     if not patches:
         raise SurgeonError(
             "no change was found that does better than the broken model on held-out text; try"
-            " another --lr, or more text."
+            " another ‹lr›, or more text."
         )
     whole = reduce(compose, patches)
     return replace(whole, made_by={"surgeon": whole.made_by["surgeon"], **made_by})
@@ -174,4 +179,4 @@ def to_patch(anatomy: Anatomy, changes: Changes, made_by: Mapping[str, Any]) -> 
 
 def lowest(targets: Sequence[Target]) -> int:
     """The layer below which the targets change nothing."""
-    return min(0 if t.site.layer is None else t.site.layer for t in targets)
+    return min(max(0, _layer(target.site)) for target in targets)

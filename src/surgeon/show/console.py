@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 # without emoji: what a model or a user wrote is printed as it is, also where it holds :smile:
@@ -15,6 +16,13 @@ def print_table(table: Table) -> None:
     none, cannot be copied.
     """
     Console(highlight=False, soft_wrap=True, emoji=False, width=100_000).print(table)
+
+
+def shown(text: str) -> str:
+    """Text of a model or a user as it may be printed: no markup, and nothing that a terminal would
+    obey.
+    """
+    return escape(one_line(text))
 
 
 def one_line(text: str) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from html import escape
+from typing import Any
 
 from ..errors import MissingExtra
-from ..result import Result
+from ..result import Result, attached_files
 
 HEIGHT = 640  # pixels of the frame
 
@@ -38,9 +39,13 @@ def _page(result: Result) -> str | None:
         raise MissingExtra("a picture", "report") from error
     from .page.folder import visible
 
-    columns = {name: value for name, value in vars(result).items() if isinstance(value, dict)}
     shown = type(result).from_json(visible(result.to_json()))
-    shown = replace(shown, **{n: v for n, v in columns.items() if getattr(shown, n) is None})
+    tables: dict[str, Any] = {
+        name: visible(getattr(result, name))
+        for name, file in attached_files(type(result)).items()
+        if file.endswith(".parquet")
+    }
+    shown = replace(shown, **tables)
     pictures = pictures_of(shown)
     if not pictures:
         return None

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from ..patch import MODES, Patch, ablate
+from ..patch import MODES, Patch, ablate, known_mode
 from ..result import Result, attached, result
 from ..settings import nested, setting
 from .lab import Lab, TextSettings
@@ -20,7 +20,7 @@ class Settings:
     """Write the change of given weights of MODEL as a patch; the model itself is not touched."""
 
     at: Any = setting(help=AT_HELP, metavar="ENTRY", many=True)
-    mode: str = setting("zero", f"what an entry becomes; {_MEANINGS}")
+    mode: str = setting("zero", f"what an entry becomes; {_MEANINGS}", parse=known_mode)
     seed: int = setting(0, "seed of the controls, where `vital` is named", low=0, high=2**32 - 1)
     text: TextSettings = nested(partial(TextSettings, windows=40))
 
@@ -33,6 +33,10 @@ class Injury(Result):
     entries: int
     sites: list[str]
     patch: Patch | None = attached("injury.safetensors")
+
+    def rows(self) -> list[dict[str, object]]:
+        """One row."""
+        return [{"mode": self.mode, "entries": self.entries, "sites": len(self.sites)}]
 
 
 def run(lab: Lab, settings: Settings) -> Injury:

@@ -55,8 +55,9 @@ def run(lab: Lab, settings: Settings) -> FindResult | Detection:
         strongest = [_with_strongest(one) for one in seen.candidates]
         return replace(seen, candidates=strongest, experts=profile, provenance=provenance)
     result = find(lab.anatomy, corpus, search, lab.tell)
-    streamed = isinstance(lab.anatomy, StreamedAnatomy)
-    bytes_read = lab.anatomy.shards.bytes_read if streamed else None
+    bytes_read = None
+    if isinstance(lab.anatomy, StreamedAnatomy):
+        bytes_read = lab.anatomy.shards.bytes_read
     return replace(result, experts=profile, bytes_read=bytes_read, provenance=provenance)
 
 

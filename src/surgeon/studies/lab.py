@@ -12,7 +12,6 @@ from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,10 +25,10 @@ from ..cells.checkpoint import holds_cells, load_cells
 from ..corpus import BOS_POLICIES, DEFAULT_WINDOW, Corpus, load_corpus, read_text
 from ..errors import BadInput, SurgeonError, UnknownArchitecture
 from ..patients import heldout_text
-from ..progress import Tell, silent
-from ..result import CorpusRecord, Provenance
-from ..settings import setting, values_of
+from ..progress import Tell
+from ..settings import setting
 from . import registry
+from .desk import Desk
 
 T = TypeVar("T")
 PATIENT_TEXT = "patient-heldout"
@@ -86,7 +85,7 @@ class TextSettings(PromptSettings):
     windows: int | None = setting(None, "use the first N windows; not given: all", group="Text")
 
 
-class Lab:
+class Lab(Desk):
     """A model to operate on; make one with `surgeon.open`.
 
     >>> import surgeon
@@ -95,19 +94,18 @@ class Lab:
     True
     """
 
-    def __init__(self, loaded: Loaded, anatomy: Anatomy) -> None:
+    def __init__(self, loaded: Loaded, anatomy: Anatomy, opened_by: str | None = None) -> None:
+        super().__init__(opened_by)
         self.loaded, self.anatomy = loaded, anatomy
-        self.tell: Tell = silent
         self._kept: dict[Hashable, Any] = {}
 
     def listen(self, tell: Tell) -> None:
-        """Have all that follows tell where it is."""
-        self.tell = tell
+        super().listen(tell)
         if isinstance(self.anatomy, StreamedAnatomy):
             self.anatomy.tell = partial(tell, "block")
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         return self.loaded.name
 
     @property
@@ -115,7 +113,7 @@ class Lab:
         return self.loaded.model
 
     @property
-    def fingerprint(self) -> str | None:
+    def fingerprint(self) -> str | None:  # type: ignore[override]
         return self.loaded.fingerprint or None
 
     @property
@@ -159,11 +157,14 @@ class Lab:
         longest = getattr(self.anatomy.config, "max_position_embeddings", None)
         return None if longest is None else int(longest)
 
-    def _read(self, text: TextSettings, window: int) -> Corpus:
+    def source(self, text: TextSettings) -> tuple[str, str]:
+        """The evaluation text, whole, and its name. Raises: BadText."""
         if text.text is None:
-            source, name = heldout_text(), PATIENT_TEXT
-        else:
-            source, name = read_text(text.text), Path(text.text).name
+            return heldout_text(), PATIENT_TEXT
+        return read_text(text.text), Path(text.text).name
+
+    def _read(self, text: TextSettings, window: int) -> Corpus:
+        source, name = self.source(text)
         corpus = load_corpus(self.tokenizer, source, name, window, text.windows, text.bos)
         known = getattr(self.anatomy.config, "vocab_size", None)
         highest = int(corpus.windows.max())
@@ -173,17 +174,6 @@ class Lab:
                 " the tokenizer belongs to another model."
             )
         return corpus
-
-    def provenance(self, settings: Any, corpus: CorpusRecord | None = None) -> Provenance:
-        """Of what a result with these settings is."""
-        return Provenance(
-            model=self.name,
-            fingerprint=self.fingerprint,
-            corpus=corpus,
-            settings=values_of(settings),
-            seed=values_of(settings).get("seed"),
-            surgeon=version("weight-surgeon"),
-        )
 
     def run(self, verb: str, leading: Any = None, /, **settings: Any) -> Any:
         """The result of a verb, by its name, with its settings by theirs.
@@ -195,6 +185,10 @@ class Lab:
         if leading is not None:
             settings = {study.leading: leading, **settings}
         return study.run(self, settings)
+
+    def demo(self, **settings: Any) -> Any:
+        """Find, break, repair, edit and put back; a `Demo`."""
+        return self.run("demo", **settings)
 
     def find(self, **settings: Any) -> Any:
         """Critical sets, verified against matched controls; a `FindResult`."""
@@ -212,6 +206,12 @@ class Lab:
         """Likelihood and behaviour, with patches or without; a `Measurement`."""
         return self.run("measure", patches, **settings)
 
+    def audit(self, other: str | Path, /, **settings: Any) -> Any:
+        """What became of the critical weights in `other`, made from this model's files; an
+        `Audit`.
+        """
+        return self.run("audit", str(other), **settings)
+
     def trace(self, prompt: Any = None, **settings: Any) -> Any:
         """Which states carry a fact, a `TraceResult`; or facts, a `TraceAverage`."""
         return self.run("trace", prompt, **settings)
@@ -227,6 +227,14 @@ class Lab:
     def edit_many(self, facts: Any = None, **settings: Any) -> Any:
         """Facts rewritten one after the other, with guard rails; an `EditsResult`."""
         return self.run("edit many", facts, **settings)
+
+    def repair(self, injury: Any = None, **settings: Any) -> Any:
+        """The patch that heals an injury, judged beside a control; a `RepairResult`."""
+        return self.run("repair", injury, **settings)
+
+    def explain(self, patches: Any = None, **settings: Any) -> Any:
+        """How patches work, the injury first, then its repair; an `Explanation`."""
+        return self.run("explain", patches, **settings)
 
     def sites(self) -> Any:
         """Every addressable weight matrix; a `SiteList`."""
@@ -268,7 +276,7 @@ def open_lab(
         prove(anatomy)
     except UnknownArchitecture as error:
         raise _not_finite(loaded, anatomy) or error from error
-    return Lab(loaded, anatomy)
+    return Lab(loaded, anatomy, None if isinstance(model, nn.Module) else str(model))
 
 
 def _cells(folder: str, dtype: str, device: str) -> tuple[Loaded, Anatomy]:

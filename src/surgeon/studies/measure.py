@@ -5,22 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import exp
 from typing import Any
 
-from ..measure import Behaviour, Reference, generate, mean_nll, require_causal, task_accuracy
+from ..anatomy import Region
+from ..measure import (
+    Behaviour,
+    Comparison,
+    Reference,
+    generate,
+    mean_nll,
+    perplexity,
+    require_causal,
+    task_accuracy,
+)
+from ..patch import ablate, known_mode, stacked
 from ..result import Result, derived, record, result
 from ..settings import nested, setting
 from .lab import Lab, TextSettings
-from .naming import patches_of, stacked
-
-LARGEST_EXPONENT = 700.0  # above it exp() has no float
+from .naming import AT_HELP, patch_names, patches_of, regions_of
 
 
 @dataclass(frozen=True)
 class Settings:
-    """NLL and perplexity of MODEL; with patches also the KL to the unpatched model, and both
-    generations side by side.
+    """NLL and perplexity of MODEL; with patches, or without given weights, also the damage, the KL
+    to the model as it is, and both generations side by side.
     """
 
     patches: Any = setting(
@@ -30,6 +38,15 @@ class Settings:
         many=True,
         spelled="patch",
         is_file=True,
+    )
+    at: Any = setting(
+        (),
+        "before the patches take these weights out; " + AT_HELP,
+        metavar="ENTRY",
+        many=True,
+    )
+    mode: str = setting(
+        "zero", "with ‹at›: what an entry becomes, as ablate has it", parse=known_mode
     )
     text: TextSettings = nested(TextSettings)
     prompts: tuple[str, ...] = setting(
@@ -63,27 +80,56 @@ class TaskAccuracy:
 
 @result("measure")
 class Measurement(Result):
-    """Likelihood in nats per token and behaviour; without patches nothing is compared with."""
+    """Likelihood in nats per token and behaviour; without patches nothing is compared with.
+
+    at: the weights that were taken out before the patches, and `mode` how. base_nll: of the model
+    as it is; damage_nats: how much the changes cost.
+    """
 
     patches: list[str]
+    at: list[Region]
+    mode: str | None
     nll: float
     tokens: int
     kl_from_base: float | None
     top1_agreement: float | None
+    base_nll: float | None
     generations: list[Generation]
     loop_rate: float
     tasks: dict[str, TaskAccuracy]
 
     @derived
     def ppl(self) -> float:
-        return exp(min(self.nll, LARGEST_EXPONENT))
+        return perplexity(self.nll)
+
+    @derived
+    def damage_nats(self) -> float | None:
+        return None if self.base_nll is None else self.nll - self.base_nll
+
+    def rows(self) -> list[dict[str, object]]:
+        """One row."""
+        return [
+            {
+                "nll": self.nll,
+                "ppl": self.ppl,
+                "tokens": self.tokens,
+                "base_nll": self.base_nll,
+                "damage_nats": self.damage_nats,
+                "kl_from_base": self.kl_from_base,
+                "top1_agreement": self.top1_agreement,
+                "loop_rate": self.loop_rate,
+                **{f"{name}_accuracy": one.patched for name, one in self.tasks.items()},
+            }
+        ]
 
 
 def run(lab: Lab, settings: Settings) -> Measurement:
     require_causal(lab.model)
     corpus = lab.corpus(settings.text)
-    patches = patches_of(settings.patches)
-    names = [str(source) for source in _several(settings.patches)]
+    regions = regions_of(lab, settings.at, settings.text) if settings.at else []
+    injury = [ablate(lab.anatomy, regions, settings.mode)] if regions else []
+    changes = [*injury, *patches_of(settings.patches)]
+    names = patch_names(settings.patches)
     write = partial(
         generate,
         lab.model,
@@ -94,31 +140,31 @@ def run(lab: Lab, settings: Settings) -> Measurement:
     )
     score = partial(task_accuracy, lab.model, lab.tokenizer, settings.tasks, settings.limit)
 
-    with stacked(lab.anatomy, patches):
+    with stacked(lab.anatomy, changes):
         changed = write()
         after = score() if settings.tasks else {}
-    base, before = (write(), score() if settings.tasks else {}) if patches else (changed, after)
-    if patches:
+    base, before = (write(), score() if settings.tasks else {}) if changes else (changed, after)
+    away: Comparison | None = None
+    if changes:
         reference = Reference(lab.model, corpus.windows)
-        away = reference.compare(lambda: stacked(lab.anatomy, patches))
-        nll, kl, top1 = away.nll, away.kl, away.top1_agreement
-    else:
-        nll, kl, top1 = mean_nll(lab.model, corpus.windows), None, None
+        away = reference.compare(lambda: stacked(lab.anatomy, changes))
+    known = replace(settings, patches=names, at=[str(region) for region in regions])
     return Measurement(
-        names,
-        nll,
-        corpus.predicted,
-        kl,
-        top1,
-        [Generation(b.prompt, b.text, c.text) for b, c in zip(base, changed, strict=True)],
-        _loop_rate(changed),
-        {name: TaskAccuracy(before[name], after[name]) for name in after},
-        provenance=lab.provenance(replace(settings, patches=names), corpus.record()),
+        patches=names,
+        at=regions,
+        mode=settings.mode if regions else None,
+        nll=mean_nll(lab.model, corpus.windows) if away is None else away.nll,
+        tokens=corpus.predicted,
+        kl_from_base=None if away is None else away.kl,
+        top1_agreement=None if away is None else away.top1_agreement,
+        base_nll=None if away is None else away.base_nll,
+        generations=[
+            Generation(b.prompt, b.text, c.text) for b, c in zip(base, changed, strict=True)
+        ],
+        loop_rate=_loop_rate(changed),
+        tasks={name: TaskAccuracy(before[name], after[name]) for name in after},
+        provenance=lab.provenance(known, corpus.record()),
     )
-
-
-def _several(sources: Any) -> Sequence[Any]:
-    return sources if isinstance(sources, list | tuple) else [sources]
 
 
 def _loop_rate(texts: Sequence[Behaviour]) -> float:

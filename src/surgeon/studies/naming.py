@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,26 +20,31 @@ AT_HELP = (
 )
 
 
-def regions_of(lab: Lab, at: Any, text: TextSettings, seed: int = 0) -> list[Region]:
+def regions_of(
+    place: Lab | Anatomy, at: Any, text: TextSettings | None = None, seed: int = 0
+) -> list[Region]:
     """The regions that `at` names: texts, entries, regions, a critical set, a result, or several.
 
-    A FindResult stands for its first set. The text `vital` stands for the first set that `find`
-    returns on this text.
+    place: the lab of the model, or its map alone. A FindResult stands for its first set. The text
+    `vital` stands for the first set that `find` returns on this text, which takes a lab.
     Raises: BadInput, UnknownSite; BadInput if two share an entry, which would be counted twice, or
     if nothing is named.
     """
-    named = list(_named(lab, at, text, seed))
+    named = list(_named(place, at, text or TextSettings(), seed))
     if not named:
         raise BadInput("no weights are named; name at least one with ‹at›, like L0.mlp.down[8, 5].")
     _check_apart(named)
     return named
 
 
-def _named(lab: Lab, at: Any, text: TextSettings, seed: int) -> Iterator[Region]:
+def _named(place: Lab | Anatomy, at: Any, text: TextSettings, seed: int) -> Iterator[Region]:
     if at == VITAL:
-        yield from vital_set(lab, text, seed).parts
+        if isinstance(place, Anatomy):
+            raise BadInput("‹at› vital has to run the model, which is not loaded; give addresses.")
+        yield from vital_set(place, text, seed).parts
     elif isinstance(at, str | Entry | Region):
-        yield lab.anatomy.region(str(at))
+        anatomy = place if isinstance(place, Anatomy) else place.anatomy
+        yield anatomy.region(str(at))
     elif isinstance(at, CriticalSet):
         yield from at.parts
     elif isinstance(at, Verification):
@@ -51,7 +55,7 @@ def _named(lab: Lab, at: Any, text: TextSettings, seed: int) -> Iterator[Region]
         yield from at.sets[0].parts
     elif isinstance(at, Sequence):
         for one in at:
-            yield from _named(lab, one, text, seed)
+            yield from _named(place, one, text, seed)
     else:
         raise BadInput(
             f"{type(at).__name__} names no weights; give an address, a set or a finding."
@@ -109,18 +113,19 @@ def patch_of(source: Any) -> Patch:
 
 def patches_of(sources: Any) -> list[Patch]:
     """Several patches, or one."""
-    several = sources if isinstance(sources, list | tuple) else [sources]
-    return [patch_of(source) for source in several]
+    return [patch_of(source) for source in several(sources)]
 
 
-@contextmanager
-def _stack(anatomy: Anatomy, patches: Sequence[Patch]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for patch in patches:
-            stack.enter_context(patch.applied(anatomy))
-        yield
+def several(one: Any) -> Sequence[Any]:
+    """What was given where one thing may stand for a list of one."""
+    return one if isinstance(one, list | tuple) else [one]
 
 
-def stacked(anatomy: Anatomy, patches: Sequence[Patch]) -> AbstractContextManager[None]:
-    """Within the block all of `patches` are applied, in order."""
-    return _stack(anatomy, patches)
+def patch_name(source: Any) -> str:
+    """How a result names a patch: by its file, or by what it is."""
+    return str(source if isinstance(source, str | Path) else patch_of(source))
+
+
+def patch_names(sources: Any) -> list[str]:
+    """Several names, or one."""
+    return [patch_name(source) for source in several(sources)]

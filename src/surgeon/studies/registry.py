@@ -2,7 +2,7 @@
 
 The table is light: names and sentences, so that a list of verbs costs no import. A study's module
 has `Settings`, a frozen dataclass; `run(lab, settings)`, which gives a Result; it is imported when
-the study is looked into.
+the study is looked into. It may have `failed(result, settings)`, see `Study.failure`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from ..errors import BadInput
 from ..result import Result
 from ..settings import configured, nearest
+from .desk import Desk
 
 
 @dataclass(frozen=True)
@@ -22,19 +23,22 @@ class Study:
     """One verb.
 
     name: as it is typed. summary: its line in the help. opens: whether it works on a model, on one
-    that may be streamed, or on none. leading: the setting that a method's first argument gives.
-    positional: settings that are arguments on the command line, in order. output: what `-o` names
-    there: the file of a patch, or nothing. folder: whether it writes a run folder. seeded: whether
-    its seed changes anything.
+    that may be streamed, or on none. model: the one that it opens where none is named, if any.
+    leading: the setting that a method's first argument gives. positional: settings that are
+    arguments on the command line, in order. output: what `-o` names there: the file of a patch, the
+    run folder, or nothing. folder: whether it writes a run folder. csv: whether it can be printed
+    as CSV. seeded: whether its seed changes anything.
     """
 
     name: str
     summary: str
     opens: str = "model"
+    model: str = ""
     leading: str = "at"
     positional: tuple[str, ...] = ()
     output: str = ""
     folder: bool = True
+    csv: bool = False
     seeded: bool = True
 
     @property
@@ -61,21 +65,54 @@ class Study:
         result = self.module.run(lab, settings)
         return result.made(command=command or self._call(result.provenance.settings, given))
 
+    def failure(self, result: Any, given: Mapping[str, Any]) -> str | None:
+        """A sentence about a result that is a failure to the command line, which then ends with
+        status 1: that of the module's `failed(result, settings)`, where it has one.
+        """
+        failed = getattr(self.module, "failed", None)
+        if failed is None:
+            return None
+        sentence: str | None = failed(result, configured(self.settings, given, self.name))
+        return sentence
+
     def _call(self, settings: Mapping[str, Any], given: Mapping[str, Any]) -> str:
         """The call that makes the result again; its settings as the result records them."""
         words = [f"{name}={settings.get(name, given[name])!r}" for name in given]
-        return f"lab.{self.name.replace(' ', '_')}({', '.join(words)})"
+        if self.opens:
+            return f"lab.{self.name.replace(' ', '_')}({', '.join(words)})"
+        return f"surgeon.run({', '.join([repr(self.name), *words])})"
 
 
 _ALL = (
+    Study(
+        "demo",
+        "Find, break, repair, edit and put back: the whole story.",
+        model="patient",
+        leading="prompt",
+        output="folder",
+    ),
     Study("sites", "List every addressable weight matrix.", folder=True, seeded=False),
     Study("find", "Find critical weights, verified against matched controls.", opens="stream"),
     Study("verify", "Measure what the model loses without given weights."),
     Study("ablate", "Write an injury as a patch.", output="patch", folder=False),
     Study(
+        "repair",
+        "Heal an injury with a patch, beside a control.",
+        leading="injury",
+        output="patch",
+    ),
+    Study(
         "measure",
         "Measure likelihood and behaviour, with patches or without.",
         leading="patches",
+        seeded=False,
+    ),
+    Study(
+        "audit",
+        "Compare the critical weights of two checkpoints.",
+        opens="",
+        leading="other",
+        positional=("base", "other"),
         seeded=False,
     ),
     Study("trace", "Find which states carry a fact.", leading="prompt"),
@@ -86,6 +123,51 @@ _ALL = (
         "Rewrite facts one after the other, with guard rails.",
         leading="facts",
         output="patch",
+    ),
+    Study("explain", "Say how a patch works.", leading="patches"),
+    Study(
+        "sweep",
+        "Run many models, verbs and seeds; resumable.",
+        opens="",
+        positional=("plan",),
+        folder=False,
+    ),
+    Study(
+        "sweep table",
+        "The results of a sweep as a table.",
+        opens="",
+        positional=("directory",),
+        folder=False,
+        csv=True,
+    ),
+    Study(
+        "apply",
+        "Write a checkpoint with patches applied.",
+        opens="",
+        positional=("model",),
+        folder=False,
+    ),
+    Study(
+        "undo",
+        "Write a checkpoint with a patch taken off.",
+        opens="",
+        positional=("model",),
+        folder=False,
+    ),
+    Study(
+        "export",
+        "Write a patch as a PEFT LoRA adapter.",
+        opens="",
+        positional=("patch",),
+        folder=False,
+    ),
+    Study("index", "List the published super weights.", opens="", folder=False),
+    Study(
+        "index verify",
+        "Compare the published super weights with a model.",
+        opens="",
+        positional=("model",),
+        folder=False,
     ),
 )
 STUDIES = {study.name: study for study in _ALL}
@@ -103,6 +185,18 @@ def study_named(name: str) -> Study:
     return STUDIES[name]
 
 
+def run(verb: str, /, **settings: Any) -> Any:
+    """The result of a verb that opens no model, like `surgeon.run("index")`.
+
+    Raises: BadInput for a verb that there is not, or a setting it does not have.
+    """
+    study = study_named(verb)
+    if study.opens:
+        method = verb.replace(" ", "_")
+        raise BadInput(f"{verb} works on a model; use surgeon.open(MODEL).{method}(...).")
+    return study.run(Desk(), settings)
+
+
 # where the class of each kind of result is, from the package's root
 RESULTS = {
     "sites": "studies.sites:SiteList",
@@ -110,12 +204,23 @@ RESULTS = {
     "detect": "find:Detection",
     "verify": "find:Verification",
     "ablate": "studies.ablate:Injury",
+    "repair": "repair:RepairResult",
     "measure": "studies.measure:Measurement",
+    "audit": "audit:Audit",
     "trace": "trace:TraceResult",
     "trace average": "trace:TraceAverage",
     "edit": "studies.edit:EditResult",
     "edit layers": "studies.edit_layers:LayerRanking",
     "edit many": "studies.edit_many:EditsResult",
+    "explain": "explain:Explanation",
+    "demo": "studies.demo:Demo",
+    "sweep": "studies.sweep:SweepResult",
+    "sweep table": "studies.sweep_table:SweepTable",
+    "apply": "studies.apply:Applied",
+    "undo": "studies.undo:Undone",
+    "export": "studies.export:Exported",
+    "index": "studies.index:Index",
+    "index verify": "studies.index_verify:IndexCheck",
 }
 
 

@@ -4,21 +4,24 @@ loaded, then made into tasks.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import product
+from math import prod
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
-import yaml
-
-from ..anatomy.load import DTYPES, fingerprint, load_tokenizer, locate, read_config
-from ..corpus import BOS_POLICIES, DEFAULT_WINDOW, read_text
+from ..anatomy.folder import fingerprint
+from ..anatomy.load import DTYPES, load_tokenizer, locate, read_config
+from ..corpus import BOS_POLICIES, DEFAULT_WINDOW
+from ..documents import read_yaml
 from ..errors import BadInput
-from .task import Operation, Task, Text, corpus_digest
+from ..settings import Setting, configured, nearest, setting, settings_of, values_of
+from .task import TEXT_SETTINGS, Operation, Task, Text, corpus_digest
+
+MOST_TASKS = 100_000  # that one grid may multiply out to
+VITAL = "vital"  # the set that `find` returns; what an operation on weights takes if none are named
 
 
 @dataclass(frozen=True)
@@ -41,27 +44,19 @@ class Plan:
     models: by the name in the plan, the folder or Hub id to load.
     """
 
-    title: str
     models: dict[str, str]
     work: list[Work]
     seeds: list[int] = field(default_factory=lambda: [0])
     texts: list[str | None] = field(default_factory=lambda: [None])
-    window: int = DEFAULT_WINDOW
-    windows: int | None = 40
-    bos: str = "auto"
-    dtype: str = "auto"
-    device: str = "auto"
+    title: str = setting("", "what it is about")
+    window: int = setting(DEFAULT_WINDOW, "tokens of a window")
+    windows: int | None = setting(40, "use the first N windows; null: all")
+    bos: str = setting("auto", "whether windows begin with BOS", choices=BOS_POLICIES)
+    dtype: str = setting("auto", "of the models", choices=("auto", *DTYPES))
+    device: str = setting("auto", "where the models run")
 
 
-# what is read by its type alone; the other keys have rules of their own
-_PLAIN: dict[str, Any] = {
-    "title": str,
-    "window": int,
-    "windows": int | None,
-    "bos": str,
-    "dtype": str,
-    "device": str,
-}
+_PLAIN = tuple(one.name for one in settings_of(Plan))  # keys with a single value
 _KEYS = ("models", "operations", "seeds", "text", *_PLAIN)
 
 
@@ -72,52 +67,32 @@ def read_plan(path: str | Path, operations: Mapping[str, Operation]) -> Plan:
     parameter that cannot be used.
     """
     path = Path(path)
-    try:
-        source = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise BadInput(f"{path} is not YAML: {str(error).splitlines()[0]}.") from error
+    source = read_yaml(path)
     if not isinstance(source, dict) or not {"models", "operations"} <= set(source):
         raise BadInput(f"{path} is not a plan: it should be a mapping with models and operations.")
     for key in source:
         if key not in _KEYS:
-            raise BadInput(f"{path}: {key} is not a key of a plan{_nearest(key, _KEYS)}")
-    plain = {
-        key: _typed(source[key], kind, f"{path}: {key}")
-        for key, kind in _PLAIN.items()
-        if key in source
-    }
-    for key, known in (("bos", BOS_POLICIES), ("dtype", ("auto", *DTYPES))):
-        if plain.get(key, "auto") not in known:
-            raise BadInput(f"{path}: {key} {plain[key]} is not known; use {', '.join(known)}.")
-    models = [
-        _typed(m, str, f"{path}: a model") for m in _some(source["models"], f"{path}: models")
-    ]
-    seeds = [
-        _typed(s, int, f"{path}: a seed") for s in _some(source.get("seeds", [0]), f"{path}: seeds")
-    ]
+            raise BadInput(f"{path}: {key} is not a key of a plan{nearest(key, _KEYS)}")
+    models = _list_of(str, source["models"], f"{path}: models")
+    seeds = _list_of(int, source.get("seeds", [0]), f"{path}: seeds")
     if not all(0 <= seed < 2**32 for seed in seeds):
         raise BadInput(f"{path}: a seed is a whole number from 0 to {2**32 - 1}.")
-    texts = source.get("text")
-    texts = (
-        [
-            _typed(t, str, f"{path}: text")
-            for t in _some([texts] if isinstance(texts, str) else texts, f"{path}: text")
-        ]
-        if texts
-        else []
-    )
     work = [
         one
         for number, item in enumerate(_some(source["operations"], f"{path}: operations"), 1)
         for one in _work(path, f"{path}, operation {number}", item, operations)
     ]
-    return Plan(
-        **{"title": path.stem, **plain},
-        models={m: _model(path, m) for m in models},
-        seeds=seeds,
-        texts=[_beside(path, t) for t in texts] or [None],
+    plan = Plan(
+        models={model: _model(path, model) for model in models},
         work=work,
+        seeds=seeds,
+        texts=_texts(path, source.get("text")),
+        title=path.stem,
     )
+    try:
+        return configured(plan, {key: source[key] for key in _PLAIN if key in source})
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
 
 
 def expand(plan: Plan) -> list[Task]:
@@ -164,7 +139,7 @@ def expand(plan: Plan) -> list[Task]:
     return list(found.values())
 
 
-def _work(path: Path, where: str, item: Any, operations: Mapping[str, Operation]) -> Iterable[Work]:
+def _work(path: Path, where: str, item: Any, operations: Mapping[str, Operation]) -> Iterator[Work]:
     """One item of `operations`: a name, or a mapping with `name`, `params` (fixed) and `grid`
     (lists, multiplied out).
     """
@@ -173,84 +148,112 @@ def _work(path: Path, where: str, item: Any, operations: Mapping[str, Operation]
         raise BadInput(
             f"{where}, should be a name, or a mapping with name, params and grid; it is {item!r}."
         )
+    keys = ("name", "params", "grid")
     for key in item:
-        if key not in ("name", "params", "grid"):
-            raise BadInput(
-                f"{where}: {key} is not a key of an"
-                f" operation{_nearest(key, ('name', 'params', 'grid'))}"
-            )
+        if key not in keys:
+            raise BadInput(f"{where}: {key} is not a key of an operation{nearest(key, keys)}")
     name = str(item["name"])
     if name not in operations:
-        raise BadInput(f"{where}: {name} is not an operation{_nearest(name, operations)}")
-    settings = operations[name].settings
-    fixed, grid = ({} if item.get(k) is None else item[k] for k in ("params", "grid"))
-    types = get_type_hints(settings)
-    for key, given in (("params", fixed), ("grid", grid)):
-        if not isinstance(given, dict):
-            raise BadInput(
-                f"{where} ({name}): {key} should be a mapping of parameters; it is {given!r}."
-            )
-        for parameter in given:
-            if parameter not in types:
-                raise BadInput(
-                    f"{where}: {parameter} is not a parameter of {name}{_nearest(parameter, types)}"
-                )
+        raise BadInput(f"{where}: {name} is not an operation{nearest(name, operations)}")
+    operation = operations[name]
+    where = f"{where} ({name})"
+    known = _parameters(operation)
+    fixed, grid = (_mapping(where, key, item.get(key), known) for key in ("params", "grid"))
     if both := sorted(set(fixed) & set(grid)):
-        raise BadInput(
-            f"{where} ({name}): {both[0]} is in params and in grid; keep one of the two."
-        )
-    axes = {
-        key: _some(values, f"{where} ({name}): the grid's {key}") for key, values in grid.items()
-    }
+        raise BadInput(f"{where}: {both[0]} is in params and in grid; keep one of the two.")
+    axes = {key: _some(values, f"{where}: the grid's {key}") for key, values in grid.items()}
+    if (many := prod(len(values) for values in axes.values())) > MOST_TASKS:
+        raise BadInput(f"{where}: its grid multiplies out to {many:,} tasks; use a smaller one.")
+    if "at" in known and known["at"].required:
+        fixed = {"at": VITAL, **fixed}
     for values in product(*axes.values()):
         given = {**fixed, **dict(zip(axes, values, strict=True))}
-        typed = {
-            key: _typed(value, types[key], f"{where} ({name}): {key}")
-            for key, value in given.items()
-        }
-        try:
-            chosen = settings(**typed)
-        except TypeError as error:
-            missing = [
-                f.name
-                for f in fields(settings)
-                if f.name not in typed and f.default is f.default_factory
-            ]
-            raise BadInput(
-                f"{where} ({name}) needs the parameter {', '.join(missing) or str(error)}."
-            ) from error
-        except BadInput as error:
-            raise BadInput(f"{where} ({name}): {error}") from error
-        chosen, inputs = _with_files(path, where, chosen)
-        yield Work(
-            name,
-            {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(chosen).items()},
-            inputs,
-            operations[name].seeded,
-        )
+        yield _one_work(path, where, name, operation, given)
 
 
-def _with_files(path: Path, where: str, settings: Any) -> tuple[Any, dict[str, str]]:
-    """The settings with whole paths, and the digest of each file that they name."""
-    inputs: dict[str, str] = {}
-    for one in fields(settings):
-        value = getattr(settings, one.name)
-        if not one.metadata.get("file") or not value:
+def _parameters(operation: Operation) -> dict[str, Setting]:
+    """What an item can say of its operation: all settings but those that the plan says for all."""
+    elsewhere = (*TEXT_SETTINGS, "seed")
+    settings = settings_of(operation.settings)
+    return {one.name: one for one in settings if one.name not in elsewhere}
+
+
+def _mapping(where: str, key: str, value: Any, known: Mapping[str, Setting]) -> dict[str, Any]:
+    """`params` or `grid` of an item. Raises: BadInput for a parameter that there is not."""
+    given = {} if value is None else value
+    if not isinstance(given, dict):
+        raise BadInput(f"{where}: {key} should be a mapping of parameters; it is {given!r}.")
+    for parameter in given:
+        if parameter in known:
             continue
-        files = [_beside(path, f) for f in ([value] if isinstance(value, str) else value)]
-        try:
-            inputs[one.name] = ",".join(
-                hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files
+        if parameter in _KEYS or parameter == "seed":
+            raise BadInput(
+                f"{where}: {parameter} is said once for the whole plan, not in an operation's"
+                f" {key}."
             )
+        raise BadInput(f"{where}: {parameter} is not a parameter{nearest(parameter, known)}")
+    return given
+
+
+def _one_work(
+    path: Path, where: str, name: str, operation: Operation, given: dict[str, Any]
+) -> Work:
+    """The operation with one choice of its parameters, files by their whole paths."""
+    known = _parameters(operation)
+    try:
+        whole, inputs = _with_files(path, known, given)
+        for one in known.values():
+            if one.kind is Any and one.name in whole:
+                _check_texts(one, whole[one.name])
+        values = values_of(configured(operation.settings, whole, name))
+    except BadInput as error:
+        raise BadInput(f"{where}: {error}") from error
+    params = {key: value for key, value in values.items() if key in known}
+    return Work(name, params, inputs, operation.seeded)
+
+
+def _check_texts(one: Setting, value: Any) -> None:
+    """What names weights or a patch is a text here; in Python it can be more.
+
+    Raises: BadInput.
+    """
+    texts = value if isinstance(value, list) else [value]
+    if value is not None and not all(isinstance(text, str) for text in texts):
+        raise BadInput(f"{one.name} is {value!r}; it should be text or a list of texts.")
+
+
+def _with_files(
+    path: Path, known: Mapping[str, Setting], given: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What is given, with whole paths, and the digest of each file that it names.
+
+    Raises: BadInput for a file that cannot be read.
+    """
+    whole, inputs = dict(given), {}
+    for name, value in given.items():
+        if not known[name].declaration.is_file or not value:
+            continue
+        names = value if isinstance(value, list) else [value]
+        if not all(isinstance(file, str) for file in names):
+            continue  # its type is checked with the others'
+        files = [_beside(path, file) for file in names]
+        try:
+            digests = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
         except OSError as error:
             raise BadInput(
-                f"{where}: the file {error.filename} of {one.name} cannot be read:"
-                f" {error.strerror}."
+                f"the file {error.filename} of {name} cannot be read: {error.strerror}."
             ) from error
-        settings = replace(
-            settings, **{one.name: files[0] if isinstance(value, str) else tuple(files)}
-        )
-    return settings, inputs
+        inputs[name] = ",".join(digests)
+        whole[name] = files if isinstance(value, list) else files[0]
+    return whole, inputs
+
+
+def _texts(path: Path, value: Any) -> list[str | None]:
+    """The files of a plan's text, or of several; None for the patient's held-out text."""
+    if not value:
+        return [None]
+    names = _list_of(str, [value] if isinstance(value, str) else value, f"{path}: text")
+    return [_beside(path, name) for name in names]
 
 
 def _beside(path: Path, name: str) -> str:
@@ -280,38 +283,10 @@ def _some(value: Any, what: str) -> list[Any]:
     return value
 
 
-def _typed(value: Any, kind: Any, what: str) -> Any:
-    """The value as `kind` (a plain type, `X | None`, or tuple[X, ...] for a list).
-
-    Raises: BadInput.
-    """
-    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    for option in options:
-        if get_origin(option) is tuple and isinstance(value, list):
-            return tuple(_typed(v, get_args(option)[0], what) for v in value)
-        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if option in (str, int, bool, NoneType) and type(value) is option:
-            return value
-    names = " or ".join("a list" if get_origin(o) is tuple else _WORDS[o] for o in options)
-    raise BadInput(f"{what} is {value!r}; it should be {names}.")
-
-
-_WORDS: dict[Any, str] = {
-    str: "text",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    NoneType: "null",
-}
-
-
-def _nearest(name: Any, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name."""
-    names = sorted(known)
-    near = difflib.get_close_matches(str(name), names, n=1)
-    return (
-        f"; did you mean {near[0]}? It can be {', '.join(names)}."
-        if near
-        else f"; it can be {', '.join(names)}."
-    )
+def _list_of(kind: type, value: Any, what: str) -> list[Any]:
+    """A list of texts or of whole numbers. Raises: BadInput."""
+    wanted = "texts" if kind is str else "whole numbers"
+    for item in _some(value, what):
+        if type(item) is not kind:
+            raise BadInput(f"{what} should be a list of {wanted}; it holds {item!r}.")
+    return value  # type: ignore[no-any-return]

@@ -8,16 +8,17 @@ DIR/errors/ID.json       why a task failed; the next run tries it again
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInput, MissingExtra, SurgeonError
+from .. import files
+from ..errors import BadInput, MissingExtra
 from .task import Row, Task
+
+_PARTS = ("results", "errors")
 
 
 class Store:
@@ -44,40 +45,24 @@ class Store:
         another sweep is writing to it.
         """
         manifest = self.folder / "manifest.json"
-        try:
-            if (
-                self.folder.exists()
-                and not manifest.exists()
-                and {p.name for p in self.folder.iterdir()} - {".lock", "results", "errors"}
-            ):
-                raise BadInput(
-                    f"{self.folder} is no folder of a sweep and is not empty; choose another place"
-                    " with -o."
-                )
-            for part in ("results", "errors"):
-                (self.folder / part).mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / ".lock").open("w")
-        except OSError as error:
+        if self.folder.is_dir() and not manifest.exists() and self._holds_more():
             raise BadInput(
-                f"cannot make the folder {self.folder} or write to it: {error.strerror}; choose"
-                " another place."
-            ) from error
-        with lock:
-            try:
-                fcntl.flock(
-                    lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-                )  # falls with the process, however it ends
-            except OSError as error:
-                raise SurgeonError(
-                    f"another sweep is writing to {self.folder}; wait for it, or choose another"
-                    " folder with -o."
-                ) from error
-            for left in self.folder.glob("*/.*.part"):  # of a sweep that was killed
-                left.unlink()
-            document = {"plan": plan, "tasks": [t.to_json() for t in tasks]}
-            text = json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
-            _write(manifest, lambda path: path.write_text(text, encoding="utf-8"))
+                f"{self.folder} is no folder of a sweep and is not empty; choose another place."
+            )
+        parts = [self.folder / name for name in _PARTS]
+        for part in parts:
+            files.make_folder(part)
+        document = {"plan": plan, "tasks": [t.to_json() for t in tasks]}
+        text = json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
+        with files.lock(manifest):
+            for part in parts:
+                files.clear_leftovers(part)
+            files.write_text(manifest, text)
             yield
+
+    def _holds_more(self) -> bool:
+        """Whether the folder holds anything that is not of a sweep."""
+        return any(p.name not in _PARTS and p.name[0] != "." for p in self.folder.iterdir())
 
     def missing(self, tasks: Sequence[Task]) -> list[Task]:
         return [t for t in tasks if not self.result(t.id).exists()]
@@ -101,13 +86,14 @@ class Store:
         table = table.replace_schema_metadata(
             {"surgeon": json.dumps(task.to_json(), sort_keys=True)}
         )
-        _write(self.result(task.id), lambda path: pyarrow.parquet.write_table(table, path))
+        with files.writing(self.result(task.id)) as part:
+            pyarrow.parquet.write_table(table, part)
         self.error(task.id).unlink(missing_ok=True)
 
     def fail(self, task: Task, message: str, details: str | None) -> None:
         record = {"error": message, "details": details, "task": task.to_json()}
         text = json.dumps(record, indent=1, sort_keys=True) + "\n"
-        _write(self.error(task.id), lambda path: path.write_text(text, encoding="utf-8"))
+        files.write_text(self.error(task.id), text)
 
     def tasks(self) -> list[Task]:
         """The tasks of the manifest. Raises: BadInput if the folder holds none that can be read."""
@@ -125,9 +111,3 @@ class Store:
             raise BadInput(
                 f"{manifest} is damaged; run the sweep again, it keeps the results."
             ) from error
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    write(part)
-    os.replace(part, path)

@@ -4,21 +4,40 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, fields
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from transformers import PreTrainedTokenizerBase
+from ..result import Result
 
-from ..anatomy import Anatomy, Loaded
-from ..corpus import DEFAULT_WINDOW, Corpus, load_corpus, read_text
-from ..patients import heldout_text
+if TYPE_CHECKING:  # a table of results needs no model
+    import transformers
 
-FORMAT = 1  # raised when the same task gives other rows than before, within one release
-T = TypeVar("T")
+    from ..corpus import Corpus
+
+FORMAT = 2  # raised when the same task gives other rows than before, within one release
+TEXT_SETTINGS = ("text", "window", "windows", "bos")  # a plan says them once, for all operations
 Row = dict[str, Any]  # column to text, number, truth value or None
+
+
+@runtime_checkable
+class Operation(Protocol):
+    """What a plan can name: a verb.
+
+    settings: the class of its settings, which are the operation's parameters. seeded: whether its
+    seed changes anything; if not, it runs once, whatever the seeds. `run(lab, given)` gives a
+    result that is a table, and leaves the model as it found it.
+    """
+
+    @property
+    def settings(self) -> type[Any]: ...
+
+    @property
+    def seeded(self) -> bool: ...
+
+    def run(self, lab: Any, given: Mapping[str, Any]) -> Result: ...
 
 
 @dataclass(frozen=True)
@@ -26,7 +45,7 @@ class Text:
     """The text of a task. path: a file; None for the patient's held-out text."""
 
     path: str | None = None
-    window: int = DEFAULT_WINDOW
+    window: int = 256
     windows: int | None = None
     bos: str = "auto"
 
@@ -34,8 +53,11 @@ class Text:
     def name(self) -> str:
         return "patient-heldout" if self.path is None else Path(self.path).name
 
-    def read(self, tokenizer: PreTrainedTokenizerBase) -> Corpus:
+    def read(self, tokenizer: transformers.PreTrainedTokenizerBase) -> Corpus:
         """Raises: BadText, BadInput."""
+        from ..corpus import load_corpus, read_text
+        from ..patients import heldout_text
+
         source = heldout_text() if self.path is None else read_text(self.path)
         return load_corpus(tokenizer, source, self.name, self.window, self.windows, self.bos)
 
@@ -46,8 +68,8 @@ class Task:
     lie, nor the device.
 
     model: as the plan names it; where: the folder or Hub id to load. params: every setting of the
-    operation. inputs: digests of the files that `params` names. seed: None for an operation without
-    randomness.
+    operation, but for its text and its seed. inputs: digests of the files that `params` names.
+    seed: None for an operation without randomness.
     """
 
     model: str
@@ -79,10 +101,15 @@ class Task:
     @property
     def says(self) -> str:
         """The task in a few words, for people."""
-        settings = ", ".join(f"{k} {v}" for k, v in self.params.items() if v is not None)
-        return f"{self.operation}({settings}) on {self.model}" + (
-            "" if self.seed is None else f", seed {self.seed}"
-        )
+        settings = ", ".join(f"{k} {v}" for k, v in self.params.items() if v not in (None, []))
+        seed = "" if self.seed is None else f", seed {self.seed}"
+        return f"{self.operation}({settings}) on {self.model}{seed}"
+
+    def given(self, known: Container[str]) -> dict[str, Any]:
+        """What the operation is called with: the task's settings, as far as it knows them."""
+        text = (self.text.path, self.text.window, self.text.windows, self.text.bos)
+        shared = {**dict(zip(TEXT_SETTINGS, text, strict=True)), "seed": self.seed or 0}
+        return {**self.params, **{name: v for name, v in shared.items() if name in known}}
 
     def to_json(self) -> dict[str, Any]:
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "text"}
@@ -93,8 +120,8 @@ class Task:
         own = {k: v for k, v in source.items() if k not in ("id", "text")}
         return cls(**own, text=Text(**source["text"]))
 
-    def columns(self) -> Row:
-        """What every row of the task's result begins with."""
+    def head(self) -> Row:
+        """The columns that every result has."""
         return {
             "task": self.id,
             "model": self.model,
@@ -102,46 +129,20 @@ class Task:
             "text": self.text.name,
             "operation": self.operation,
             "seed": self.seed,
-            **{
-                k: v if v is None or isinstance(v, str | int | float) else json.dumps(v)
-                for k, v in self.params.items()
-            },
         }
 
-
-@dataclass
-class Bench:
-    """What an operation works on: a model, its map, a text; and what was worked out on them
-    before.
-    """
-
-    loaded: Loaded
-    anatomy: Anatomy
-    corpus: Corpus
-    bos: str
-    kept: dict[Hashable, Any] = field(default_factory=dict)
-
-    def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """`make()`, kept for the tasks that follow on the same model and text."""
-        if key not in self.kept:
-            self.kept[key] = make()
-        found: T = self.kept[key]
-        return found
+    def columns(self) -> Row:
+        """What every row of the task's result begins with."""
+        return {**self.head(), **{name: plain(value) for name, value in self.params.items()}}
 
 
-@dataclass(frozen=True)
-class Operation:
-    """What a plan can name. settings: a frozen dataclass, whose fields are the operation's
-    parameters.
-
-    `run(bench, settings, seed)` gives at least one flat row, and leaves the model as it found it. A
-    field with metadata {"file": True} names a file (or several), whose content counts. seeded:
-    whether the seed changes anything; if not, the operation runs once, without.
-    """
-
-    settings: type[Any]
-    run: Callable[[Bench, Any, int], list[Row]]
-    seeded: bool = True
+def plain(value: Any) -> Any:
+    """A value as a column can hold it: lists and mappings as JSON, addresses as texts."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple | dict):
+        return json.dumps(value, default=str)
+    return str(value)
 
 
 def corpus_digest(corpus: Corpus) -> str:

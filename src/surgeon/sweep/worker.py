@@ -8,28 +8,28 @@ import gc
 import importlib
 import json
 import traceback
-from dataclasses import fields
 from typing import Any
 
 import torch
 
 from ..errors import SurgeonError
-from .task import Bench, Operation, Row, Task, Text, corpus_digest
+from ..settings import settings_of
+from .task import Operation, Row, Task, Text, corpus_digest, plain
 
 
 class Worker:
     """A worker.
 
-    registry: the module that has OPERATIONS (by name) and `open_model(name, dtype, device)`;
-    imported here, by its name.
+    registry: the module that has OPERATIONS (by name) and `open_lab(name, dtype=, device=)`, whose
+    lab has a `fingerprint` and a `tokenizer`; imported here, by its name.
     """
 
     def __init__(self, registry: str, threads: int) -> None:
         torch.set_num_threads(threads)
         self.registry: Any = importlib.import_module(registry)
         self.held: tuple[str, str, str, str] | None = None
-        self.opened: Any = None
-        self.benches: dict[Text, Bench] = {}
+        self.lab: Any = None
+        self.texts: dict[Text, str] = {}  # the digest of each that was read
 
     def ready(self) -> str:
         return "ready"
@@ -60,49 +60,47 @@ class Worker:
         return json.dumps({"error": said, "details": details})
 
     def _rows(self, task: Task) -> list[Row]:
-        bench = self._bench(task)
+        """The rows of a task's result. A column that is a setting too says what was done, and
+        stands in its place.
+        """
+        self._open(task)
         operation: Operation = self.registry.OPERATIONS[task.operation]
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in task.params.items()}
-        settings = operation.settings(**{f.name: given[f.name] for f in fields(operation.settings)})
         torch.manual_seed(task.seed or 0)
-        rows = operation.run(bench, settings, task.seed or 0)
+        known = {one.name for one in settings_of(operation.settings)}
+        result = operation.run(self.lab, task.given(known))
+        rows = [{name: plain(value) for name, value in row.items()} for row in result.rows()]
         if not rows:
             raise SurgeonError(f"{task.operation} gave no row; an operation gives at least one.")
-        if taken := {name for row in rows for name in row} & set(task.columns()):
+        if taken := {name for row in rows for name in row} & set(task.head()):
             raise SurgeonError(
-                f"{task.operation} gives a column {min(taken)}, which the task has already."
+                f"{task.operation} gives a column {min(taken)}, which every task has already."
             )
         return rows
 
-    def _bench(self, task: Task) -> Bench:
-        """The model and the text of the task, opened if they are not.
+    def _open(self, task: Task) -> None:
+        """Open the task's model if it is not, and read its text.
 
         Raises: SurgeonError if either is not what was planned.
         """
         wanted = (task.where, task.dtype, task.device, task.fingerprint)
         if self.held != wanted:
             self._drop()
-            self.opened = self.registry.open_model(task.where, task.dtype, task.device)
-            if self.opened[0].fingerprint != task.fingerprint:
+            self.lab = self.registry.open_lab(task.where, dtype=task.dtype, device=task.device)
+            if self.lab.fingerprint != task.fingerprint:
                 raise SurgeonError(
                     f"the weights of {task.model} changed after the sweep was planned; run it"
                     " again."
                 )
             self.held = wanted
-        if task.text not in self.benches:
-            loaded, anatomy = self.opened
-            self.benches[task.text] = Bench(
-                loaded, anatomy, task.text.read(loaded.tokenizer), task.text.bos
-            )
-        bench = self.benches[task.text]
-        if corpus_digest(bench.corpus) != task.corpus:
+        if task.text not in self.texts:
+            self.texts[task.text] = corpus_digest(task.text.read(self.lab.tokenizer))
+        if self.texts[task.text] != task.corpus:
             raise SurgeonError(
                 f"the text {task.text.name}, or the tokenizer of {task.model}, changed after the"
                 " sweep was planned; run it again."
             )
-        return bench
 
     def _drop(self) -> None:
-        self.held, self.opened = None, None
-        self.benches.clear()
+        self.held, self.lab = None, None
+        self.texts.clear()
         gc.collect()  # a map and its model point at each other

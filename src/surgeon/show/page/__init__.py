@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from ...errors import BadInput, MissingExtra
+from ... import files
+from ...errors import MissingExtra
 
 NAME = "report.html"
 
@@ -23,14 +23,6 @@ def write_report(folder: Path) -> Path:
         from .page import render
     except ImportError as error:
         raise MissingExtra("a report", "report") from error
-    page = render(folder)
     path = folder / NAME
-    part = folder / f".{NAME}.{os.getpid()}.part"
-    try:
-        part.write_text(page, encoding="utf-8", newline="\n")
-        os.replace(part, path)
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror}; choose another place.") from error
-    finally:
-        part.unlink(missing_ok=True)
+    files.write_text(path, render(folder))
     return path

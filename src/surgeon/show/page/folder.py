@@ -64,7 +64,7 @@ def _read(path: Path) -> Filed | None:
 
 def _with_columns(result: Result, folder: Path) -> Result:
     """The result with the tables that lie beside it as Parquet; without, where pyarrow is not."""
-    tables = {
+    tables: dict[str, Any] = {
         name: _columns(folder / file)
         for name, file in attached_files(type(result)).items()
         if file.endswith(".parquet") and (folder / file).is_file()

@@ -17,16 +17,20 @@ if TYPE_CHECKING:
     from .picture import Headline, Picture
 
 KINDS = {
+    "demo": "demo:demo",
     "find": "critical:find",
     "detect": "critical:detect",
     "verify": "critical:verify",
     "ablate": "models:injury",
+    "repair": "healing:repair",
+    "explain": "working:explain",
     "edit layers": "editing:layers",
     "edit": "editing:edit",
     "edit many": "editing:edits",
     "trace": "editing:trace",
     "trace average": "editing:average",
     "measure": "models:measure",
+    "audit": "audit:audit",
     "sites": "models:sites",
 }
 

@@ -29,6 +29,7 @@ SHAPES = {"base": "circle", "broken": "square", "patched": "diamond", "control":
 FONT = "Arial, Helvetica, sans-serif"
 
 Row = Mapping[str, Any]
+Band = tuple[float, float, str, str]  # from, to, a key of COLOURS, what it is called
 Layers = alt.LayerChart | alt.FacetChart
 
 
@@ -199,9 +200,9 @@ def scatter(rows: Sequence[Row], series: Mapping[str, str], x: str, y: str, rule
     return draw(build, 300, {**series, "intact": "rule"})
 
 
-def strip(rows: Sequence[Row], order: Sequence[str], x: str) -> Chart:
+def strip(rows: Sequence[Row], order: Sequence[str], x: str, ranges: Sequence[Band] = ()) -> Chart:
     """One dot a value: rows hold row (its label), x, colour, says (a text at the dot, or "") and
-    maybe low, high (an interval).
+    maybe low, high (an interval). ranges: of x, coloured beneath the dots.
     """
 
     def build(narrow: bool) -> Layers:
@@ -216,7 +217,8 @@ def strip(rows: Sequence[Row], order: Sequence[str], x: str) -> Chart:
             scale=alt.Scale(domain=list(COLOURS), range=list(COLOURS.values())),
             legend=None,
         )
-        widest = max(abs(float(r.get("high", r["x"]))) for r in rows) or 1.0
+        values = [abs(float(r.get("high", r["x"]))) for r in rows]
+        widest = max([*values, *(high for _, high, *_ in ranges)]) or 1.0
         # room at the right for the text of the largest value
         least = min(float(r.get("low", r["x"])) for r in rows)
         scale = alt.Scale(
@@ -228,6 +230,7 @@ def strip(rows: Sequence[Row], order: Sequence[str], x: str) -> Chart:
         zero = alt.Chart(_data([{"x": 0}])).mark_rule(color=MUTED).encode(x="x:Q")
         interval = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=3, opacity=0.5)
         return alt.layer(
+            *_ranges(ranges, colour),
             zero,
             interval.encode(x=alt.X("low:Q", title=x), x2="high:Q", color=colour),
             base.mark_point(filled=True, size=64, opacity=0.65).encode(color=colour),
@@ -237,6 +240,21 @@ def strip(rows: Sequence[Row], order: Sequence[str], x: str) -> Chart:
         )
 
     return draw(build, 54 * len(order) + 10)
+
+
+def _ranges(ranges: Sequence[Band], colour: alt.Color) -> list[alt.Chart]:
+    """Ranges of x as areas of colour, with their names above them."""
+    if not ranges:
+        return []
+    rows = [
+        {"from": low, "to": high, "middle": (low + high) / 2, "colour": key, "says": name}
+        for low, high, key, name in ranges
+    ]
+    base = alt.Chart(_data(rows))
+    names = base.mark_text(color=MUTED, fontSize=12, baseline="bottom").encode(
+        x="middle:Q", y=alt.value(-3), text="says:N"
+    )
+    return [base.mark_rect(opacity=0.16).encode(x="from:Q", x2="to:Q", color=colour), names]
 
 
 def dumbbells(

@@ -11,7 +11,7 @@ from .charts import Row, scatter
 from .folder import Result
 from .picture import Cell, Picture, Table, command, many, nats
 
-OWN = {"rtn": "broken", "clip": "base", "restore": "broken", "both": "patched"}
+OWN = {"rtn": "broken", "clip": "base", "restore": "broken", "holdout": "patched"}
 LISTED = 12
 
 
@@ -39,8 +39,8 @@ def quantize_pictures(result: Result) -> Iterator[Picture]:
         f" model has {d['base']['nll']:.4f}."
         f" {many(len(d['critical']['entries']), 'critical entry')} ({d['critical']['source']})."
         " rtn: rounded; clip: clipped, then rounded; restore: rounded, then the critical entries"
-        " put back; both: the hold-out. Bits per weight count scales, offsets and what is put"
-        " back. " + " ".join(d.get("notes", ()))
+        " put back; holdout: clipped, rounded and put back. Bits per weight count scales, offsets"
+        " and what is put back. " + " ".join(d.get("notes", ()))
     )
     if "sweep" in d:
         front = [(r["method"], r["bits"], r["block"]) for r in d["pareto"]]
@@ -106,7 +106,7 @@ def _row(r: dict[str, Any], base: float, tasks: list[str]) -> list[Cell]:
 
 
 def _name(r: dict[str, Any]) -> str:
-    return {"both": "hold-out", "restore": "rounded", "rtn": "rounded", "clip": "clipped"}.get(
+    return {"holdout": "hold-out", "restore": "rounded", "rtn": "rounded", "clip": "clipped"}.get(
         r["method"], "peers"
     )
 

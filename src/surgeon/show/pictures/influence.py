@@ -5,13 +5,14 @@ nulls, and how the tokens are spread.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
-from .charts import Row, bands, lines
-from .folder import Result
-from .picture import Picture, Table, command, percent
+from ...errors import BadInput
+from ...explain import Influence, Stratum, WordGroup
+from .charts import Chart, Row, bands, lines
+from .picture import Picture, Table, percent
 
 DRAWN = 12
 LISTED = 10
@@ -20,33 +21,82 @@ BINS = [2.0**e for e in range(-14, 7)]  # edges, in nats
 ANYWHERE, NEAR = "chance, tokens from anywhere", "chance, comparable words"
 
 
-def influence_pictures(d: dict[str, Any], file: str, made_by: str) -> Iterator[Picture]:
+def influence_pictures(influence: Influence) -> Iterator[Picture]:
     """Each story beside what chance gives: groups of words, then documents and frequencies."""
-    n = d["permutations"]
-    if d["groups"]:
-        yield _groups(d["groups"], n, file, made_by)
-    classes = [{**s, "name": f"{s['name']} times"} for s in d["frequencies"]]
+    if influence.groups:
+        yield _groups(influence)
     for name, strata, beside in (
-        ("document", d["documents"], "words of the same frequency in the other documents"),
-        ("class of frequency", classes, "words of other frequencies in the same documents"),
+        (
+            "document",
+            [_tested(one, one.name) for one in influence.documents],
+            "words of the same frequency in the other documents",
+        ),
+        (
+            "class of frequency",
+            [_tested(one, f"{one.name} times") for one in influence.frequencies],
+            "words of other frequencies in the same documents",
+        ),
     ):
-        if tested := [s for s in strata if s["p"] is not None]:
-            yield _strata(name, tested, beside, n, file, made_by)
-    top = d["top"]
-    by_document = list(d["top_by_document"].items())
-    yield Picture(
+        tested = [one for one in strata if one is not None]
+        if tested:
+            yield _strata(name, tested, beside, influence.permutations)
+    yield _ranking(influence)
+
+
+class _Tested(NamedTuple):
+    """Tokens whose mean KL was tested: what chance gives, drawn from anywhere and from comparable
+    words, and the p of each test.
+    """
+
+    name: str
+    tokens: int
+    mean_kl: float
+    anywhere: dict[str, float]
+    comparable: dict[str, float]
+    p: tuple[float | None, ...]
+    p_corrected: float
+
+
+def _comparable(mean: float, excess: float, null: Mapping[str, float]) -> dict[str, float]:
+    """The null of comparable words where the mean KL is read: what is tested is the excess over
+    these words, so their level is added.
+    """
+    return {quantile: mean - excess + value for quantile, value in null.items()}
+
+
+def _tested(one: Stratum, name: str) -> _Tested | None:
+    """None for a stratum that is the only one of its kind."""
+    if one.p is None or one.p_corrected is None or one.excess_kl is None:
+        return None
+    comparable = _comparable(one.mean_kl, one.excess_kl, one.null or {})
+    anywhere = one.null_naive or {}
+    return _Tested(name, one.tokens, one.mean_kl, anywhere, comparable, (one.p,), one.p_corrected)
+
+
+def _tested_group(one: WordGroup) -> _Tested:
+    comparable = _comparable(one.mean_kl, one.excess_kl, one.null)
+    p = (one.p_naive, one.p_within, one.p_document)
+    return _Tested(
+        one.name, one.tokens, one.mean_kl, one.null_naive, comparable, p, one.p_corrected
+    )
+
+
+def _ranking(influence: Influence) -> Picture:
+    by_document = list(influence.top_by_document.items())
+    return Picture(
         "Tokens that change most",
-        f"Of the {len(top)} tokens that change most, {by_document[0][1]} stand in one document of"
-        f" {d['documents_seen']}",
+        f"Of the {len(influence.top)} tokens that change most, {by_document[0][1]} stand in one"
+        f" document of {influence.documents_seen}",
         "A ranking, not a finding: it shows what the text is about. KL(intact || broken) in nats,"
         " booked on the token that is predicted. How documents are told apart:"
-        f" {d['documents_rule']}.",
-        file,
-        made_by,
+        f" {influence.documents_rule}.",
         shown=Table(
             ("KL, nats", "context", "token", "document"),
-            [(t["kl_broken"], t["context"], _seen(t["token"]), t["title"]) for t in top[:LISTED]],
-            len(top),
+            [
+                (row.kl_broken, row.context, _seen(row.token), row.title)
+                for row in influence.top[:LISTED]
+            ],
+            len(influence.top),
         ),
         table=Table(("document", "of the top tokens"), by_document),
     )
@@ -57,158 +107,137 @@ def _seen(token: str) -> str:
     return token if token.strip() else token.replace("\n", "↵").replace(" ", "␣") or "(empty)"
 
 
-def _groups(groups: Sequence[dict[str, Any]], n: int, file: str, made_by: str) -> Picture:
-    names = ", ".join(f"{g['name']} (p {g['p_corrected']:.2g})" for g in groups if g["holds"])
-    others = ", ".join(f"{g['name']} (p {g['p_corrected']:.2g})" for g in groups if not g["holds"])
-    parts = [f"Hit harder than other words of their documents: {names}"] if names else []
-    parts += (
-        [
-            f"{'not' if names else 'Not'} shown to be hit harder than other words of their"
-            f" documents: {others}"
-        ]
-        if others
-        else []
-    )
+def _groups(influence: Influence) -> Picture:
+    groups = influence.groups
+    hit = [_with_p(one) for one in groups if one.holds]
+    others = [_with_p(one) for one in groups if not one.holds]
+    said = []
+    if hit:
+        said.append(f"Hit harder than other words of their documents: {', '.join(hit)}")
+    if others:
+        negation = "not" if hit else "Not"
+        said.append(
+            f"{negation} shown to be hit harder than other words of their documents:"
+            f" {', '.join(others)}"
+        )
+    tested = [_tested_group(one) for one in groups]
     return Picture(
         "The influence null",
-        "; ".join(parts),
+        "; ".join(said),
         "Mean KL(intact || broken) of the group's tokens, nats per token, on what chance gives:"
-        f" the middle 90% of {n:,} permutations, with the median. Hollow: tokens drawn from"
-        " anywhere, as a bare ranking has it, which takes what a document is about for an effect"
-        " of the weights. Filled: whole words change places with others of the same document and"
-        " frequency. p: one-sided, of the latter, corrected over the groups.",
-        file,
-        made_by,
-        chart=_bands(groups),
+        f" the middle 90% of {influence.permutations:,} permutations, with the median. Hollow:"
+        " tokens drawn from anywhere, as a bare ranking has it, which takes what a document is"
+        " about for an effect of the weights. Filled: whole words change places with others of the"
+        " same document and frequency. p: one-sided, of the latter, corrected over the groups.",
+        chart=_bands(tested),
         table=_table(
-            "group",
-            groups,
-            {
-                "p_naive": "p, tokens from anywhere",
-                "p_within": "p within documents",
-                "p_document": "p of documents",
-            },
+            "group", tested, ("p, tokens from anywhere", "p within documents", "p of documents")
         ),
     )
 
 
-def _strata(
-    name: str, strata: Sequence[dict[str, Any]], beside: str, n: int, file: str, made_by: str
-) -> Picture:
-    hit = [s["name"] for s in strata if s["p_corrected"] <= LEVEL]
-    naive = sum(s["mean_kl"] > s["null_naive"]["q95"] for s in strata)
-    plural = f"{name}s" if name == "document" else "classes of frequency"
-    which = f" ({', '.join(hit)})" if 0 < len(hit) <= 3 else ""
-    least = min(s["p_corrected"] for s in strata)
+def _with_p(group: WordGroup) -> str:
+    return f"{group.name} (p {group.p_corrected:.2g})"
+
+
+def _strata(name: str, strata: Sequence[_Tested], beside: str, permutations: int) -> Picture:
+    above = sum(one.mean_kl > one.anywhere["q95"] for one in strata)
+    drawn = f" The {DRAWN} with the largest KL are drawn." if len(strata) > DRAWN else ""
     return Picture(
         f"Influence by {name}",
-        (
-            f"{len(hit)} of {len(strata)} {plural}{which} {'is' if len(hit) == 1 else 'are'} hit"
-            " harder than comparable words elsewhere"
-            if hit
-            else (
-                f"None found: no {name} of {len(strata)} is hit harder than comparable words"
-                f" (smallest corrected p {least:.2g})"
-            )
-        ),
-        f"Mean KL(intact || broken), nats per token, on what chance gives: the middle 90% of {n:,}"
-        " permutations, with the median. Hollow: tokens drawn from anywhere; above that band lie"
-        f" {naive} of {len(strata)}. Filled: whole words change places with {beside}. p: one-sided,"
-        f" of the latter, corrected over all {len(strata)}."
-        + (f" The {DRAWN} with the largest KL are drawn." if len(strata) > DRAWN else ""),
-        file,
-        made_by,
+        _hit_strata(name, strata),
+        "Mean KL(intact || broken), nats per token, on what chance gives: the middle 90% of"
+        f" {permutations:,} permutations, with the median. Hollow: tokens drawn from anywhere;"
+        f" above that band lie {above} of {len(strata)}. Filled: whole words change places with"
+        f" {beside}. p: one-sided, of the latter, corrected over all {len(strata)}.{drawn}",
         chart=_bands(strata[:DRAWN]),
-        table=_table(name, strata, {"p": "p"}),
+        table=_table(name, strata, ("p",)),
     )
 
 
-def _comparable(s: dict[str, Any]) -> dict[str, float]:
-    """The null of comparable words where the mean KL is read: what is tested is the excess over
-    these words, so their level is added.
-    """
-    return {q: s["mean_kl"] - s["excess_kl"] + value for q, value in s["null"].items()}
+def _hit_strata(name: str, strata: Sequence[_Tested]) -> str:
+    hit = [one.name for one in strata if one.p_corrected <= LEVEL]
+    if not hit:
+        least = min(one.p_corrected for one in strata)
+        return (
+            f"None found: no {name} of {len(strata)} is hit harder than comparable words (smallest"
+            f" corrected p {least:.2g})"
+        )
+    plural = "documents" if name == "document" else "classes of frequency"
+    which = f" ({', '.join(hit)})" if len(hit) <= 3 else ""
+    verb = "is" if len(hit) == 1 else "are"
+    return (
+        f"{len(hit)} of {len(strata)} {plural}{which} {verb} hit harder than comparable words"
+        " elsewhere"
+    )
 
 
-def _bands(items: Sequence[dict[str, Any]]) -> Any:
-    names = [s["name"] for s in items]
+def _bands(items: Sequence[_Tested]) -> Chart:
+    names = [one.name for one in items]
     rows: list[Row] = []
-    for i, s in enumerate(items):
-        row = s["name"] if names.count(s["name"]) == 1 else f"{i + 1}. {s['name']}"
-        says = f"{s['mean_kl']:.3f}, p {s['p_corrected']:.2g}"
-        for null, band in ((ANYWHERE, s["null_naive"]), (NEAR, _comparable(s))):
-            rows.append(
-                {
-                    "row": row,
-                    "null": null,
-                    "low": band["q05"],
-                    "mid": band["q50"],
-                    "high": band["q95"],
-                    "x": s["mean_kl"],
-                    "says": says,
-                }
-            )
+    for number, one in enumerate(items, 1):
+        row = one.name if names.count(one.name) == 1 else f"{number}. {one.name}"
+        says = f"{one.mean_kl:.3f}, p {one.p_corrected:.2g}"
+        for null, band in ((ANYWHERE, one.anywhere), (NEAR, one.comparable)):
+            span = {"low": band["q05"], "mid": band["q50"], "high": band["q95"]}
+            rows.append({"row": row, "null": null, **span, "x": one.mean_kl, "says": says})
     return bands(rows, (ANYWHERE, NEAR), "observed", "mean KL, nats per token")
 
 
-def _table(name: str, items: Sequence[dict[str, Any]], p: dict[str, str]) -> Table:
+def _table(name: str, items: Sequence[_Tested], p: Sequence[str]) -> Table:
     quantiles = [
-        f"{null}, {q}" for null in ("anywhere", "comparable") for q in ("5%", "50%", "95%")
+        f"{null}, {quantile}"
+        for null in ("anywhere", "comparable")
+        for quantile in ("5%", "50%", "95%")
     ]
     return Table(
-        (name, "tokens", "mean KL", *quantiles, *p.values(), "corrected p"),
+        (name, "tokens", "mean KL", *quantiles, *p, "corrected p"),
         [
-            [
-                s["name"],
-                s["tokens"],
-                s["mean_kl"],
-                *s["null_naive"].values(),
-                *_comparable(s).values(),
-                *(s[key] for key in p),
-                s["p_corrected"],
-            ]
-            for s in items
+            (
+                one.name,
+                one.tokens,
+                one.mean_kl,
+                *one.anywhere.values(),
+                *one.comparable.values(),
+                *one.p,
+                one.p_corrected,
+            )
+            for one in items
         ],
     )
 
 
-def token_pictures(result: Result) -> Iterator[Picture]:
-    """How the KL is spread over the tokens, from tokens.parquet."""
+def token_pictures(tokens: Mapping[str, list[Any]]) -> Iterator[Picture]:
+    """How the KL is spread over the tokens. Raises: BadInput for a table that is not of tokens."""
     states = {
-        name: result.data[f"kl_{key}"]
-        for key, name in (("broken", "broken"), ("patched", "repaired"))
-        if f"kl_{key}" in result.data
+        name: _numbers(tokens[column])
+        for column, name in (("kl_broken", "broken"), ("kl_patched", "repaired"))
+        if column in tokens
     }
-    shares = {name: [0.0] * (len(BINS) + 1) for name in states}
-    for name, values in states.items():
-        for value in values:
-            shares[name][bisect_right(BINS, value)] += 1 / len(values)
-    used = [i for i in range(len(BINS) + 1) if any(share[i] for share in shares.values())]
+    if "broken" not in states:
+        raise _damaged()
+    counts = {name: _counts(values) for name, values in states.items()}
+    used = [i for i in range(len(BINS) + 1) if any(count[i] for count in counts.values())]
     span = range(used[0], used[-1] + 1)
-    # a bin stands at its middle on the doubling axis; the open ones as if they were as wide as the
-    # others
-    middle = [BINS[0] * 2.0 ** (i - 0.5) for i in span]
-    rows = [
-        {"x": x, "y": shares[name][i], "series": name}
-        for name in states
-        for i, x in zip(span, middle, strict=True)
-    ]
-    broken = sorted(states["broken"], reverse=True)
-    total = sum(broken)
-    most = sum(broken[: max(1, len(broken) // 10)]) / total if total > 0 else 0.0
-    labels = {"broken": "broken", **({"repaired": "patched"} if len(states) > 1 else {})}
-    halves = ", ".join(f"{median(values):.3g} nats {name}" for name, values in states.items())
+    colours = {"broken": "broken", "repaired": "patched"}
     yield Picture(
         "How the KL is spread",
-        f"Half of the {len(broken):,} tokens are under {halves}; the tenth that changes most holds"
-        f" {percent(most)} of the KL when broken",
-        f"KL(intact || broken){' and KL(intact || repaired)' if len(states) > 1 else ''} of each"
-        f" predicted token, in bins that double; what is under {BINS[0]:.3g} nats is in the first.",
-        result.file,
-        command("explain", result.model, "--patch", "P", "--folder", "DIR"),
+        _spread(states),
+        f"{' and '.join(f'KL(intact || {name})' for name in states)} of each predicted token, in"
+        f" bins that double; what is under {BINS[0]:.3g} nats is in the first.",
         chart=lines(
-            rows,
-            labels,
+            # a bin stands at its middle on the doubling axis; the open ones as if they were as
+            # wide as the others
+            [
+                {
+                    "x": BINS[0] * 2.0 ** (i - 0.5),
+                    "y": counts[name][i] / len(states[name]),
+                    "series": name,
+                }
+                for name in states
+                for i in span
+            ],
+            {name: colours[name] for name in states},
             "KL of a token, nats",
             "share of the tokens",
             decades=True,
@@ -220,9 +249,37 @@ def token_pictures(result: Result) -> Iterator[Picture]:
                 (
                     BINS[i - 1] if i else None,
                     BINS[i] if i < len(BINS) else None,
-                    *(round(shares[s][i] * len(states[s])) for s in states),
+                    *(count[i] for count in counts.values()),
                 )
                 for i in span
             ],
         ),
+    )
+
+
+def _numbers(column: Sequence[Any]) -> list[float]:
+    if not column or not all(isinstance(value, float) for value in column):
+        raise _damaged()
+    return list(column)
+
+
+def _damaged() -> BadInput:
+    return BadInput("tokens.parquet is damaged or is not as Surgeon writes it; write it again.")
+
+
+def _counts(values: Sequence[float]) -> list[int]:
+    counts = [0] * (len(BINS) + 1)
+    for value in values:
+        counts[bisect_right(BINS, value)] += 1
+    return counts
+
+
+def _spread(states: Mapping[str, Sequence[float]]) -> str:
+    broken = sorted(states["broken"], reverse=True)
+    total = sum(broken)
+    most = sum(broken[: max(1, len(broken) // 10)]) / total if total > 0 else 0.0
+    halves = ", ".join(f"{median(values):.3g} nats {name}" for name, values in states.items())
+    return (
+        f"Half of the {len(broken):,} tokens are under {halves}; the tenth that changes most holds"
+        f" {percent(most)} of the KL when broken"
     )

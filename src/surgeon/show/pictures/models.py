@@ -26,6 +26,7 @@ def measure_pictures(result: Measurement) -> Iterator[Picture]:
             [
                 ("NLL, nats per token", result.nll),
                 ("perplexity", result.ppl),
+                ("damage, nats per token", result.damage_nats),
                 ("KL from the unpatched model, nats", away),
                 ("most likely token agrees, share", result.top1_agreement),
                 ("share of repeated 3-grams in what it writes", result.loop_rate),
@@ -43,7 +44,7 @@ def measure_pictures(result: Measurement) -> Iterator[Picture]:
             ),
         )
     if result.generations:
-        states = ("base", "patched") if result.patches else ("base",)
+        states = ("base",) if result.base_nll is None else ("base", "patched")
         yield generations(
             [(g.prompt, [(s, str(getattr(g, s))) for s in states]) for g in result.generations]
         )

@@ -2,91 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
+from ...explain import Channel, Curve, CurvePoint, Explanation, Geometry, Sink
 from .charts import Row, lines
-from .critical import generations
-from .folder import Result
-from .influence import influence_pictures
-from .picture import Cell, Picture, Table, command, many, percent
+from .influence import influence_pictures, token_pictures
+from .picture import Cell, Headline, Picture, Table, many, model_name, percent
+from .texts import generations
 
 STATES = {"base": "intact", "broken": "broken", "patched": "repaired"}
 COLOURS = {"intact": "base", "broken": "broken", "repaired": "patched"}
+LARGEST, RANDOM, TRAINED = (
+    "the k largest entries",
+    "k random entries (band: range)",
+    "trained with k entries",
+)
 
 
-def explain_pictures(result: Result) -> Iterator[Picture]:
-    d, file = result.data, result.file
-    patches = [word for p in d.get("patches", ()) for word in ("--patch", str(p))]
-    made_by = command("explain", result.model, *patches, corpus=d.get("corpus"))
-    if d["topk_curve"]:
-        yield _curve(d["topk_curve"], file, made_by)
-    yield _geometry(d["geometry"], file, made_by)
-    for channel in (d["channel"]["channels"] or ())[:1]:
-        yield _channel(channel, file, made_by)
-    if d["channel"]["attention_sink"]:
-        yield _sink(d["channel"]["attention_sink"], file, made_by)
-    yield from influence_pictures(d["influence"], file, made_by)
-    written = d["behaviour"]["generations"]
-    if written:
-        states = [s for s in STATES if s in written[0]]
+def explain_headline(result: Explanation) -> Headline:
+    return Headline(f"How patches of {model_name(result.provenance.model)} work")
+
+
+def explain_pictures(result: Explanation) -> Iterator[Picture]:
+    """Each part of the explanation that there is."""
+    if result.topk_curve is not None:
+        yield _curve(result.topk_curve)
+    yield _geometry(result.geometry)
+    for channel in (result.channel.channels or [])[:1]:
+        yield _channel(channel)
+    if result.channel.attention_sink is not None:
+        yield _sink(result.channel.attention_sink)
+    yield from influence_pictures(result.influence)
+    if result.tokens is not None:
+        yield from token_pictures(result.tokens)
+    if result.behaviour.generations:
+        states = list(result.behaviour.summary)
         yield generations(
-            [(g["prompt"], [(STATES[s], g[s]) for s in states]) for g in written], file, made_by
+            [
+                (each.prompt, [(STATES[state], getattr(each, state)) for state in states])
+                for each in result.behaviour.generations
+            ]
         )
 
 
-def _curve(d: dict[str, Any], file: str, made_by: str) -> Picture:
-    largest, random, trained = (
-        "the k largest entries",
-        "k random entries (band: range)",
-        "trained with k entries",
-    )
-    kinds = {"largest": largest, "random": random, "trained": trained}
-    series = {largest: "patched", random: "control", trained: "base"}
-    rows: list[Row] = []
-    for p in d["points"]:
-        for key, name in kinds.items():
-            if p[key] is not None:
-                band = (
-                    dict(zip(("low", "high"), p["random_range"], strict=True))
-                    if key == "random" and p["random_range"]
-                    else {}
-                )
-                rows.append({"x": p["k"], "y": p[key], "series": name, **band})
-    series = {
-        name: colour for name, colour in series.items() if any(r["series"] == name for r in rows)
-    }
-    whole = max((p for p in d["points"] if p["largest"] is not None), key=lambda p: p["k"])
-    # nine tenths of what the whole patch recovers, if it recovers anything
-    enough = next(
-        (
-            p
-            for p in d["points"]
-            if p["largest"] is not None and p["largest"] >= 0.9 * whole["largest"] > 0
-        ),
-        whole,
-    )
-    k = enough["k"]
-    which = "largest entry" if k == 1 else f"{k:,} largest entries"
-    headline = (
-        f"The {which} of {whole['k']:,} recover{'s' if k == 1 else ''} {percent(enough['largest'])}"
-        " of the damage"
-    )
-    if enough["random"] is not None:
-        headline += (
-            f"; {'a random one' if k == 1 else 'as many random ones'}: {percent(enough['random'])}"
-        )
+def _curve(curve: Curve) -> Picture:
+    rows = [row for point in curve.points for row in _dots(point)]
+    colours = {LARGEST: "patched", RANDOM: "control", TRAINED: "base"}
+    drawn = {row["series"] for row in rows}
     return Picture(
         "How many entries it takes",
-        headline,
+        _few_entries(curve),
         "The repair cut to k of its entries; share of the damage recovered on"
-        f" {many(d['tokens'], 'token')}, on a doubling axis. Below 0% the cut patch makes things"
+        f" {many(curve.tokens, 'token')}, on a doubling axis. Below 0% the cut patch makes things"
         " worse.",
-        file,
-        made_by,
         chart=lines(
             rows,
-            series,
+            {name: colour for name, colour in colours.items() if name in drawn},
             "k, entries kept",
             "recovered share of the damage",
             0.0,
@@ -98,26 +69,49 @@ def _curve(d: dict[str, Any], file: str, made_by: str) -> Picture:
             ("k", "k largest", "k random", "random, least", "random, most", "trained with k"),
             [
                 (
-                    p["k"],
-                    p["largest"],
-                    p["random"],
-                    *(p["random_range"] or (None, None)),
-                    p["trained"],
+                    point.k,
+                    point.largest,
+                    point.random,
+                    *(point.random_range or (None, None)),
+                    point.trained,
                 )
-                for p in d["points"]
+                for point in curve.points
             ],
         ),
     )
 
 
-def _geometry(d: dict[str, Any], file: str, made_by: str) -> Picture:
-    first = d["lines"][0]
-    norms, cosine = first["norms"], first["cosines"]["delta_base"]
-    size = (
-        f"{norms['delta'] / norms['base']:.2f} times the norm of the intact row"
-        if norms["base"]
-        else f"norm {norms['delta']:.3g}"
-    )
+def _dots(point: CurvePoint) -> Iterator[Row]:
+    if point.largest is not None:
+        yield {"x": point.k, "y": point.largest, "series": LARGEST}
+    if point.random is not None:
+        low, high = point.random_range or (point.random, point.random)
+        yield {"x": point.k, "y": point.random, "series": RANDOM, "low": low, "high": high}
+    if point.trained is not None:
+        yield {"x": point.k, "y": point.trained, "series": TRAINED}
+
+
+def _few_entries(curve: Curve) -> str:
+    """The fewest entries that recover nine tenths of what the whole patch does, if it does any."""
+    cut = [(p.k, p.largest, p.random) for p in curve.points if p.largest is not None]
+    size, whole, _ = max(cut)
+    enough = [point for point in cut if point[1] >= 0.9 * whole > 0]
+    k, largest, random = enough[0] if enough else max(cut)
+    which = "largest entry" if k == 1 else f"{k:,} largest entries"
+    verb = "recovers" if k == 1 else "recover"
+    said = f"The {which} of {size:,} {verb} {percent(largest)} of the damage"
+    if random is None:
+        return said
+    beside = "a random one" if k == 1 else "as many random ones"
+    return f"{said}; {beside}: {percent(random)}"
+
+
+def _geometry(geometry: Geometry) -> Picture:
+    first = geometry.lines[0]
+    norms, cosine = first.norms, first.cosines["delta_base"]
+    size = f"norm {norms['delta']:.3g}"
+    if norms["base"]:
+        size = f"{norms['delta'] / norms['base']:.2f} times the norm of the intact row"
     columns = (
         "row or column",
         "intact",
@@ -128,84 +122,82 @@ def _geometry(d: dict[str, Any], file: str, made_by: str) -> Picture:
         "effective entries",
         "of",
     )
-    rows: list[list[Cell]] = [
-        [
-            x["region"],
-            *(x["norms"][n] for n in ("base", "broken", "delta", "merged")),
-            x["cosines"]["delta_base"],
-            x["participation"],
-            x["changed"],
-        ]
-        for x in d["lines"]
+    rows: list[Sequence[Cell]] = [
+        (
+            str(line.region),
+            *(line.norms[name] for name in ("base", "broken", "delta", "merged")),
+            line.cosines["delta_base"],
+            line.participation,
+            line.changed,
+        )
+        for line in geometry.lines
     ]
     return Picture(
         "Where the patch points",
-        f"The change of {first['region']} has {size}, and a cosine of {cosine:+.2f} to it",
+        f"The change of {first.region} has {size}, and a cosine of {cosine:+.2f} to it",
         "Euclidean norms, in units of the weights. Effective entries: participation ratio of the"
         " change, (sum d²)² / sum d⁴.",
-        file,
-        made_by,
-        shown=Table(columns, rows, d["of"]),
+        shown=Table(columns, rows, geometry.of),
         table=Table(
             ("entry", "change", "intact", "rank by size of change"),
-            [(e["entry"], e["delta"], e["base"], e["rank"]) for e in first["top"]],
+            [(str(one.entry), one.delta, one.base, one.rank) for one in first.top],
         ),
     )
 
 
-def _channel(d: dict[str, Any], file: str, made_by: str) -> Picture:
-    states = {STATES[s]: v for s, v in d["states"].items()}
-    rows = [
-        {"x": i, "y": v, "series": name}
+def _channel(channel: Channel) -> Picture:
+    states = {STATES[name]: state for name, state in channel.states.items()}
+    rows: list[Row] = [
+        {"x": position, "y": size, "series": name}
         for name, state in states.items()
-        for i, v in enumerate(state["positions"])
+        for position, size in enumerate(state.positions)
     ]
     against = ", ".join(
-        f"{percent(v['ratio'])} {name}" for name, v in states.items() if name != "intact"
+        f"{percent(state.ratio)} {name}" for name, state in states.items() if name != "intact"
     )
     return Picture(
         "What the patch writes",
-        f"The peak of channel {d['channel']}, as a share of the intact model's: {against}",
-        f"Mean size of residual channel {d['channel']} after {d['written_by']} has written it, by"
-        " position in the window (position 0 is the first token), over all windows.",
-        file,
-        made_by,
-        chart=lines(rows, _legend(states), "position in the window", f"|channel {d['channel']}|"),
+        f"The peak of channel {channel.channel}, as a share of the intact model's: {against}",
+        f"Mean size of residual channel {channel.channel} after {channel.written_by} has written"
+        " it, by position in the window (position 0 is the first token), over all windows.",
+        chart=lines(
+            rows, _legend(states), "position in the window", f"|channel {channel.channel}|"
+        ),
         table=Table(
-            ("state", "position", "mean size"), [(r["series"], r["x"], r["y"]) for r in rows]
+            ("state", "position", "mean size"),
+            [(row["series"], row["x"], row["y"]) for row in rows],
         ),
     )
 
 
-def _sink(d: dict[str, Any], file: str, made_by: str) -> Picture:
-    states = {STATES[s]: v for s, v in d["states"].items()}
-    rows = [
-        {"x": i, "y": v, "series": name}
+def _sink(sink: Sink) -> Picture:
+    states = {STATES[name]: shares for name, shares in sink.states.items()}
+    rows: list[Row] = [
+        {"x": layer, "y": share, "series": name}
         for name, shares in states.items()
-        for i, v in enumerate(shares)
+        for layer, share in enumerate(shares)
     ]
-    most = {name: max(shares) for name, shares in states.items()}
+    most = ", ".join(f"{percent(max(shares))} {name}" for name, shares in states.items())
     return Picture(
         "Where attention goes",
-        "Attention to the first position, in the layer with most: "
-        + ", ".join(f"{percent(v)} {name}" for name, v in most.items()),
+        f"Attention to the first position, in the layer with most: {most}",
         "Share of attention on position 0, by layer: mean over heads and"
-        f" {many(d['windows'], 'window')}.",
-        file,
-        made_by,
+        f" {many(sink.windows, 'window')}.",
         chart=lines(
             rows,
             _legend(states),
             "layer",
             "share of attention",
-            d["uniform"],
+            sink.uniform,
             "attention spread evenly",
             percent=True,
-            ticks=range(len(next(iter(states.values())))),
+            ticks=range(max(map(len, states.values()))),
         ),
-        table=Table(("state", "layer", "share"), [(r["series"], r["x"], r["y"]) for r in rows]),
+        table=Table(
+            ("state", "layer", "share"), [(row["series"], row["x"], row["y"]) for row in rows]
+        ),
     )
 
 
-def _legend(states: dict[str, Any]) -> dict[str, str]:
+def _legend(states: Iterable[str]) -> dict[str, str]:
     return {name: COLOURS[name] for name in states}

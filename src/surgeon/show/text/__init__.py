@@ -9,17 +9,28 @@ from ..console import out
 
 # the module of this package that shows each kind, and the function in it
 KINDS = {
+    "demo": "demo:print_demo",
     "find": "critical:print_find",
     "detect": "critical:print_detection",
     "verify": "critical:print_verify",
     "ablate": "models:print_injury",
     "sites": "models:print_sites",
+    "repair": "healing:print_repair",
     "measure": "models:print_measure",
+    "audit": "audit:print_audit",
     "edit": "editing:print_edit",
     "edit many": "editing:print_edits",
     "edit layers": "editing:print_layers",
     "trace": "editing:print_trace",
     "trace average": "editing:print_average",
+    "explain": "working:print_explanation",
+    "sweep": "sweeps:print_sweep",
+    "sweep table": "sweeps:print_sweep_table",
+    "apply": "files:print_applied",
+    "undo": "files:print_undone",
+    "export": "files:print_exported",
+    "index": "index:print_index",
+    "index verify": "index:print_index_check",
 }
 
 

@@ -21,7 +21,7 @@ def print_activations(document: dict[str, Any]) -> None:
     shown = Table(
         "one scale per",
         "method",
-        "clipped at",
+        "smoothed",
         "held out",
         "NLL",
         "more",
@@ -34,7 +34,7 @@ def print_activations(document: dict[str, Any]) -> None:
         shown.add_row(
             row["per"],
             escape(row["method"]),
-            "" if row["clip_value"] is None else f"{row['clip_value']:g}",
+            row["smooth"] or "",
             (
                 f"{row['held']:.2%}"
                 if row["held"] > 1e-3
@@ -48,10 +48,9 @@ def print_activations(document: dict[str, Any]) -> None:
             f"{row['top1_agreement']:.3f}",
         )
     print_table(shown)
-    for name, count in d["smooth"].items():
-        where = ", the inputs of attn.out and mlp.down too" if name.endswith("everywhere") else ""
+    for kind, count in d["smooth"].items():
         folded, divided = count["folded_norms"], count["divided_inputs"]
         out.print(
-            f"{name}: SmoothQuant, alpha {d['alpha']:g}, {folded} norms folded, {divided} inputs"
-            f" divided as the model runs{where}"
+            f"smoothed ({kind}): SmoothQuant, alpha {d['alpha']:g}, {folded} norms folded,"
+            f" {divided} inputs divided as the model runs"
         )

@@ -10,7 +10,7 @@ from rich.table import Table
 from ...find import CriticalSet, Detection, ExpertProfile, FindResult, Rejection, Verification
 from ...measure import Behaviours, Controls
 from ...result import Provenance
-from ..console import out, print_table
+from ..console import out, print_table, shown
 
 MOST_EXPERTS = 8
 MOST_ENTRIES = 3
@@ -113,7 +113,7 @@ def _print_behaviours(behaviours: Behaviours) -> None:
             f" {state.loop_rate:.3f}"
         )
         for text in state.generations:
-            out.print(f"  {escape(text.prompt)}|{escape(text.text)}")
+            out.print(f"  {shown(text.prompt)}|{shown(text.text)}")
 
 
 def _print_experts(profile: Sequence[ExpertProfile]) -> None:
@@ -154,7 +154,7 @@ def _controls(controls: Controls) -> str:
 
 
 def _model(about: Provenance) -> str:
-    return f"[bold]{escape(about.model)}[/bold]"
+    return f"[bold]{shown(about.model)}[/bold]"
 
 
 def _text(about: Provenance) -> str:
@@ -162,4 +162,4 @@ def _text(about: Provenance) -> str:
         return "no text"
     corpus = about.corpus
     bos = "with" if corpus.bos else "without"
-    return f"{escape(corpus.name)}, {corpus.windows} windows, {bos} BOS, {corpus.tokens} tokens"
+    return f"{shown(corpus.name)}, {corpus.windows} windows, {bos} BOS, {corpus.tokens} tokens"

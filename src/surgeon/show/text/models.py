@@ -8,7 +8,7 @@ from rich.table import Table
 from ...studies.ablate import Injury
 from ...studies.measure import Measurement
 from ...studies.sites import SiteList
-from ..console import out, print_table
+from ..console import out, print_table, shown
 
 
 def print_sites(result: SiteList) -> None:
@@ -23,34 +23,44 @@ def print_sites(result: SiteList) -> None:
     print_table(table)
     out.print(
         f"{len(result.sites)} sites in {result.layers} layers; the map was found by"
-        f" {escape(result.source)} and proved by experiment."
+        f" {shown(result.source)} and proved by experiment."
     )
 
 
 def print_injury(result: Injury) -> None:
     """What the patch changes."""
     entries = "1 entry" if result.entries == 1 else f"{result.entries} entries"
-    out.print(escape(f"{entries} of {', '.join(result.sites)} changed ({result.mode})"))
+    out.print(shown(f"{entries} of {', '.join(result.sites)} changed ({result.mode})"))
 
 
 def print_measure(result: Measurement) -> None:
     """Likelihood, tasks and generations, with the patches and without."""
     about = result.provenance
-    where = "" if about.corpus is None else f" on {escape(about.corpus.name)}"
-    patches = f" with {escape(', '.join(result.patches))}" if result.patches else ""
-    out.print(f"[bold]{escape(about.model)}[/bold]{patches}{where}, {result.tokens} tokens")
+    where = "" if about.corpus is None else f" on {shown(about.corpus.name)}"
+    patches = f" with {shown(', '.join(result.patches))}" if result.patches else ""
+    if result.at:
+        patches = f" without {_weights(result)}{patches}"
+    out.print(f"[bold]{shown(about.model)}[/bold]{patches}{where}, {result.tokens} tokens")
     away = ""
     if result.kl_from_base is not None and result.top1_agreement is not None:
         away = (
             f"  KL from base {result.kl_from_base:.4f}  top-1 agreement {result.top1_agreement:.3f}"
         )
     out.print(f"NLL {result.nll:.4f}  perplexity {result.ppl:.2f}{away}")
+    if result.damage_nats is not None:
+        out.print(f"damage {result.damage_nats:+.4f} nats per token")
     for name, accuracy in result.tasks.items():
         out.print(
-            f"{escape(name)}: accuracy {accuracy.base:.3f} base, {accuracy.patched:.3f} patched"
+            f"{shown(name)}: accuracy {accuracy.base:.3f} base, {accuracy.patched:.3f} patched"
         )
     for text in result.generations:
-        out.print(f"[bold]{escape(text.prompt)}[/bold]")
-        out.print(f"  base: {escape(text.base)}")
-        if result.patches:
-            out.print(f"  patched: {escape(text.patched)}")
+        out.print(f"[bold]{shown(text.prompt)}[/bold]")
+        out.print(f"  base: {shown(text.base)}")
+        if result.base_nll is not None:
+            out.print(f"  patched: {shown(text.patched)}")
+
+
+def _weights(result: Measurement) -> str:
+    """Which weights were taken out before the patches."""
+    first, more = result.at[0], len(result.at) - 1
+    return shown(f"{first}{f' and {more} more' if more else ''} ({result.mode})")

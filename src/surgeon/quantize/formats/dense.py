@@ -1,0 +1,42 @@
+"""Export as plain safetensors in the checkpoint's own dtype ("fake quant"): every weight is what
+its code means, for any loader.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from ...anatomy import Site
+from ...anatomy.folder import overwrite
+from ..quantize import by_site, quantize_view_
+from .export import ExportPlan, Report, Source, Tell, write_folder
+
+
+def export_dense(plan: ExportPlan) -> None:
+    """Write the quantized checkpoint, as large as its source; what it computes is, bit for bit,
+    what `quantize_` makes of the model.
+
+    Raises: as `write_folder`.
+    """
+
+    def write_shard(source: Source, shard: str, output: Path, tell: Tell) -> Mapping[Site, Report]:
+        # names, shapes and dtypes stay, so the file does too, but for the numbers
+        shutil.copyfile(source.folder / shard, output)
+        critical = by_site(source.anatomy, plan.critical)
+        reports: dict[Site, Report] = {}
+        for name in source.shards.within(shard):
+            if name not in source.sites:
+                continue
+            tensor = source.shards.read(name)
+            for view in source.views(name, tensor):
+                done = quantize_view_(
+                    view, plan.config, critical.get(view.site, ()), plan.mean_squares.get(view.site)
+                )
+                reports[view.site] = done.to_json()
+                tell(view.site)
+            overwrite(output, source.shards.stored[name], tensor)
+        return reports
+
+    write_folder(plan, "dense", write_shard)

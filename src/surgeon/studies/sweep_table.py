@@ -1,0 +1,86 @@
+"""`sweep table`: the results of a sweep as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+from ..errors import BadInput
+from ..result import Result, result
+from ..settings import setting
+from ..sweep.store import Store
+from ..sweep.tables import Answer, averages, query
+from .desk import Desk
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The results of a sweep in DIR as a table: all of them, or averages, or what a query asks
+    for.
+    """
+
+    directory: str = setting(help="the folder of the sweep", metavar="DIR")
+    sql: str | None = setting(
+        None,
+        "SQL (DuckDB) on the table results, one row for each row of a task",
+        metavar="QUERY",
+    )
+    by: tuple[str, ...] = setting(
+        (), "mean and standard deviation over rows that agree in this", metavar="COLUMN"
+    )
+    show: tuple[str, ...] = setting(
+        (), "with ‹by›: only the averages of this; not given: of all", metavar="COLUMN"
+    )
+
+    def __post_init__(self) -> None:
+        if (self.sql is not None and self.by) or (self.show and not self.by):
+            raise BadInput("give ‹sql› or ‹by›, and ‹show› only with ‹by›.")
+
+
+@result("sweep table")
+class SweepTable(Result):
+    """A table of a sweep's results.
+
+    columns: their names in order. table: the rows by column; a number that is not finite is a text.
+    missing: tasks of the plan that have no result yet, so are not in it.
+    """
+
+    folder: str
+    missing: int
+    columns: list[str]
+    table: list[dict[str, Any]]
+
+    def rows(self) -> list[dict[str, Any]]:
+        return self.table
+
+    @property
+    def warning(self) -> str | None:
+        if not self.missing:
+            return None
+        return (
+            f"{self.missing} tasks of this sweep have no result yet, so they are not in the table."
+        )
+
+
+def run(desk: Desk, settings: Settings) -> SweepTable:
+    answer = _ask(Store(settings.directory), settings)
+    names = answer.columns
+    table = [dict(zip(names, map(_plain, row), strict=True)) for row in answer.rows]
+    provenance = desk.provenance(settings)
+    return SweepTable(settings.directory, answer.missing, names, table, provenance=provenance)
+
+
+def _ask(store: Store, settings: Settings) -> Answer:
+    if settings.sql is not None:
+        return query(store, settings.sql)
+    if settings.by:
+        return averages(store, settings.by, settings.show)
+    return query(store)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if isinstance(value, float) and not isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

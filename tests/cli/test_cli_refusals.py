@@ -385,10 +385,16 @@ def test_one_window_is_enough_to_measure_and_not_to_find(
     ],
 )
 def test_numbers_dtypes_and_devices(
-    refused: Any, folder: Path, reading: Any, options: Any, said: str
+    refused: Any, folder: Path, text: Path, options: Any, said: str
 ) -> None:
+    window = () if options[0] == "--window" else ("--window", 16)
     for verb in (("find",), ("verify", "--at", ENTRY), ("measure",)):
-        assert said in refused(*verb, folder, *reading, *options)
+        assert said in refused(*verb, folder, "--text", text, *window, *options)
+
+
+def test_an_option_of_one_value_given_twice(misused: Any, folder: Path) -> None:
+    said = misused("measure", folder, "--window", 16, "--window", 32)
+    assert "--window is given 2 times; it takes one value" in said
 
 
 def test_too_few_controls(refused: Any, folder: Path, reading: Any) -> None:

@@ -10,7 +10,6 @@ from ..errors import SurgeonError
 from .covariance import CholeskyFactor
 
 SEPARATE = 1e-8  # least share of the largest eigenvalue by which keys are told apart
-KEYS = ("both", "mean", "bare", "legacy")
 
 
 class UnusableKey(SurgeonError):

@@ -33,7 +33,7 @@ LARGEST_EXPONENT = 700.0  # above it exp() has no float
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Settings of the scorecard. seed: of the intervals."""
+    """Settings of the scorecard."""
 
     new_tokens: int = setting(
         20, "tokens of each free continuation", low=1, group="Scorecard", metavar="N"
@@ -44,7 +44,6 @@ class ScoreConfig:
         group="Scorecard",
         metavar="PROMPT",
     )
-    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -116,13 +116,22 @@ class ScoringSettings:
     text: TextSettings = nested(partial(TextSettings, windows=20))
 
 
-CONTROLS = partial(
-    setting,
-    None,
-    "prompts that should not change, one a line",
-    metavar="FILE",
-    is_file=True,
-)
+@dataclass(frozen=True)
+class ControlSettings:
+    """Prompts that should not change: a file, or in Python a list."""
+
+    controls: Any = setting(
+        None, "prompts that should not change, one a line", metavar="FILE", is_file=True
+    )
+
+    def read(self) -> list[str]:
+        """Raises: BadText."""
+        if self.controls is None:
+            return []
+        lines = self.controls
+        if isinstance(lines, str | Path):
+            lines = read_text(lines).splitlines()
+        return [line.strip() for line in lines if line.strip()]
 
 
 @dataclass(frozen=True)
@@ -136,7 +145,7 @@ class Settings:
 
     fact: FactSettings = nested(FactSettings)
     source: FactsSettings = nested(FactsSettings)
-    controls: Any = CONTROLS()
+    controls: ControlSettings = nested(ControlSettings)
     edit: EditConfig = nested(EditConfig)
     covariance: CovarianceSettings = nested(CovarianceSettings)
     scoring: ScoringSettings = nested(ScoringSettings)
@@ -195,7 +204,7 @@ class EditResult(Result):
 def run(lab: Lab, settings: Settings) -> EditResult:
     require_causal(lab.model)
     facts = completed(lab, asked(settings.fact, settings.source), settings.scoring.text.bos)
-    prompts = control_prompts(settings.controls)
+    prompts = settings.controls.read()
     corpus = lab.corpus(settings.scoring.text, fit=True)
     ready = preparation(lab, settings.covariance, settings.scoring.text)
     made = edit(ready, facts, settings.edit)
@@ -263,14 +272,6 @@ def as_recorded(source: FactsSettings) -> FactsSettings:
 def completed(lab: Lab, facts: Sequence[Fact], bos: str) -> list[Fact]:
     """The facts with the neighbours that the others of their relation make."""
     return with_neighbours(lab.model, lab.tokenizer, facts, bos=bos)
-
-
-def control_prompts(controls: Any) -> list[str]:
-    """Prompts that should not change: the lines of a file, or a list. Raises: BadText."""
-    if controls is None:
-        return []
-    lines = read_text(controls).splitlines() if isinstance(controls, str | Path) else controls
-    return [line.strip() for line in lines if line.strip()]
 
 
 def preparation(lab: Lab, settings: CovarianceSettings, text: TextSettings) -> Preparation:

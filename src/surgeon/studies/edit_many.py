@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from ..edit import EditConfig, SessionConfig, Step, session, worst_of
 from ..errors import BadInput
@@ -11,7 +10,7 @@ from ..measure import require_causal
 from ..result import derived, result
 from ..settings import nested
 from .edit import (
-    CONTROLS,
+    ControlSettings,
     CovarianceSettings,
     EditResult,
     FactSettings,
@@ -20,7 +19,6 @@ from .edit import (
     as_recorded,
     asked,
     completed,
-    control_prompts,
     preparation,
     scored,
 )
@@ -36,7 +34,7 @@ class Settings:
     """
 
     source: FactsSettings = nested(FactsSettings)
-    controls: Any = CONTROLS()
+    controls: ControlSettings = nested(ControlSettings)
     edit: EditConfig = nested(EditConfig)
     covariance: CovarianceSettings = nested(CovarianceSettings)
     scoring: ScoringSettings = nested(ScoringSettings)
@@ -69,7 +67,7 @@ def run(lab: Lab, settings: Settings) -> EditsResult:
     require_causal(lab.model)
     scoring = settings.scoring
     facts = completed(lab, asked(FactSettings(), settings.source), scoring.text.bos)
-    prompts = control_prompts(settings.controls)
+    prompts = settings.controls.read()
     corpus = lab.corpus(scoring.text, fit=True)
     ready = preparation(lab, settings.covariance, scoring.text)
     ran = session(ready, facts, corpus.windows, settings.edit, settings.rails, lab.tell)

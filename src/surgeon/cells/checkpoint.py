@@ -80,8 +80,9 @@ class LoadedCells:
 
 def holds_cells(folder: str | Path) -> bool:
     """Whether a folder looks like a model of gene expression, not one of transformers."""
-    folder = Path(folder)
-    return (folder / ARGS).is_file() and not (folder / "config.json").exists()
+    # os.path, unlike Path, says False of a name too long to be one
+    args, config = (os.path.join(folder, name) for name in (ARGS, "config.json"))
+    return os.path.isfile(args) and not os.path.exists(config)
 
 
 def load_cells(folder: str | Path) -> LoadedCells:

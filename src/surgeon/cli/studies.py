@@ -33,14 +33,9 @@ def command_of(study: Study) -> click.Command:
     """The command that runs a study."""
     parameters: list[click.Parameter] = []
     if study.opens:
-<<<<<<< Updated upstream
         # a default of None would count as one, and the argument as not required
         usual = {"default": study.model} if study.model else {}
         parameters.append(click.Argument(["model"], required=not study.model, **usual))
-=======
-        usual = {"default": study.model} if study.model else {"required": True}
-        parameters.append(click.Argument(["model"], **usual))
->>>>>>> Stashed changes
     parameters += options_of(study.settings, study.positional)
     if study.opens:
         parameters += options_of(_opening(study))

@@ -128,10 +128,17 @@ def see(settings: Files) -> dict[str, Any]:
     return {"answer": 0, "read": settings.text, "of": settings.window, "where": settings.at}
 
 
+@dataclass(frozen=True)
+class Wordless:
+    window: int = setting(1, "of layers, not of a text")
+    bos: str = setting("auto", "whether prompts begin with BOS")
+
+
 OPERATIONS = {
     "count": Operation(Count, count),
     "until": Operation(Until, until, seeded=False),
     "files": Operation(Files, see, seeded=False),
+    "wordless": Operation(Wordless, lambda settings: {"answer": settings.window}, seeded=False),
 }
 
 

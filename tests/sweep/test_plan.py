@@ -272,3 +272,16 @@ def test_the_plans_text_goes_to_the_operation_as_its_own(plan: Any, sweep: Any) 
     _, store = sweep("operations: [files]", lambda most: InlineCrew("sweep_work", most))
     found = query(store, 'SELECT read, "of", "where", "text" FROM results')
     assert found.rows == [(task.text.path, 64, "vital", "story.txt")]
+
+
+def test_what_is_the_texts_where_there_is_one_is_a_parameter_where_there_is_none(plan: Any) -> None:
+    """Like the window of a trace, which is of layers."""
+    [task] = expand(plan("operations: [{name: wordless, params: {window: 3}}]"))
+    assert (task.params, task.named) == ({"window": 3}, ["window"])
+    assert task.given({"window", "bos"}) == {"window": 3, "bos": "auto"}
+
+
+def test_a_task_says_what_the_plan_says(plan: Any) -> None:
+    [task] = expand(plan("operations: [{name: count, params: {value: 1}}]"))
+    assert task.says == "count(value 1) on patient, seed 0"
+    assert set(task.columns()) >= {"value", "seconds", "names", "file"}

@@ -253,7 +253,7 @@ class QuantizeResult(Result):
             "nll": row.nll,
             "kl": row.kl,
             "top1_agreement": row.top1_agreement,
-            "damage": damage,
+            "damage_nats": damage,
             **row.accuracy,
         }
 

@@ -129,6 +129,7 @@ _ALL = (
         "Round to few bits with the critical weights held out.",
         opens="stream",
         leading="bits",
+        seeded=False,
     ),
     Study("explain", "Say how a patch works.", leading="patches"),
     Study(

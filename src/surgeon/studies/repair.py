@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
+from ..patch import Patch, ablate, known_mode
 from ..repair import REFERENCE, RepairConfig, RepairResult, repair
 from ..settings import nested, setting
 from .lab import Lab, TextSettings
-from .naming import patch_name, patch_of
+from .naming import AT_HELP, VITAL, patch_name, patch_of, regions_of
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,20 @@ class Settings:
     """
 
     injury: Any = setting(
-        help="patch that broke the model, as ablate writes it", metavar="P", is_file=True
+        None,
+        "patch that broke the model, as ablate writes it; not given: the loss of the weights that"
+        " ‹at› names",
+        metavar="P",
+        is_file=True,
+    )
+    at: Any = setting(
+        None,
+        "without ‹injury›: the weights that are lost; " + AT_HELP + "; not given: vital",
+        metavar="ENTRY",
+        many=True,
+    )
+    mode: str = setting(
+        "zero", "without ‹injury›: what an entry becomes, as ablate has it", parse=known_mode
     )
     repair: RepairConfig = nested(RepairConfig)
     reference: bool = setting(
@@ -46,6 +60,8 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
+        if self.injury is not None and self.at:
+            raise BadInput("‹injury› and ‹at› both say what broke the model; give one of the two.")
         if self.resume is not None and not Path(self.resume).parent.is_dir():
             raise BadInput(
                 f"there is no folder {Path(self.resume).parent} for the checkpoint {self.resume};"
@@ -54,12 +70,21 @@ class Settings:
 
 
 def run(lab: Lab, settings: Settings) -> RepairResult:
-    injury = patch_of(settings.injury)
+    injury, settings = _injury(lab, settings)
     corpus = lab.corpus(settings.text)
     second = None
     if settings.held_out is not None:
         second = lab.corpus(replace(settings.text, text=settings.held_out, windows=None))
     checkpoint = None if settings.resume is None else Path(settings.resume)
     result = repair(lab.anatomy, injury, corpus, settings.repair, second, lab.tell, checkpoint)
-    settings = replace(settings, injury=patch_name(settings.injury))
     return replace(result, provenance=lab.provenance(settings, corpus.record()))
+
+
+def _injury(lab: Lab, settings: Settings) -> tuple[Patch, Settings]:
+    """The injury, and the settings with what it is by name."""
+    if settings.injury is not None:
+        injury = patch_of(settings.injury)
+        return injury, replace(settings, injury=patch_name(settings.injury))
+    regions = regions_of(lab, settings.at or VITAL, settings.text, settings.repair.seed)
+    named = replace(settings, at=[str(region) for region in regions])
+    return ablate(lab.anatomy, regions, settings.mode), named

@@ -18,7 +18,7 @@ from ..corpus import BOS_POLICIES, DEFAULT_WINDOW
 from ..documents import read_yaml
 from ..errors import BadInput
 from ..settings import Setting, configured, nearest, setting, settings_of, values_of
-from .task import TEXT_SETTINGS, Operation, Task, Text, corpus_digest
+from .task import Operation, Task, Text, corpus_digest, shared
 
 MOST_TASKS = 100_000  # that one grid may multiply out to
 VITAL = "vital"  # the set that `find` returns; what an operation on weights takes if none are named
@@ -28,11 +28,12 @@ VITAL = "vital"  # the set that `find` returns; what an operation on weights tak
 class Work:
     """An operation of the plan with one choice of its parameters.
 
-    inputs: digests of the files that it names.
+    named: the parameters that the plan says. inputs: digests of the files that it names.
     """
 
     operation: str
     params: dict[str, Any]
+    named: list[str]
     inputs: dict[str, str]
     seeded: bool
 
@@ -132,6 +133,7 @@ def expand(plan: Plan) -> list[Task]:
                         digest,
                         work.operation,
                         work.params,
+                        work.named,
                         work.inputs,
                         seed,
                     )
@@ -173,9 +175,9 @@ def _work(path: Path, where: str, item: Any, operations: Mapping[str, Operation]
 
 def _parameters(operation: Operation) -> dict[str, Setting]:
     """What an item can say of its operation: all settings but those that the plan says for all."""
-    elsewhere = (*TEXT_SETTINGS, "seed")
-    settings = settings_of(operation.settings)
-    return {one.name: one for one in settings if one.name not in elsewhere}
+    known = {one.name: one for one in settings_of(operation.settings)}
+    elsewhere = shared(known)
+    return {name: one for name, one in known.items() if name not in elsewhere}
 
 
 def _mapping(where: str, key: str, value: Any, known: Mapping[str, Setting]) -> dict[str, Any]:
@@ -209,7 +211,7 @@ def _one_work(
     except BadInput as error:
         raise BadInput(f"{where}: {error}") from error
     params = {key: value for key, value in values.items() if key in known}
-    return Work(name, params, inputs, operation.seeded)
+    return Work(name, params, list(given), inputs, operation.seeded)
 
 
 def _check_texts(one: Setting, value: Any) -> None:

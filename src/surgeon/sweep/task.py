@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # a table of results needs no model
     from ..corpus import Corpus
 
 FORMAT = 2  # raised when the same task gives other rows than before, within one release
-TEXT_SETTINGS = ("text", "window", "windows", "bos")  # a plan says them once, for all operations
+TEXT_SETTINGS = ("text", "window", "windows")
 Row = dict[str, Any]  # column to text, number, truth value or None
 
 
@@ -68,8 +68,8 @@ class Task:
     lie, nor the device.
 
     model: as the plan names it; where: the folder or Hub id to load. params: every setting of the
-    operation, but for its text and its seed. inputs: digests of the files that `params` names.
-    seed: None for an operation without randomness.
+    operation, but for its text and its seed; named: those that the plan says. inputs: digests of
+    the files that `params` names. seed: None for an operation without randomness.
     """
 
     model: str
@@ -81,6 +81,7 @@ class Task:
     corpus: str
     operation: str
     params: dict[str, Any]
+    named: list[str]
     inputs: dict[str, str]
     seed: int | None
 
@@ -101,15 +102,20 @@ class Task:
     @property
     def says(self) -> str:
         """The task in a few words, for people."""
-        settings = ", ".join(f"{k} {v}" for k, v in self.params.items() if v not in (None, []))
+        settings = ", ".join(f"{name} {self.params[name]}" for name in self.named)
         seed = "" if self.seed is None else f", seed {self.seed}"
         return f"{self.operation}({settings}) on {self.model}{seed}"
 
-    def given(self, known: Container[str]) -> dict[str, Any]:
-        """What the operation is called with: the task's settings, as far as it knows them."""
-        text = (self.text.path, self.text.window, self.text.windows, self.text.bos)
-        shared = {**dict(zip(TEXT_SETTINGS, text, strict=True)), "seed": self.seed or 0}
-        return {**self.params, **{name: v for name, v in shared.items() if name in known}}
+    def given(self, known: Collection[str]) -> dict[str, Any]:
+        """What an operation with these settings is called with."""
+        values = {
+            "text": self.text.path,
+            "window": self.text.window,
+            "windows": self.text.windows,
+            "bos": self.text.bos,
+            "seed": self.seed or 0,
+        }
+        return {**self.params, **{name: values[name] for name in shared(known)}}
 
     def to_json(self) -> dict[str, Any]:
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "text"}
@@ -134,6 +140,14 @@ class Task:
     def columns(self) -> Row:
         """What every row of the task's result begins with."""
         return {**self.head(), **{name: plain(value) for name, value in self.params.items()}}
+
+
+def shared(known: Collection[str]) -> set[str]:
+    """Of an operation's settings those that a plan says once for all: the seed, and what is of the
+    text, where the operation reads one.
+    """
+    of_text = TEXT_SETTINGS if "text" in known else ()
+    return {"seed", "bos", *of_text} & set(known)
 
 
 def plain(value: Any) -> Any:

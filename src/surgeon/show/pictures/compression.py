@@ -35,7 +35,7 @@ def quantize_headline(result: QuantizeResult) -> Headline:
     if result.weights is None:
         return Headline(f"What few bits cost {model}, by bits, blocks and method")
     bits = result.table[0].bits
-    damage = {row["method"]: row["damage"] for row in result.rows()}
+    damage = {row["method"]: row["damage_nats"] for row in result.rows()}
     claims = []
     if damage.get("holdout") is not None:
         beside = [

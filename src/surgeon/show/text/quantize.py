@@ -92,7 +92,7 @@ def _loss(row: Row, base: Base) -> tuple[str, str, str]:
 
 def _print_worth(result: QuantizeResult) -> None:
     """What the hold-out costs, beside each half of it."""
-    damage = {row["method"]: row["damage"] for row in result.rows()}
+    damage = {row["method"]: row["damage_nats"] for row in result.rows()}
     if damage.get("holdout") is None:
         return
     beside = [

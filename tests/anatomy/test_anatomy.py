@@ -8,6 +8,7 @@ from torch import nn
 from surgeon.anatomy import TABLE, Anatomy, Layout, Site, WeightView, prove
 from surgeon.anatomy.structure import layout_by_structure
 from surgeon.errors import PackedWeight, UnknownArchitecture, UnknownSite
+from surgeon.patch import injured
 from surgeon.tap import Tap
 
 FUSED = {"phi3", "gpt2", "gpt_neox", "falcon", "bloom"}
@@ -44,9 +45,29 @@ def test_the_map_names_embeddings_and_norms(model_type):
     assert anatomy.view("embed").shape == (32, 99)
     assert anatomy.d_model == 32
     assert anatomy.view(anatomy.downs(0)[0]).shape[0] == 32
-    norms = [s for s in anatomy.addresses if s.role.startswith("norm.")]
+    norms = [s for s in anatomy.addresses if "norm" in s.role]
     assert norms or model_type == "olmo"  # its norms have no weights
     assert all(anatomy.view(s).shape[1] == 1 for s in norms)
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_every_scale_and_bias_of_a_norm_has_one_address(model_type):
+    model = tiny_model(model_type)
+    anatomy = Anatomy.of(model)
+    wanted = [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+        for name, _ in module.named_parameters(recurse=False)
+    ]
+    there = [a.parameter for s, a in anatomy.addresses.items() if "norm" in s.role]
+    assert sorted(there) == sorted(wanted)
+    for site in (s for s in anatomy.addresses if "norm" in s.role):
+        stored = model.get_parameter(anatomy.addresses[site].parameter)
+        with injured(anatomy, [f"{site}[1, 0]"]):
+            assert stored[1] == 0
+        assert Site.parse(str(site)) == site
+        assert torch.equal(anatomy.view(site).read()[:, 0], stored)
 
 
 @pytest.mark.parametrize("model_type", sorted(set(CONFIGS) - MOE))

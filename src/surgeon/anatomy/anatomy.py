@@ -46,6 +46,7 @@ class Anatomy:
         self.config = text_config(model)
         self.layers_path = _find_layers(model, layout, self.config)
         self.addresses: dict[Site, Address] = dict(self._walk())
+        self.addresses |= dict(self._walk_norms_outside())
 
     @classmethod
     def of(cls, model: nn.Module, layout: Layout | None = None) -> Anatomy:
@@ -157,9 +158,27 @@ class Anatomy:
                 )
         for index, layer in enumerate(self.layers):
             yield from self._walk_layer(index, layer)
-        norm = self._final_norm()
-        if norm is not None:
-            yield Site(None, "final_norm"), Address(f"{norm}.weight", norm, Packing())
+        final = self._final_norm()
+        if final is not None:
+            yield from _norm_sites(None, "final_norm", final, self.model.get_submodule(final))
+
+    def _walk_norms_outside(self) -> Iterator[tuple[Site, Address]]:
+        """The norms that act on the residual stream before the layers or beside them, under their
+        full names.
+        """
+        # of the model as it is built: a streamed one cannot be read yet
+        width = Anatomy.view(self, self.downs()[0]).shape[0]
+        known = {address.module for address in self.addresses.values()}
+        for path, module in self.model.named_modules():
+            weight = getattr(module, "weight", None)
+            if (
+                "norm" in type(module).__name__.lower()
+                and path not in known
+                and not path.startswith(f"{self.layers_path}.")
+                and isinstance(weight, Tensor)
+                and weight.shape == (width,)
+            ):
+                yield from _norm_sites(None, f"norm.{path}", path, module)
 
     def _walk_layer(self, index: int, layer: nn.Module) -> Iterator[tuple[Site, Address]]:
         found = False
@@ -206,10 +225,7 @@ class Anatomy:
         for name, module in layer.named_modules():
             weight = getattr(module, "weight", None)
             if isinstance(weight, Tensor) and weight.dim() == 1:
-                yield (
-                    Site(index, f"norm.{name}"),
-                    Address(f"{prefix}.{name}.weight", f"{prefix}.{name}", Packing()),
-                )
+                yield from _norm_sites(index, f"norm.{name}", f"{prefix}.{name}", module)
 
     def _final_norm(self) -> str | None:
         parent = self.layers_path.rpartition(".")[0]
@@ -218,6 +234,15 @@ class Anatomy:
         name = self.layout.final_norm.rpartition(".")[2]
         path = f"{parent}.{name}" if parent else name
         return path if getattr(_submodule(self.model, path), "weight", None) is not None else None
+
+
+def _norm_sites(
+    layer: int | None, role: str, path: str, module: nn.Module
+) -> Iterator[tuple[Site, Address]]:
+    """The scale of a norm, and the bias where it has one, each as a matrix of one column."""
+    for kind, name in (("", "weight"), (".bias", "bias")):
+        if getattr(module, name, None) is not None:
+            yield Site(layer, f"{role}{kind}"), Address(f"{path}.{name}", path, Packing())
 
 
 def text_config(model: nn.Module) -> Any:

@@ -40,7 +40,8 @@ def matched_controls(
         rows = torch.tensor([e.row for e in mine])
         cols = torch.tensor([e.col for e in mine])
         size = anatomy.view(site).read().detach().abs().float().cpu()
-        by_column = len(torch.unique(rows)) > len(torch.unique(cols))
+        # the entries of a norm are matched one by one: it has no other column to take them from
+        by_column = size.shape[1] > 1 and len(torch.unique(rows)) > len(torch.unique(cols))
         if by_column:
             size, rows, cols = size.T, cols, rows
         for line in torch.unique(rows).tolist():

@@ -200,7 +200,11 @@ def _groups(anatomy: Anatomy, wanted: set[str], sites: Mapping[str, list[Site]])
 
         return note
 
-    norms = [a.module for s, a in anatomy.addresses.items() if s.role.startswith("norm.")]
+    norms = {
+        address.module
+        for site, address in anatomy.addresses.items()
+        if site.role.startswith("norm.") and site.layer is not None
+    }
     with Tap() as tap:
         for name in norms:
             tap.on_output(anatomy.model.get_submodule(name), made_by(name))

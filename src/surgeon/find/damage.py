@@ -1,4 +1,4 @@
-"""Damage: what the model loses on fixed windows with sets of entries zeroed."""
+"""Damage: what the model loses on fixed windows, or other evidence, with sets of entries zeroed."""
 
 from __future__ import annotations
 
@@ -6,16 +6,29 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float64
 from torch import Tensor
 
 from ..anatomy import Anatomy, Region, StreamedAnatomy
-from ..measure.likelihood import ResumedNLL, require_causal
 from ..patch import ablate
 from .causal import restored_nll
 
 Tell = Callable[[int, int], None]  # steps done, of how many
+NLL = Callable[[], Float64[Tensor, " n"]]  # of each window or cell, of the model as it is now
+
+
+@runtime_checkable
+class Evidence(Protocol):
+    """What a model in memory is judged on where that is no text: cells with hidden values, say."""
+
+    @property
+    def predicted(self) -> int:
+        """How many values are predicted."""
+
+    def nll(self, lowest_layer: int) -> NLL:
+        """The likelihood; called only while the model is intact below `lowest_layer`."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +42,7 @@ class Variant:
 
 
 class Damage(ABC):
-    """Damage of variants of the model on fixed windows, in nats per token; what lies below the
-    lowest layer is computed once.
-    """
-
-    def __init__(self, anatomy: Anatomy, windows: Tensor, lowest_layer: int) -> None:
-        require_causal(anatomy.model)
-        self.anatomy, self.windows, self.lowest_layer = anatomy, windows, lowest_layer
+    """Damage of variants of the model on fixed windows (or cells), in nats per token (or value)."""
 
     @property
     @abstractmethod
@@ -54,12 +61,14 @@ class Damage(ABC):
 
 
 class DamageInMemory(Damage):
-    """One variant after another."""
+    """One variant after another.
 
-    def __init__(self, anatomy: Anatomy, windows: Tensor, lowest_layer: int) -> None:
-        super().__init__(anatomy, windows, lowest_layer)
-        self._nll = ResumedNLL(anatomy.model, anatomy.layers, lowest_layer, windows)
-        self._base = self._nll()
+    windows: what `nll` scores where that is text; only variants that are `restored` need them.
+    """
+
+    def __init__(self, anatomy: Anatomy, nll: NLL, windows: Tensor | None = None) -> None:
+        self.anatomy, self.windows, self._nll = anatomy, windows, nll
+        self._base = nll()
 
     @property
     def base(self) -> Float64[Tensor, " n"]:
@@ -77,6 +86,7 @@ class DamageInMemory(Damage):
 
     def _one(self, variant: Variant) -> Float64[Tensor, " n"]:
         if variant.restored:
+            assert self.windows is not None
             return restored_nll(self.anatomy, variant.zeroed, self.windows)
         with zeroed(self.anatomy, variant.zeroed):
             return self._nll()

@@ -12,7 +12,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from ..anatomy import Anatomy, Site, StreamedAnatomy
-from ..measure.likelihood import batches, window_nll
+from ..measure.likelihood import ResumedNLL, batches, require_causal, window_nll
 from ..tap import (
     LayerCall,
     LayerInput,
@@ -24,7 +24,7 @@ from ..tap import (
     returns_tuple,
 )
 from .causal import written_channels
-from .damage import Damage, DamageInMemory, Tell, Variant
+from .damage import Damage, DamageInMemory, Evidence, Tell, Variant
 
 STATE_BYTES = 1 << 30  # of hidden states carried at a time; more variants go in several passes
 
@@ -34,12 +34,19 @@ Peaks = dict[
 ]  # what the intact model writes to a channel: (batch, pos) for each batch
 
 
-def damage_on(anatomy: Anatomy, windows: Tensor, lowest_layer: int) -> Damage:
-    """The means to measure damage on `windows` of changes at or above one layer; for a streamed
-    model in few passes over it.
+def damage_on(anatomy: Anatomy, judged_on: Tensor | Evidence, lowest_layer: int) -> Damage:
+    """The means to measure damage of changes at or above one layer, on windows (n, window) of text
+    or on other evidence; for a streamed model in few passes over it.
+
+    Raises: BadInput for windows and a model that does not predict the next token.
     """
-    kind = DamageStreamed if isinstance(anatomy, StreamedAnatomy) else DamageInMemory
-    return kind(anatomy, windows, lowest_layer)
+    if not isinstance(judged_on, Tensor):
+        return DamageInMemory(anatomy, judged_on.nll(lowest_layer))
+    require_causal(anatomy.model)
+    if isinstance(anatomy, StreamedAnatomy):
+        return DamageStreamed(anatomy, judged_on, lowest_layer)
+    nll = ResumedNLL(anatomy.model, anatomy.layers, lowest_layer, judged_on)
+    return DamageInMemory(anatomy, nll, judged_on)
 
 
 class DamageStreamed(Damage):
@@ -50,12 +57,9 @@ class DamageStreamed(Damage):
     below begins there; the intact model runs to the end once.
     """
 
-    anatomy: StreamedAnatomy
-
     @torch.no_grad()
-    def __init__(self, anatomy: Anatomy, windows: Tensor, lowest_layer: int) -> None:
-        super().__init__(anatomy, windows, lowest_layer)
-        self.layers = self.anatomy.layers
+    def __init__(self, anatomy: StreamedAnatomy, windows: Tensor, lowest_layer: int) -> None:
+        self.anatomy, self.lowest_layer, self.layers = anatomy, lowest_layer, anatomy.layers
         self.ids = [ids.to(self.anatomy.device) for ids in batches(windows)]
         self.as_tuple = returns_tuple(anatomy.model, self.layers, input_ids=self.ids[0][:1, :2])
         skeletons = [

@@ -16,7 +16,7 @@ from ..errors import BadInput
 from ..measure.bootstrap import interval
 from .causal import written_channels
 from .controls import matched_controls
-from .damage import Variant
+from .damage import Evidence, Variant
 from .stream import damage_on
 
 Progress = Callable[[str, int, int], None]
@@ -133,7 +133,7 @@ class Verification:
 def verify(
     anatomy: Anatomy,
     parts: Sequence[Region],
-    corpus: Corpus,
+    corpus: Corpus | Evidence,
     config: VerifyConfig = VerifyConfig(),
     progress: Progress | None = None,
     listed: int | None = None,
@@ -155,10 +155,12 @@ def verify(
     controls = matched_controls(anatomy, entries, config.controls, config.seed)
     sets = [parts, *([p] for p in alone), *([q for q in parts if q is not p] for p in alone)]
     sets += [[Region(e.site, e.row, e.col) for e in control] for control in controls]
-    variants = [Variant(regions) for regions in sets] + [Variant(parts, restored=True)] * bool(
-        written_channels(parts)
-    )
-    damage = damage_on(anatomy, corpus.windows, lowest)
+    variants = [Variant(regions) for regions in sets]
+    if isinstance(corpus, Corpus):
+        damage = damage_on(anatomy, corpus.windows, lowest)
+        variants += [Variant(parts, restored=True)] * bool(written_channels(parts))
+    else:
+        damage = damage_on(anatomy, corpus, lowest)
     joint, *others = damage.of(
         variants, (lambda done, total: progress("verify", done, total)) if progress else None
     )

@@ -16,6 +16,7 @@ FLOORS = [
     {"patch"},
     {"measure"},
     {"find", "trace", "repair", "edit", "quantize", "audit", "explain", "cells", "sweep"},
+    {"studies"},
     {"show"},
     {"cli", "report"},
 ]

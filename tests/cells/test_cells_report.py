@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from cells_tiny import GENES, tiny
 
-from surgeon.cells.check import CheckConfig, check
+from surgeon.anatomy import Region
 from surgeon.cells.enrich import EnrichConfig
-from surgeon.cells.map import Groups, MapConfig, map_damage
+from surgeon.cells.map import MapConfig, map_damage
 from surgeon.cells.planted import plant
-from surgeon.cells.screen import ScreenConfig, screen
 from surgeon.errors import BadInput
 from surgeon.report import write_report
+from surgeon.studies.cells import ScreenConfig, screen
 
 HOSTILE = "<script>alert(1)</script>\" onload='x'"
 
@@ -27,13 +27,10 @@ HOSTILE = "<script>alert(1)</script>\" onload='x'"
 @cache
 def screened() -> str:
     t = tiny()
-    config = ScreenConfig(each=1, verify=2, min_share=0.9)
+    config = ScreenConfig(each=1, verify=2, min_share=0.9, controls_check=True)
     types = [HOSTILE if name == "even" else name for name in t.types]
     result = screen(t.model, t.batch, t.masked[:1], t.baseline[:1], types, config)
-    checked = check(
-        t.model, t.batch, t.masked[:1], t.baseline[:1], types, CheckConfig(screen=config)
-    )
-    return json.dumps({"model": HOSTILE, **result.to_json(), "check": checked.to_json()})
+    return json.dumps({"model": HOSTILE, **result.to_json()})
 
 
 @cache
@@ -45,14 +42,15 @@ def mapped() -> str:
         made.model,
         t.batch,
         t.masked[:1],
-        [made.part],
+        [Region.parse(made.address)],
         {HOSTILE: GENES[::2], "odd": GENES[1::2]},
         t.types,
-        Groups(HOSTILE, t.types, HOSTILE, donors),
+        (HOSTILE, t.types),
+        (HOSTILE, donors),
         MapConfig(null=2, enrich=EnrichConfig(permutations=50)),
     )
     points = [
-        {"x": float(i), "y": float(-i), "nats": v} for i, v in enumerate(result.cells.values())
+        {"x": float(i), "y": float(-i), "nats": v} for i, v in enumerate(result.by_cell.values())
     ]
     return json.dumps(
         {"model": HOSTILE, **result.to_json(), "embedding": {"name": HOSTILE, "points": points}}

@@ -31,6 +31,15 @@ def test_train_prints_one_document_and_writes_a_checkpoint(
     assert {"nll", "baseline_nll", "seconds", "lead_nats", "genes", "cells"} <= set(document)
     assert (document["genes"], document["source"], document["steps"]) == (40, "raw", 4)
     assert load_cells(folder).training["nll"] == pytest.approx(document["nll"])
+    before = (folder / "best_model.pt").read_bytes()
+    again = ("cells", "train", forty_file, "-o", folder, "--seed", 1, *small)
+    status, out, err = surgeon(capsys, *again)
+    assert (status, out) == (2, "")
+    assert "holds a model already" in err
+    assert (folder / "best_model.pt").read_bytes() == before
+    assert surgeon(capsys, *again, "--overwrite")[0] == 0
+    assert (folder / "best_model.pt").read_bytes() != before
+    (folder / "best_model.pt").write_bytes(before)
     status, out, _ = surgeon(capsys, "cells", "train", forty_file, "-o", tmp_path / "again", *small)
     assert status == 0
     assert "gene-marginal baseline" in out

@@ -14,8 +14,9 @@ from tiny import tiny_model
 
 from surgeon import Anatomy, injured, prove
 from surgeon.cells import Expression
-from surgeon.cells.geneformer import rank_masks, rank_nll, rank_tokens, read_dictionary
-from surgeon.cells.sentences import cell_sentences
+from surgeon.cells.data import cell_sentences
+from surgeon.cells.geneformer import rank_nll, rank_tokens, read_dictionary
+from surgeon.cells.likelihood import masks
 from surgeon.errors import BadInput
 
 GENES = [f"ENSG{i:011d}" for i in range(12)]
@@ -47,27 +48,27 @@ def test_genes_stand_in_the_order_of_median_scaled_expression():
             for i, g in enumerate(GENES)
             if dense[cell, i]
         }
-        said = batch.ids[cell][~batch.padding[cell]].tolist()
+        said = batch.genes[cell][~batch.padding[cell]].tolist()
         assert sorted(said) == sorted(score)
         assert all(score[a] >= score[b] for a, b in pairwise(said))
 
 
 def test_log_counts_give_the_same_order_as_counts():
     assert torch.equal(
-        rank_tokens(made(), TOKENS, MEDIANS).ids,
-        rank_tokens(made("log-counts"), TOKENS, MEDIANS).ids,
+        rank_tokens(made(), TOKENS, MEDIANS).genes,
+        rank_tokens(made("log-counts"), TOKENS, MEDIANS).genes,
     )
 
 
 def test_the_ends_of_the_second_version_and_the_longest_cell():
     plain, ends = rank_tokens(made(), TOKENS, MEDIANS), rank_tokens(made(), WITH_ENDS, MEDIANS)
     for cell in range(6):
-        genes = plain.ids[cell][~plain.padding[cell]].tolist()
-        assert ends.ids[cell][~ends.padding[cell]].tolist() == [14, *genes, 15]
+        genes = plain.genes[cell][~plain.padding[cell]].tolist()
+        assert ends.genes[cell][~ends.padding[cell]].tolist() == [14, *genes, 15]
     assert torch.equal(ends.scored.sum(1), plain.scored.sum(1))
     short = rank_tokens(made(), WITH_ENDS, MEDIANS, max_length=5)
-    assert short.ids.shape == (6, 5)
-    assert torch.equal(short.ids[:, 1:4], ends.ids[:, 1:4])
+    assert short.genes.shape == (6, 5)
+    assert torch.equal(short.genes[:, 1:4], ends.genes[:, 1:4])
 
 
 def test_what_cannot_be_ranked(tmp_path: Path):
@@ -92,16 +93,16 @@ def test_damage_to_a_bert_through_the_common_map():
     anatomy = Anatomy.of(model)
     assert {str(s) for s in prove(anatomy)} >= {"L0.mlp.down", "L0.attn.q"}
     batch = rank_tokens(made(), WITH_ENDS, MEDIANS)
-    hidden = rank_masks(batch, 0.25, draws=2)
+    hidden = masks(batch, 0.25, draws=2)
     assert not (hidden & ~batch.scored).any()
     before = rank_nll(model, batch, hidden)
     assert torch.equal(before.isnan(), ~hidden)
     draw, cell, pos = hidden.nonzero()[3].tolist()
-    genes = batch.ids[cell : cell + 1, : int((~batch.padding[cell]).sum())].clone()
+    genes = batch.genes[cell : cell + 1, : int((~batch.padding[cell]).sum())].clone()
     genes[0, hidden[draw, cell, : genes.shape[1]]] = 1  # <mask>
     logits = model(input_ids=genes).logits[0, pos].double()  # alone, without padding
     assert float(before[draw, cell, pos]) == pytest.approx(
-        float(logits.logsumexp(0) - logits[batch.ids[cell, pos]]), rel=1e-4
+        float(logits.logsumexp(0) - logits[batch.genes[cell, pos]]), rel=1e-4
     )
     with injured(anatomy, ["L1.mlp.down[:, :]"]):
         assert not torch.equal(rank_nll(model, batch, hidden)[hidden], before[hidden])
@@ -109,7 +110,7 @@ def test_damage_to_a_bert_through_the_common_map():
     with pytest.raises(BadInput, match="belongs to another model"):
         rank_nll(tiny_model("bert", vocab_size=8), batch, hidden)
     with pytest.raises(BadInput, match="hide nothing"):
-        rank_masks(batch, 1.5)
+        masks(batch, 1.5)
 
 
 def test_sentences_name_genes_by_rank(forty: Expression):

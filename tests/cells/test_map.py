@@ -6,30 +6,41 @@ import pytest
 import torch
 from cells_tiny import GENES, tiny
 
-from surgeon.cells.damage import Damage, by_cell
+from surgeon.anatomy import Region
 from surgeon.cells.enrich import EnrichConfig
-from surgeon.cells.map import Groups, Map, MapConfig, map_damage
+from surgeon.cells.likelihood import MaskedNLL, by_cell
+from surgeon.cells.map import Column, Map, MapConfig, map_damage
 from surgeon.cells.null import equal_damage
-from surgeon.cells.parts import scaled
 from surgeon.cells.planted import plant
 from surgeon.errors import BadInput, Refused, SurgeonError
+from surgeon.patch import injured
 
 SETS = {"even genes": GENES[::2], "odd genes": GENES[1::2], "first": GENES[:8]}
 CONFIG = MapConfig(null=3, enrich=EnrichConfig(permutations=200))
 
 
-def planted_map(groups: Groups | None = None) -> Map:
+def planted_map(condition: Column | None = None, donor: Column | None = None) -> Map:
     t = tiny()
     made = plant(t.model, t.batch, t.masked)
-    return map_damage(made.model, t.batch, t.masked, [made.part], SETS, t.types, groups, CONFIG)
+    return map_damage(
+        made.model,
+        t.batch,
+        t.masked,
+        [Region.parse(made.address)],
+        SETS,
+        t.types,
+        condition,
+        donor,
+        CONFIG,
+    )
 
 
 def test_the_null_costs_as_much_as_the_weight():
     t = tiny()
-    damage = Damage(t.model, t.batch, t.masked)
+    damage = MaskedNLL(t.model.anatomy, t.batch, t.masked)
     for one in equal_damage(damage, 0.2, 4):
-        with scaled(t.model, [one.part], one.factor):
-            measured = float(by_cell(damage.change()).mean())
+        with injured(damage.anatomy, [one.region], f"scale:{one.factor}"):
+            measured = float(by_cell(damage.values() - damage.intact).mean())
         assert one.nats == pytest.approx(measured, abs=1e-5)
         assert measured == pytest.approx(0.2, rel=0.25)
     with pytest.raises(SurgeonError, match="could be made to cost"):
@@ -54,7 +65,7 @@ def test_a_map_holds_every_part_beside_its_null():
 
 def test_residuals_do_not_correlate_with_difficulty():
     genes = planted_map().genes
-    table = torch.tensor([[g[2], g[3]] for g in genes], dtype=torch.float64)
+    table = torch.tensor([[g.intact_nll, g.residual_nats] for g in genes], dtype=torch.float64)
     assert abs(float(torch.corrcoef(table.T)[0, 1])) < 1e-8
 
 
@@ -62,13 +73,13 @@ def test_donors_are_replicates_and_one_is_refused():
     t = tiny()
     n = len(t.batch.cell_names)
     donors = [f"d{i % 6}" for i in range(n)]  # even cells have the donors 0, 2, 4
-    found = planted_map(Groups("type", t.types, "donor", donors))
+    found = planted_map(("type", t.types), ("donor", donors))
     assert found.donors is not None
     assert {k: len(v) for k, v in found.donors.means.items()} == {"even": 3, "odd": 3}
     assert found.by_condition.keys() == {"even", "odd"}
     with pytest.raises(Refused, match="at least two"):
-        planted_map(Groups("type", t.types, "donor", ["one"] * n))
-    without = planted_map(Groups("type", t.types))
+        planted_map(("type", t.types), ("donor", ["one"] * n))
+    without = planted_map(("type", t.types))
     assert without.donors is None
     assert without.by_condition == found.by_condition
 
@@ -77,10 +88,20 @@ def test_too_few_values_and_no_damage_are_refused():
     t = tiny()
     made = plant(t.model, t.batch, t.masked)
     with pytest.raises(BadInput, match="scored values or more"):
-        map_damage(made.model, t.batch, t.masked, [made.part], config=MapConfig(least=10_000))
+        map_damage(
+            made.model,
+            t.batch,
+            t.masked,
+            [Region.parse(made.address)],
+            config=MapConfig(least=10_000),
+        )
     assert (
         map_damage(
-            made.model, t.batch, t.masked, [made.part], config=MapConfig(components=False)
-        ).stories
+            made.model,
+            t.batch,
+            t.masked,
+            [Region.parse(made.address)],
+            config=MapConfig(components=False),
+        ).enrichment
         == {}
     )

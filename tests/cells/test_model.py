@@ -12,7 +12,7 @@ from surgeon.errors import BadInput
 from surgeon.tap import Tap
 
 SMALL = CellConfig(
-    n_tokens=30, d_model=16, n_heads=4, d_mlp=24, n_layers=3, pad_id=27, categorical=True, n_types=5
+    n_tokens=30, d_model=16, n_heads=4, d_mlp=24, n_layers=3, pad_id=27, categorical=True
 )
 
 
@@ -47,7 +47,7 @@ def test_states_equal_torchs_own_encoder():
     model = small()
     genes, values, padding = cells()
     with torch.no_grad():
-        start = model.encoder(genes) + model.value_encoder(values)
+        start = model.encoder(genes) + model.value_encoder(values[..., None])
         expected = reference(model)(start, src_key_padding_mask=padding)
     found = model(genes, values, padding).states
     assert torch.allclose(found[~padding], expected[~padding], atol=1e-5)
@@ -74,22 +74,11 @@ def test_heads_and_names():
     genes, values, padding = cells()
     out = model(genes, values, padding)
     assert out.logits is not None
-    assert out.types is not None
-    assert (out.states.shape, out.value_pred.shape, out.logits.shape, out.types.shape) == (
-        (3, 9, 16),
-        (3, 9),
-        (3, 9, 51),
-        (3, 5),
-    )
+    shapes = (out.states.shape, out.value_pred.shape, out.logits.shape)
+    assert shapes == ((3, 9, 16), (3, 9), (3, 9, 51))
     assert model.reading == "categorical"
-    regress = small(categorical=False, n_types=0, flags=False, from_cell=False)
+    regress = small(categorical=False)
     assert (regress.reading, regress(genes, values).logits) == ("regression", None)
-    with pytest.raises(BadInput, match="mvc_decoder"):
-        regress.values_from_cell(genes, out.states)
-    # the inner-product decoder, cell by cell
-    queries = torch.sigmoid(model.mvc_decoder.gene2query(model.encoder(genes)))
-    expected = torch.bmm(model.mvc_decoder.W(queries), out.states[:, 0, :, None]).squeeze(2)
-    assert torch.allclose(model.values_from_cell(genes, out.states), expected, atol=1e-6)
 
 
 def test_the_published_names_of_the_whole_human_checkpoint():
@@ -109,15 +98,10 @@ def test_the_published_names_of_the_whole_human_checkpoint():
         "value_encoder.linear1",
         "value_encoder.linear2",
         "value_encoder.norm",
-        "mvc_decoder.gene2query",
     ):
         wanted |= {f"{name}.weight", f"{name}.bias"}
     wanted |= {f"decoder.fc.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
-    assert set(state) == wanted | {
-        "encoder.embedding.weight",
-        "flag_encoder.weight",
-        "mvc_decoder.W.weight",
-    }
+    assert set(state) == wanted | {"encoder.embedding.weight"}
     assert sum(t.numel() for t in state.values()) == pytest.approx(51e6, rel=0.02)
 
 
@@ -139,7 +123,7 @@ def test_hooks_see_every_layer():
 
 
 def test_the_map_is_proved_and_patches_work():
-    model = small(n_types=0)
+    model = small()
     anatomy = Anatomy.of(model, LAYOUT)
     proved = prove(anatomy, range(3))
     assert {s.role for s in proved} >= {"mlp.down", "mlp.up", "attn.out"}

@@ -10,16 +10,23 @@ import pytest
 import torch
 from cells_tiny import tiny
 
-from surgeon.cells.check import CheckConfig, check
-from surgeon.cells.damage import Damage, by_cell, cells_of
-from surgeon.cells.likelihood import masked_nll
-from surgeon.cells.parts import part_of
+from surgeon.anatomy import Entry, Region
+from surgeon.cells.candidates import Candidate, candidates, screened
+from surgeon.cells.likelihood import MaskedNLL, by_cell, masked_nll
+from surgeon.cells.model import ScGPT
 from surgeon.cells.planted import plant, rescale
-from surgeon.cells.screen import Screen, ScreenConfig, matched, screen, worst_candidate
-from surgeon.cells.spikes import spikes
 from surgeon.errors import BadInput, SurgeonError
+from surgeon.find import matched_controls
+from surgeon.patch import ablate
+from surgeon.studies.cells import Screen, ScreenConfig, screen, worst_candidate
 
 CONFIG = ScreenConfig(each=2, verify=2)
+
+
+def spikes(model: ScGPT, each: int) -> list[Candidate]:
+    t = tiny()
+    nll = MaskedNLL(model.anatomy, t.batch, t.masked[:1])
+    return candidates(nll, screened(nll.anatomy), each)
 
 
 def run(config: ScreenConfig = CONFIG) -> Screen:
@@ -31,7 +38,7 @@ def test_the_model_knows_more_than_the_baseline_and_is_left_as_it_was():
     t = tiny()
     before = {name: p.clone() for name, p in t.model.named_parameters()}
     result = run()
-    assert result.lead > 0.3
+    assert result.lead_nats > 0.3
     assert all(torch.equal(before[name], p) for name, p in t.model.named_parameters())
 
 
@@ -41,15 +48,17 @@ def test_figures_on_the_judging_cells_against_plain_passes():
     judged = set(result.verified[0].by_cell)
     at = torch.tensor([i for i, name in enumerate(t.batch.cell_names) if name in judged])
     assert result.cells == {"probe": 9, "judge": 27}
-    part = part_of(t.model, result.verified[0].addresses[0])
-    intact = masked_nll(t.model, cells_of(t.batch, at), t.masked[:, at])
-    stored = t.model.get_parameter(part.parameter)
-    old = stored[part.index].clone()
+    anatomy = t.model.anatomy
+    region = anatomy.region(result.verified[0].addresses[0])
+    stored = t.model.get_parameter(anatomy.addresses[region.site].parameter)
+    index = (region.row, region.col) if stored.dim() == 2 else region.row
+    old = stored[index].clone()
+    intact = masked_nll(t.model, t.batch.of(at), t.masked[:, at])
     try:
-        stored[part.index] = 0
-        broken = masked_nll(t.model, cells_of(t.batch, at), t.masked[:, at])
+        stored[index] = 0
+        broken = masked_nll(t.model, t.batch.of(at), t.masked[:, at])
     finally:
-        stored[part.index] = old
+        stored[index] = old
     nats = float(by_cell(broken - intact).mean())
     assert result.verified[0].nats == pytest.approx(nats, abs=1e-5)
     lead = float(by_cell(t.baseline[:, at] - intact).mean())
@@ -57,10 +66,9 @@ def test_figures_on_the_judging_cells_against_plain_passes():
 
 
 def test_planted_is_found_and_rescaled_is_not():
-    t = tiny()
-    found = check(t.model, t.batch, t.masked, t.baseline, t.types, CheckConfig(screen=CONFIG))
-    d = found.to_json()
-    assert found.passed
+    d = run(replace(CONFIG, controls_check=True)).to_json()["check"]
+    assert d["passed"]
+    assert (d["planted"]["found"], d["rescaled"]["found"]) == (True, False)
     assert d["planted"]["rank"] == 1
     assert d["planted"]["nats"] == pytest.approx(0.25, rel=0.05)
     assert d["planted"]["max_abs_difference"] < 1e-4
@@ -71,10 +79,9 @@ def test_planted_is_found_and_rescaled_is_not():
 def test_a_rescaled_neuron_changes_no_ranking():
     t = tiny()
     changed = rescale(t.model, t.batch)
-    names = [[s.part.address for s in spikes(m, t.batch, 3)] for m in (t.model, changed.model)]
-    heights = [[s.height for s in spikes(m, t.batch, 3)] for m in (t.model, changed.model)]
-    assert names[0] == names[1]
-    assert heights[0] == pytest.approx(heights[1], rel=1e-4)
+    one, other = (spikes(model, 3) for model in (t.model, changed.model))
+    assert [c.address for c in one] == [c.address for c in other]
+    assert [c.height for c in one] == pytest.approx([c.height for c in other], rel=1e-4)
     neuron = changed.model.layers[changed.layer].linear1.weight[changed.neuron]
     assert torch.equal(neuron, t.model.layers[changed.layer].linear1.weight[changed.neuron] * 1000)
 
@@ -90,8 +97,8 @@ def test_spikes_are_the_largest_products_at_any_position():
     weight = t.model.layers[1].linear2.weight
     products = (seen[0][:, :, None, :] * weight).abs().amax((0, 1))
     best = divmod(int(products.argmax()), weight.shape[1])
-    found = next(s for s in spikes(t.model, t.batch, 1) if s.kind == "mlp" and s.part.layer == 1)
-    assert found.part.index == best
+    found = next(c for c in spikes(t.model, 1) if (c.kind, c.layer) == ("mlp", 1))
+    assert (found.region.row, found.region.col) == best
     assert found.write == pytest.approx(float(products.max()), rel=1e-5)
 
 
@@ -111,29 +118,59 @@ def test_a_model_without_a_lead_has_nothing_to_lose():
     assert result.verified[0].probe == {}
 
 
-def test_controls_are_near_in_size_and_not_the_candidate():
+def test_scales_and_shifts_are_ranked_by_what_they_write():
     t = tiny()
-    part = part_of(t.model, "L0.mlp.down[3, 5]")
-    weight = t.model.layers[0].linear2.weight
-    controls = matched(t.model, part, 20, [part], torch.Generator().manual_seed(0))
-    assert len({c.address for c in controls}) == 20
-    assert part.address not in {c.address for c in controls}
-    distances = (weight.abs() - weight[part.index].abs()).abs().flatten().sort().values
-    assert max(
-        float((weight[c.index].abs() - weight[part.index].abs()).abs()) for c in controls
-    ) <= float(distances[80])
+    norm = t.model.layers[0].norm2
+    seen = []
+    handle = norm.register_forward_hook(lambda _, args, y: seen.append(y))
+    t.model(t.batch.genes, t.batch.values, t.batch.padding)
+    handle.remove()
+    scaled = (seen[0] - norm.bias).abs().amax((0, 1))
+    expected = {"L0.norm.norm2": scaled, "L0.norm.norm2.bias": norm.bias.abs()}
+    for candidate in spikes(t.model, 1):
+        writes = expected.pop(str(candidate.region.site), None)
+        if writes is not None:
+            assert candidate.region.row == int(writes.argmax())
+            assert candidate.write == pytest.approx(float(writes.max()), rel=1e-5)
+    assert not expected
+
+
+def test_controls_of_a_norm_are_near_in_size_and_none_of_the_set():
+    t = tiny()
+    anatomy = t.model.anatomy
+    entries = [Entry.parse(f"L0.norm.norm1[{row}, 0]") for row in (3, 20)]
+    size = anatomy.view(entries[0].site).read().flatten().abs()
+    controls = matched_controls(anatomy, entries, 20, seed=0)
+    assert len(controls) == 20
+    assert not {e for control in controls for e in control} & {*entries}
+    assert all(len(control) == 2 for control in controls)
+    one = matched_controls(anatomy, entries[:1], 4, seed=0)
+    nearest = (size - size[3]).abs().argsort()[1:17].tolist()
+    assert {e.row for control in one for e in control} <= {*nearest}
 
 
 def test_the_worst_candidate_is_the_most_damaging_of_all():
     t = tiny()
-    damage = Damage(t.model, t.batch, t.masked[:1])
-    nats = {
-        s.part.address: float(by_cell(damage.of([s.part])).mean())
-        for s in spikes(t.model, t.batch, 2)
-    }
-    assert worst_candidate(t.model, t.batch, t.masked, 2).address == max(
-        nats, key=lambda a: nats[a]
-    )
+    nll = MaskedNLL(t.model.anatomy, t.batch, t.masked[:1])
+    nats = {c.address: nll.cost([c.region]) for c in spikes(t.model, 2)}
+    worst = worst_candidate(t.model, t.batch, t.masked, 2)
+    assert str(worst) == max(nats, key=lambda address: nats[address])
+
+
+def test_what_is_found_becomes_a_patch():
+    t = tiny()
+    planted = plant(t.model, t.batch, t.masked)
+    found = screen(planted.model, t.batch, t.masked, t.baseline, None, CONFIG)
+    assert planted.address in found.entries
+    anatomy = planted.model.anatomy
+    patch = ablate(anatomy, [planted.address])
+    nll = MaskedNLL(anatomy, t.batch, t.masked)
+    with patch.applied(anatomy):
+        broken = float(by_cell(nll.values()).mean())
+    assert broken - nll.base == pytest.approx(planted.nats, abs=1e-5)
+    assert anatomy.view(Region.parse(planted.address).site).read()[
+        Region.parse(planted.address).row, -1
+    ]
 
 
 def test_the_same_seed_gives_the_same_figures():
@@ -144,10 +181,8 @@ def test_settings_and_data_that_show_nothing_are_refused():
     t = tiny()
     with pytest.raises(BadInput, match="at least 20"):
         ScreenConfig(controls=5)
-    few = cells_of(t.batch, slice(0, 5))
+    few = t.batch.of(slice(0, 5))
     with pytest.raises(BadInput, match="5 cells are too few"):
         screen(t.model, few, t.masked[:, :5], t.baseline[:, :5], None, CONFIG)
-    with pytest.raises(BadInput, match="layer 7"):
-        plant(t.model, t.batch, t.masked, layer=7)
     with pytest.raises(SurgeonError, match="no constant"):
         plant(t.model, t.batch, t.masked, nats=1e6)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas
 import pytest
 
-from surgeon.cells.write_back import write_back
+from surgeon.cells.data import write_back
 from surgeon.errors import BadInput
 
 

@@ -68,6 +68,7 @@ def test_screen_writes_a_document_a_report_and_columns(
     d = json_of(capsys, "screen", folder / "model", folder / "cells.h5ad", *SMALL, *more)
     assert d["verdict"] in ("found", "none")
     assert d["candidates"][0]["verified"]["controls"]["n"] == d["controls"]["n"] == 20
+    assert (d["entries"] == []) == (d["verdict"] == "none")
     assert d["cells"] == {"probe": 6, "judge": 18}
     assert d["data"]["type_column"] == "cell_type"
     assert d["load"]["unmatched"] == []
@@ -108,7 +109,7 @@ def test_map_writes_a_document_a_report_and_columns(
     out = tmp_path / "out.h5ad"
     more = (
         "--at",
-        "L1.norm2.scale[3]",
+        "L1.norm.norm2[3, 0]",
         "--gmt",
         folder / "sets.gmt",
         "--null",
@@ -123,7 +124,7 @@ def test_map_writes_a_document_a_report_and_columns(
         "donor",
     )
     d = json_of(capsys, "map", folder / "model", folder / "cells.h5ad", *SMALL, *more)
-    assert d["at"] == ["L1.norm2.scale[3]"]
+    assert d["at"] == ["L1.norm.norm2[3, 0]"]
     assert d["embedding"]["name"] == "UMAP"
     assert set(d["enrichment"]) == {"raw", "residual"}
     assert d["donors"]["design"] == "unpaired"
@@ -159,7 +160,7 @@ def test_map_in_words(folder: Path, capsys: pytest.CaptureFixture[str]):
     ("more", "status", "says"),
     [
         (("--condition", "stage", "--donor", "alone"), 3, "at least two"),
-        (("--donor", "donor"), 2, "--condition COL"),
+        (("--donor", "donor"), 2, "names the replicates"),
         (("--condition", "nothing"), 2, "no column 'nothing'"),
         (("--plant", "--at", "L0.mlp.down[0, 0]"), 2, "give one of them"),
         (("--at", "L9.mlp.down[0, 0]"), 2, "has 2 layers"),
@@ -189,3 +190,36 @@ def test_same_command_same_bytes(folder: Path, capsys: pytest.CaptureFixture[str
         "1",
     )
     assert json_of(capsys, *command) == json_of(capsys, *command)
+
+
+def test_a_weight_is_ablated_applied_audited_and_undone_as_in_a_language_model(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    def surgeon(*arguments: object) -> tuple[int, str, str]:
+        status = run([str(a) for a in arguments])
+        return status, *capsys.readouterr()
+
+    base, patched, back = folder / "model", tmp_path / "patched", tmp_path / "back"
+    status, out, _ = surgeon("sites", base, "--json")
+    sites = {s["site"]: s["shape"] for s in json.loads(out)["sites"]}
+    assert (status, sites["L1.norm.norm2.bias"], sites["norm.encoder.enc_norm"]) == (
+        0,
+        [32, 1],
+        [32, 1],
+    )
+    patch = ("--patch", tmp_path / "p")
+    at = ("--at", "L1.norm.norm2[3, 0]", "--at", "L0.mlp.down[2, 5]")
+    assert surgeon("ablate", base, *at, "-o", patch[1])[0] == 0
+    assert surgeon("apply", base, *patch, "-o", patched)[0] == 0
+    status, out, err = surgeon("audit", base, patched, *patch, "--json")
+    document = json.loads(out)
+    assert (status, document["verdict"]) == (1, "red")
+    assert {e["entry"]: e["other"] for e in document["entries"]} == {
+        "L1.norm.norm2[3, 0]": 0.0,
+        "L0.mlp.down[2, 5]": 0.0,
+    }
+    assert surgeon("undo", patched, *patch, "-o", back)[0] == 0
+    files = [(f / "model.safetensors").read_bytes() for f in (base, patched, back)]
+    assert files[0] == files[2] != files[1]
+    status, _, err = surgeon("audit", base, patched)
+    assert (status, "name the entries" in err) == (2, True)

@@ -4,8 +4,10 @@ beside nulls that can say no.
 
 from .checkpoint import LoadedCells, load_cells, make_vocab, save_cells
 from .data import Expression, expression, read_cells
-from .likelihood import Marginal, fit_marginal, masked_nll, masks
+from .likelihood import Marginal, MaskedNLL, fit_marginal, masked_nll, masks
+from .map import Map, MapConfig, map_damage
 from .model import LAYOUT, CellConfig, CellOutput, ScGPT
+from .stage import Stage, StageConfig, open_stage
 from .tokenise import Batch, TokenConfig, tokenise
 from .train import TrainConfig, Trained, train
 
@@ -16,8 +18,13 @@ __all__ = [
     "CellOutput",
     "Expression",
     "LoadedCells",
+    "Map",
+    "MapConfig",
     "Marginal",
+    "MaskedNLL",
     "ScGPT",
+    "Stage",
+    "StageConfig",
     "TokenConfig",
     "TrainConfig",
     "Trained",
@@ -25,8 +32,10 @@ __all__ = [
     "fit_marginal",
     "load_cells",
     "make_vocab",
+    "map_damage",
     "masked_nll",
     "masks",
+    "open_stage",
     "read_cells",
     "save_cells",
     "tokenise",

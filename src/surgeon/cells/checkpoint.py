@@ -37,50 +37,37 @@ _RENAMED = (
     (r"self_attn\.(_impl\.)?Wqkv\.", "self_attn.in_proj_"),
     (r"self_attn\._impl\.", "self_attn."),
 )
-_CHANGES = (
-    "dsbn.",
-    "batch_encoder.",
-    "bn.",
-)  # parts that the published forward pass runs and this one does not have
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """Where every tensor of the file went.
-
-    matched and unmatched: names in the file; renamed: how many had another name there.
-    """
-
-    file: str
-    matched: list[str]
-    unmatched: list[str]
-    renamed: int
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "file": self.file,
-            "matched": len(self.matched),
-            "unmatched": self.unmatched,
-            "renamed": self.renamed,
-        }
+_LAYER = re.compile(r"transformer_encoder\.layers\.(\d+)\.")
+# parts that the published forward pass runs and this one does not have
+_CHANGES = ("dsbn.", "batch_encoder.", "bn.")
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedCells:
     """A model of gene expression, ready for surgery.
 
-    training: what `cells train` wrote (which cells it held out, for one), empty for others.
-    fingerprint: SHA-256 of arguments, vocabulary and weights.
+    report: where every tensor of the file went: how many the model computes with, by name those it
+    does not, such as heads over cell types, and how many had another name there. others: the
+    unmatched tensors, kept so that a patched copy has them. training: what `cells train` wrote
+    (which cells it held out, for one), empty for others. fingerprint: SHA-256 of arguments,
+    vocabulary and weights.
     """
 
     model: ScGPT
     vocab: dict[str, int]
-    args: dict[str, Any]
-    report: LoadReport
+    report: dict[str, Any]
+    others: dict[str, Tensor]
     tokens: TokenConfig
     fingerprint: str
     marginal: Marginal | None = None
     training: dict[str, Any] = field(default_factory=dict)
+
+
+def holds_cells(folder: str | Path) -> bool:
+    """Whether a folder looks like a model of gene expression, not one of transformers."""
+    # unlike pathlib, these take any text for a path
+    here, there = (os.path.exists(os.path.join(folder, name)) for name in (ARGS, "config.json"))
+    return here and not there
 
 
 def load_cells(folder: str | Path) -> LoadedCells:
@@ -97,40 +84,24 @@ def load_cells(folder: str | Path) -> LoadedCells:
             f"{folder / VOCAB} is no vocabulary: it should give a whole number to every gene."
         )
     file, raw = _read_weights(folder)
-    state = {_published_name(name): tensor for name, tensor in raw.items()}
-    _refuse_others(folder, args, state)
-    if (embedding := state.get("encoder.embedding.weight")) is not None:
-        vocab = _with_special(vocab, len(embedding))
-    config = _shape(folder, args, vocab, state)
-    if len(state) < len(raw):
+    names = {_published_name(name): name for name in raw}
+    if len(names) < len(raw):
         raise BadCheckpoint(f"{file} holds the same tensor under two names; keep one of them.")
+    state = {name: raw[stored] for name, stored in names.items()}
+    _refuse_others(folder, args, state)
+    vocab = _with_special(vocab, len(state.get("encoder.embedding.weight", ())))
+    config = _shape(folder, args, vocab, state)
     with torch.device("meta"):
         model = ScGPT(config)
     wanted = model.state_dict()
-    missing = [name for name in wanted if name not in state]
-    if missing:
-        missing.sort(
-            key=lambda name: ".linear2." not in name
-        )  # without these nothing of a layer's MLP is written
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise BadCheckpoint(f"{file} lacks {', '.join(missing[:3])}{more}; download it again.")
-    wrong = [
-        f"{n} {tuple(state[n].shape)} for {tuple(w.shape)}"
-        for n, w in wanted.items()
-        if state[n].shape != w.shape
-    ]
-    if wrong:
-        raise BadCheckpoint(
-            f"{file} does not fit its {ARGS}: {wrong[0]}; use the one that came with it."
-        )
-    model.load_state_dict({name: state[name] for name in wanted}, assign=True)
-    names = {_published_name(name): name for name in raw}
-    report = LoadReport(
-        file.name,
-        sorted(names[n] for n in wanted),
-        sorted(names[n] for n in state if n not in wanted),
-        sum(_published_name(n) != n for n in raw),
-    )
+    _check_weights(file, wanted, state)
+    model.load_state_dict({name: state.pop(name) for name in wanted}, assign=True)
+    report = {
+        "file": file.name,
+        "matched": len(wanted),
+        "unmatched": sorted(names[name] for name in state),
+        "renamed": sum(name != stored for name, stored in names.items()),
+    }
     tokens = TokenConfig(
         config.n_bins,
         int(args.get("max_seq_len", 1200)),
@@ -140,9 +111,18 @@ def load_cells(folder: str | Path) -> LoadedCells:
     marginal = Marginal.read(folder / MARGINAL) if (folder / MARGINAL).is_file() else None
     training = _read_json(folder / TRAINING) if (folder / TRAINING).is_file() else {}
     model.float().eval().requires_grad_(False)
-    return LoadedCells(
-        model, vocab, args, report, tokens, _fingerprint(folder, file), marginal, training
-    )
+    fingerprint = _fingerprint(folder, file)
+    return LoadedCells(model, vocab, report, state, tokens, fingerprint, marginal, training)
+
+
+def require_free(folder: str | Path) -> None:
+    """Raises: BadInput if the folder holds a model already."""
+    taken = [name for name in (WEIGHTS, SAFE, ARGS, VOCAB) if (Path(folder) / name).exists()]
+    if taken:
+        raise BadInput(
+            f"{folder} holds a model already ({taken[0]}); name another folder, or ask to"
+            " ‹overwrite› it."
+        )
 
 
 def save_cells(
@@ -152,34 +132,27 @@ def save_cells(
     tokens: TokenConfig | None = None,
     marginal: Marginal | None = None,
     training: Mapping[str, Any] | None = None,
-    flash_names: bool = False,
 ) -> None:
-    """Write a model in the published layout, its weights also as safetensors.
-
-    flash_names: as flash-attn has them, `Wqkv.`.
-    """
+    """Write a model in the published layout, its weights also as safetensors."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
-    }
-    if flash_names:
-        state = {
-            name.replace("self_attn.in_proj_", "self_attn.Wqkv."): tensor
-            for name, tensor in state.items()
-        }
-    pickled = (
-        io.BytesIO()
-    )  # torch writes the file's own name into the archive, and the temporary one must not get there
-    torch.save(state, pickled)
-    _write(folder / WEIGHTS, pickled.getvalue())
-    _write(folder / SAFE, to_safetensors(state))
+    save_weights(folder, model.state_dict())
     _write(folder / ARGS, _json(_args(model.shape, tokens or TokenConfig())))
-    _write(folder / VOCAB, _json(dict(vocab)))
+    _write(folder / VOCAB, _json(vocab))
     if marginal is not None:
         _write(folder / MARGINAL, marginal.to_bytes())
     if training is not None:
-        _write(folder / TRAINING, _json(dict(training)))
+        _write(folder / TRAINING, _json(training))
+
+
+def save_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Write the weights, as tensors of a pickle and as safetensors."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    # in memory, for torch writes the file's own name into the archive
+    pickled = io.BytesIO()
+    torch.save(tensors, pickled)
+    _write(folder / WEIGHTS, pickled.getvalue())
+    _write(folder / SAFE, to_safetensors(tensors))
 
 
 def make_vocab(genes: list[str]) -> dict[str, int]:
@@ -194,7 +167,6 @@ def _args(shape: CellConfig, tokens: TokenConfig) -> dict[str, Any]:
         "d_hid": shape.d_mlp,
         "nlayers": shape.n_layers,
         "dropout": shape.dropout,
-        "n_layers_cls": shape.n_layers_types,
         "n_bins": shape.n_bins,
         "pad_token": PAD,
         "pad_value": shape.pad_value,
@@ -210,19 +182,30 @@ def _args(shape: CellConfig, tokens: TokenConfig) -> dict[str, Any]:
 def _refuse_others(folder: Path, args: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     """Raises: BadCheckpoint for a model that computes something else than `ScGPT`."""
     style = args.get("input_emb_style", "continuous")
-    changes = [name for name in state if name.startswith(_CHANGES)]
-    what = (
-        "norms before its blocks"
-        if args.get("pre_norm")
-        else f"{style} values"
-        if style != "continuous"
-        else "".join(changes[:1])
-    )
+    what = [name for name in state if name.startswith(_CHANGES)]
+    if style != "continuous":
+        what = [f"{style} values"]
+    if args.get("pre_norm"):
+        what = ["norms before its blocks"]
     if what:
         raise BadCheckpoint(
-            f"{folder} holds a model with {what}, which this module does not compute; use one like"
-            " the published ones."
+            f"{folder} holds a model with {what[0]}, which this module does not compute; use one"
+            " like the published ones."
         )
+
+
+def _check_weights(file: Path, wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    # `linear2` first: without it nothing of a layer's MLP is written
+    missing = sorted((n for n in wanted if n not in state), key=lambda n: ".linear2." not in n)
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise BadCheckpoint(f"{file} lacks {', '.join(missing[:3])}{more}; download it again.")
+    for name, tensor in wanted.items():
+        if state[name].shape != tensor.shape:
+            shapes = f"{tuple(state[name].shape)} for {tuple(tensor.shape)}"
+            raise BadCheckpoint(
+                f"{file} does not fit its {ARGS}: {name} {shapes}; use the one that came with it."
+            )
 
 
 def _with_special(vocab: dict[str, int], n_tokens: int) -> dict[str, int]:
@@ -239,16 +222,11 @@ def _shape(
     folder: Path, args: Mapping[str, Any], vocab: Mapping[str, int], state: Mapping[str, Tensor]
 ) -> CellConfig:
     """The shape, from the tensors where they tell it and from the arguments where they do not."""
+    layers = [int(m[1]) for name in state if (m := _LAYER.match(name))]
     try:
         n_tokens, d_model = state["encoder.embedding.weight"].shape
-        layers = {
-            int(m[1])
-            for name in state
-            if (m := re.match(r"transformer_encoder\.layers\.(\d+)\.", name))
-        }
-        first = state["transformer_encoder.layers.0.linear1.weight"]
-        n_heads = int(args["nheads"])
-        n_layers = max(int(args.get("nlayers", 0)), max(layers) + 1)
+        d_mlp = len(state["transformer_encoder.layers.0.linear1.weight"])
+        n_heads, n_layers = int(args["nheads"]), max(int(args.get("nlayers", 0)), max(layers) + 1)
     except (KeyError, ValueError, TypeError) as error:
         raise BadCheckpoint(
             f"{folder} holds no scGPT checkpoint: its weights or its {ARGS} have no {error}."
@@ -264,31 +242,14 @@ def _shape(
             f"{folder / VOCAB} has no {pad}, which {ARGS} names as padding; use the vocabulary that"
             " came with the model."
         )
-    types = state.get("cls_decoder.out_layer.weight")
-    blocks = {
-        int(m[1]) for name in state if (m := re.match(r"cls_decoder\._decoder\.(\d+)\.", name))
-    }
+    categorical = any(name.startswith("bin_decoder.") for name in state)
+    kinds = {"n_bins": int, "pad_value": float, "mask_value": float, "dropout": float}
     try:
         return CellConfig(
-            n_tokens=n_tokens,
-            d_model=d_model,
-            n_heads=n_heads,
-            d_mlp=first.shape[0],
-            n_layers=n_layers,
-            n_bins=int(args.get("n_bins", 51)),
+            *(n_tokens, d_model, n_heads, d_mlp, n_layers),
             pad_id=vocab[pad],
-            pad_value=float(args.get("pad_value", -2)),
-            mask_value=float(args.get("mask_value", -1)),
-            dropout=float(args.get("dropout", 0.2)),
-            categorical=any(name.startswith("bin_decoder.") for name in state),
-            flags="flag_encoder.weight" in state,
-            from_cell="mvc_decoder.W.weight" in state,
-            n_types=0 if types is None else types.shape[0],
-            n_layers_types=(
-                int(args.get("n_layers_cls", 3))
-                if types is None
-                else len({b // 3 for b in blocks}) + 1
-            ),
+            categorical=categorical,
+            **{name: kind(args[name]) for name, kind in kinds.items() if name in args},
         )
     except (BadInput, TypeError, ValueError) as error:
         raise BadCheckpoint(f"{folder / ARGS} cannot be used: {error}") from error
@@ -301,9 +262,8 @@ def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
             return safe, load_safetensors(safe.read_bytes())
         if pickled.is_file():
             with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", message="Detected pickle protocol"
-                )  # said of files that are refused in any case
+                # said of files that are refused in any case
+                warnings.filterwarnings("ignore", message="Detected pickle protocol")
                 found = torch.load(pickled, map_location="cpu", weights_only=True)
             if isinstance(found, dict) and all(
                 isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()
@@ -358,8 +318,8 @@ def _fingerprint(folder: Path, weights: Path) -> str:
     return total.hexdigest()
 
 
-def _json(document: dict[str, Any]) -> bytes:
-    return (json.dumps(document, indent=1) + "\n").encode()
+def _json(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(dict(document), indent=1) + "\n").encode()
 
 
 def _write(path: Path, content: bytes) -> None:

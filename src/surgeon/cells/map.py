@@ -9,43 +9,42 @@ until they cost as much.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from jaxtyping import Bool, Float64
+import torch
+from jaxtyping import Float64
 from torch import Tensor
 
+from ..anatomy import Region, Site
 from ..errors import BadInput, SurgeonError
 from ..measure.bootstrap import interval
-from .components import Component, components
-from .damage import Damage, Progress, by_cell, by_gene, by_type
+from ..tap import Tap
 from .donors import DonorTest, donor_test
 from .enrich import EnrichConfig, GeneSets, Pathway, enrich, residualise, spearman
+from .likelihood import MaskedNLL, Masks, Progress, Values, by_cell, by_gene, by_group
 from .model import ScGPT
 from .null import EqualDamage, equal_damage
-from .parts import Part
-from .screen import NOTE
+from .setting import setting
 from .tokenise import Batch
 
-LEVEL = 0.05
+Column = tuple[str, Sequence[str]]  # a column of `obs`: its name, and the value of each cell
+NOTE = (
+    "Hypotheses about the model, not biomarkers: what a model loses without a weight says how the"
+    " model computes, not what cells do."
+)
 
 
 @dataclass(frozen=True)
 class MapConfig:
     """Settings of the map."""
 
-    null: int = field(
-        default=20, metadata={"help": "arbitrary weights of equal damage, 0 for none"}
-    )
-    least: int = field(default=5, metadata={"help": "scored values a gene needs to be ranked"})
-    components: bool = field(
-        default=True, metadata={"help": "rank attention heads and MLP blocks too"}
-    )
-    enrich: EnrichConfig = field(
-        default=EnrichConfig(), metadata={"help": "settings of the enrichment"}
-    )
-    seed: int = field(default=0, metadata={"help": "seed of everything random"})
+    null: int = setting(20, "arbitrary weights of equal damage; 0 for none")
+    least: int = setting(5, "scored values a gene needs to be ranked")
+    components: bool = setting(True, "rank attention heads and MLP blocks too")
+    enrich: EnrichConfig = field(default_factory=EnrichConfig)
+    seed: int = setting(0, "seed of everything random")
 
     def __post_init__(self) -> None:
         if self.null < 0 or self.least < 1:
@@ -55,220 +54,209 @@ class MapConfig:
 
 
 @dataclass(frozen=True)
-class Groups:
-    """The columns of `obs` that a comparison by condition needs: the values of each cell.
+class Gene:
+    """Damage and intact NLL in nats, damage less what the intact NLL foretells, scored values."""
 
-    Without donors no test is made.
-    """
-
-    condition: str
-    conditions: Sequence[str]
-    donor: str | None = None
-    donors: Sequence[str] | None = None
-
-
-@dataclass(frozen=True)
-class Enriched:
-    """A gene set ranked by raw or by residual damage: the pathway, and how often a weight of equal
-    damage has at least its NES.
-    """
-
-    pathway: Pathway
-    null_p: float | None
-
-    def to_json(self) -> dict[str, Any]:
-        return {**self.pathway.to_json(), "null_p": self.null_p}
+    gene: str
+    nats: float
+    intact_nll: float
+    residual_nats: float
+    values: int
 
 
 @dataclass(frozen=True)
 class Story:
-    """One way to rank genes.
+    """Pathways by one way to rank genes.
 
-    null_sets: for each arbitrary weight, how many sets lie high in its ranking at an FDR of 5%.
+    sets_at_fdr_5: how many of them lie high in the ranking at an FDR of 5%; the null: the same for
+    each arbitrary weight.
     """
 
-    pathways: list[Enriched]
-    null_sets: list[int]
+    sets_at_fdr_5: int
+    null_sets_at_fdr_5: list[int]
+    pathways: list[Pathway]
 
-    @property
-    def sets(self) -> int:
-        return sum(_high(e.pathway) for e in self.pathways)
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "sets_at_fdr_5": self.sets,
-            "null_sets_at_fdr_5": self.null_sets,
-            "pathways": [e.to_json() for e in self.pathways],
-        }
+@dataclass(frozen=True)
+class Component:
+    """`L2.head3` or `L2.mlp`, and its damage in nats per masked value with an interval over
+    cells.
+    """
+
+    name: str
+    layer: int
+    nats: float
+    ci95: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """In nats per masked value, with an interval over cells."""
+
+    nats: float
+    ci95: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Null:
+    """The arbitrary weights: what each was scaled by and costs, and how its damage of genes
+    correlates with their intact NLL.
+    """
+
+    n: int
+    weights: list[dict[str, Any]]
+    difficulty_correlations: list[float]
 
 
 @dataclass(frozen=True)
 class Map:
-    """The result.
+    """The result; genes and components worst first, `by_cell` and `cell_nll` by the cell's name.
 
-    genes: name, damage and intact NLL in nats, damage less what the intact NLL foretells, scored
-    values; worst first.
+    planted: the weight that was, if one was; embedding: the cells on a map of the data's own.
     """
 
-    addresses: list[str]
-    nats: float
-    ci95: tuple[float, float]
+    at: list[str]
+    damage: Damage
     intact_nll: float
-    genes: list[tuple[str, float, float, float, int]]
+    genes: list[Gene]
     difficulty_correlation: float
-    null_correlations: list[float]
-    cells: dict[str, float]
+    by_cell: dict[str, float]
     cell_nll: dict[str, float]
     by_type: dict[str, float]
-    stories: dict[str, Story]
-    null: list[EqualDamage]
+    enrichment: dict[str, Story]
+    null: Null
     components: list[Component]
     by_condition: dict[str, float]
     donors: DonorTest | None
-    config: MapConfig
+    settings: MapConfig
+    planted: dict[str, Any] | None = None
+    embedding: dict[str, Any] | None = None
+    note: str = NOTE
 
     def to_json(self) -> dict[str, Any]:
-        columns = ("gene", "nats", "intact_nll", "residual_nats", "values")
-        return {
-            "at": self.addresses,
-            "damage": {"nats": self.nats, "ci95": list(self.ci95)},
-            "intact_nll": self.intact_nll,
-            "genes": [dict(zip(columns, gene, strict=True)) for gene in self.genes],
-            "difficulty_correlation": self.difficulty_correlation,
-            "by_cell": self.cells,
-            "by_type": self.by_type,
-            "enrichment": {name: story.to_json() for name, story in self.stories.items()},
-            "null": {
-                "n": len(self.null),
-                "weights": [
-                    {"address": e.part.address, "factor": e.factor, "nats": e.nats}
-                    for e in self.null
-                ],
-                "difficulty_correlations": self.null_correlations,
-            },
-            "components": [c.to_json() for c in self.components],
-            "by_condition": self.by_condition,
-            "donors": None if self.donors is None else self.donors.to_json(),
-            "settings": asdict(self.config),
-            "note": NOTE,
-        }
+        return asdict(self)
 
 
 def map_damage(
     model: ScGPT,
     batch: Batch,
-    masked: Bool[Tensor, "draw cell pos"],
-    parts: Sequence[Part],
+    masked: Masks,
+    parts: Sequence[Region],
     sets: GeneSets | None = None,
     types: Sequence[str] | None = None,
-    groups: Groups | None = None,
+    condition: Column | None = None,
+    donor: Column | None = None,
     config: MapConfig = MapConfig(),
     progress: Progress | None = None,
 ) -> Map:
     """What zeroing `parts` together costs each gene, cell, cell type and pathway. The model is left
     as it was.
 
-    sets: gene sets to test; types: the cell type of each cell; groups: a condition, and donors as
-    replicates.
+    sets: gene sets to test; types: the cell type of each cell; condition: what to compare; donor:
+    the replicates of that comparison, without which there is no test.
     Raises: BadInput as `enrich`, or if no gene has enough values; Refused as `donor_test`;
     SurgeonError if the null cannot be made.
     """
-    damage = Damage(model, batch, masked)
-    values = damage.of(parts)
+    nll = MaskedNLL(model.anatomy, batch, masked)
+    values = nll.damage(parts)
     cells = by_cell(values)
-    names, per_gene, counts = by_gene(values, batch, config.least)
+    names, _, counts = by_gene(values, batch, config.least)
     if len(names) < 3:
         raise BadInput(
             f"{len(names)} genes have {config.least} scored values or more; give more cells or"
-            " draws, or lower --least."
+            " draws, or lower ‹least›."
         )
-    difficulty = by_gene(damage.intact, batch, config.least)[1]
-    residual, correlation = residualise(per_gene, difficulty)
+    difficulty = by_gene(nll.intact, batch, config.least)[1]
+
+    def ranked(values: Values) -> dict[str, Float64[Tensor, " gene"]]:
+        """Two ways to rank genes: by damage, and by damage less what is foretold."""
+        damage = by_gene(values, batch, config.least)[1]
+        return {"raw": damage, "residual": residualise(damage, difficulty)}
+
+    scores = ranked(values)
     # refused before the long part, where it is to be refused
-    donors = _donors(cells, groups, config.seed)
-    nats = float(cells.nanmean())
+    donors = None
+    if condition is not None and donor is not None:
+        column_names = (condition[0], donor[0])
+        donors = donor_test(cells, condition[1], donor[1], column_names, seed=config.seed)
     null: list[EqualDamage] = []
+    chance: list[dict[str, Tensor]] = []
     stories: dict[str, Story] = {}
+    nats = float(cells.mean())
     if sets is not None:
-        raw = {"raw": per_gene, "residual": residual}
-        found = {name: enrich(names, scores, sets, config.enrich) for name, scores in raw.items()}
+        found = {name: enrich(names, s, sets, config.enrich) for name, s in scores.items()}
         if config.null and nats <= 0:
             raise SurgeonError(
                 f"the damage is {nats:+.4g} nats, so no weight of equal damage can be looked for;"
-                " leave the null out (--null 0)."
+                " leave the ‹null› out (0)."
             )
-        null = equal_damage(damage, nats, config.null, config.seed, progress) if config.null else []
-        stories = _stories(found, null, names, difficulty, damage.batch, sets, config)
-    null_genes = [by_gene(e.values, batch, config.least)[1] for e in null]
-    order = per_gene.argsort(descending=True, stable=True).tolist()
-    table = [
-        (names[i], float(per_gene[i]), float(difficulty[i]), float(residual[i]), counts[i])
-        for i in order
-    ]
-    known = {n: float(v) for n, v in zip(batch.cell_names, cells.tolist(), strict=True) if v == v}
-    intact = {
-        n: float(v)
-        for n, v in zip(batch.cell_names, by_cell(damage.intact).tolist(), strict=True)
-        if v == v
-    }
+        null = equal_damage(nll, nats, config.null, config.seed, progress)
+        chance = [ranked(e.values) for e in null]
+        for name, pathways in found.items():
+            others = [enrich(names, one[name], sets, config.enrich) for one in chance]
+            stories[name] = _story(pathways, others)
+    numbers = (t.tolist() for t in (scores["raw"], difficulty, scores["residual"]))
+    genes = [Gene(*row) for row in zip(names, *numbers, counts, strict=True)]
+    weights = [{"address": str(e.region), "factor": e.factor, "nats": e.nats} for e in null]
+    correlations = [spearman(one["raw"], difficulty) for one in chance]
     return Map(
-        addresses=[p.address for p in parts],
-        nats=nats,
-        ci95=interval(cells[~cells.isnan()], config.seed),
-        intact_nll=damage.base,
-        genes=table,
-        difficulty_correlation=correlation,
-        null_correlations=[spearman(g, difficulty) for g in null_genes],
-        cells=known,
-        cell_nll=intact,
-        by_type=by_type(cells, types) if types is not None else {},
-        stories=stories,
-        null=null,
-        components=components(damage, config.seed, progress) if config.components else [],
-        by_condition=by_type(cells, groups.conditions) if groups is not None else {},
+        at=[str(part) for part in parts],
+        damage=Damage(nats, interval(cells, config.seed)),
+        intact_nll=nll.base,
+        genes=sorted(genes, key=lambda gene: -gene.nats),
+        difficulty_correlation=spearman(scores["raw"], difficulty),
+        by_cell=dict(zip(batch.cell_names, cells.tolist(), strict=True)),
+        cell_nll=dict(zip(batch.cell_names, by_cell(nll.intact).tolist(), strict=True)),
+        by_type=by_group(cells, types) if types is not None else {},
+        enrichment=stories,
+        null=Null(len(null), weights, correlations),
+        components=components(model, nll, config.seed, progress) if config.components else [],
+        by_condition=by_group(cells, condition[1]) if condition is not None else {},
         donors=donors,
-        config=config,
+        settings=config,
     )
 
 
-def _donors(cells: Float64[Tensor, " cell"], groups: Groups | None, seed: int) -> DonorTest | None:
-    if groups is None or groups.donors is None or groups.donor is None:
-        return None
-    return donor_test(
-        cells, groups.conditions, groups.donors, (groups.condition, groups.donor), seed=seed
-    )
-
-
-def _stories(
-    found: Mapping[str, list[Pathway]],
-    null: Sequence[EqualDamage],
-    names: Sequence[str],
-    difficulty: Float64[Tensor, " gene"],
-    batch: Batch,
-    sets: GeneSets,
-    config: MapConfig,
-) -> dict[str, Story]:
-    chance: dict[str, list[dict[str, Pathway]]] = {name: [] for name in found}
-    for one in null:
-        scores = by_gene(one.values, batch, config.least)[1]
-        for name, ranked in (("raw", scores), ("residual", residualise(scores, difficulty)[0])):
-            chance[name].append({p.name: p for p in enrich(names, ranked, sets, config.enrich)})
-    stories = {}
-    for name, pathways in found.items():
-        others = chance[name]
-        stories[name] = Story(
-            [Enriched(p, _null_p(p.nes, [o[p.name].nes for o in others])) for p in pathways],
-            [sum(_high(p) for p in o.values()) for o in others],
-        )
-    return stories
-
-
-def _high(pathway: Pathway) -> bool:
-    """Whether a set lies among the damaged genes at an FDR of 5%; one that lies at the other end is
-    spared.
+def components(
+    model: ScGPT, nll: MaskedNLL, seed: int = 0, progress: Progress | None = None
+) -> list[Component]:
+    """Every head (what it gives to the output projection set to zero) and every MLP block (its
+    write set to zero), worst first.
     """
-    return pathway.nes > 0 and pathway.fdr <= LEVEL
+    anatomy, n_heads = nll.anatomy, model.shape.n_heads
+    width = model.shape.d_model // n_heads
+    found = []
+    for layer in range(len(anatomy.layers)):
+        for head in range(n_heads + 1):
+            with Tap() as tap:
+                if head < n_heads:
+                    name, out = f"L{layer}.head{head}", anatomy.module(Site(layer, "attn.out"))
+                    tap.on_input(out, _without(slice(head * width, (head + 1) * width)))
+                else:
+                    name = f"L{layer}.mlp"
+                    tap.on_output(anatomy.module(Site(layer, "mlp.down")), torch.zeros_like)
+                cells = by_cell(nll.values(layer) - nll.intact)
+            found.append(Component(name, layer, float(cells.mean()), interval(cells, seed)))
+            if progress:
+                progress("heads and blocks", len(found), len(anatomy.layers) * (n_heads + 1))
+    return sorted(found, key=lambda c: (-c.nats, c.name))
 
 
-def _null_p(nes: float, chance: Sequence[float]) -> float | None:
-    return (1 + sum(v >= nes for v in chance)) / (1 + len(chance)) if chance else None
+def _without(channels: slice) -> Any:
+    def watch(states: Tensor) -> Tensor:
+        states = states.clone()
+        states[..., channels] = 0
+        return states
+
+    return watch
+
+
+def _story(pathways: Sequence[Pathway], chance: Sequence[Sequence[Pathway]]) -> Story:
+    """The pathways beside those of arbitrary weights."""
+    beside = []
+    for pathway in pathways:
+        others = [p.nes for one in chance for p in one if p.name == pathway.name]
+        at_least = sum(nes >= pathway.nes for nes in others)
+        p = (1 + at_least) / (1 + len(others)) if others else None
+        beside.append(replace(pathway, null_p=p))
+    return Story(sum(p.high for p in beside), [sum(p.high for p in one) for one in chance], beside)

@@ -3,29 +3,30 @@ checkpoint's tensor names.
 
 Post-norm blocks with ReLU. Attention is spelled out over `scaled_dot_product_attention`, because
 torch's own encoder layer takes a fast path that hides activations from hooks. A set of genes has no
-order, so there are no positions.
+order, so there are no positions. Published heads that no masked likelihood needs (cell types,
+values from the cell's state, flags) are no part of the module.
 Source: Cui et al. 2024, doi:10.1038/s41592-024-02201-0; github.com/bowang-lab/scGPT.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from ..anatomy import Layout
+from ..anatomy import Anatomy, Layout
 from ..errors import BadInput
 
 MAX_VALUE = 512.0  # the published value encoder clips here
 LAYOUT = Layout(
     layers="transformer_encoder.layers",
     final_norm=None,
-    # q, k and v are rows of the bare parameter `in_proj_weight`, which no module owns as its
-    # `weight`
+    # q, k and v are rows of the bare parameter `in_proj_weight`, which is no module's `weight`
     roles={"attn.out": "self_attn.out_proj", "mlp.up": "linear1", "mlp.down": "linear2"},
 )
 
@@ -48,10 +49,6 @@ class CellConfig:
     mask_value: float = -1.0
     dropout: float = 0.2
     categorical: bool = False  # a head over the bins, which gives a likelihood
-    flags: bool = True  # flag_encoder: marks genes to be generated; loaded, used by no reading here
-    from_cell: bool = True  # mvc_decoder: values from the cell's state
-    n_types: int = 0  # cls_decoder: cell types
-    n_layers_types: int = 3
 
     def __post_init__(self) -> None:
         sizes = (self.n_tokens, self.d_model, self.n_heads, self.d_mlp, self.n_layers)
@@ -64,16 +61,11 @@ class CellConfig:
 
 
 class CellOutput(NamedTuple):
-    """What one pass gives.
-
-    `value_pred` is in bins; `logits` over bins where the model has that head, `types` over cell
-    types.
-    """
+    """What one pass gives: `value_pred` in bins; `logits` over bins, of a model with that head."""
 
     states: Float[Tensor, "cell pos d_model"]
     value_pred: Float[Tensor, "cell pos"]
     logits: Float[Tensor, "cell pos bin"] | None
-    types: Float[Tensor, "cell type"] | None
 
 
 class ScGPT(nn.Module):
@@ -86,31 +78,39 @@ class ScGPT(nn.Module):
     def __init__(self, config: CellConfig) -> None:
         super().__init__()
         self.shape = config
-        self.d_model, self.n_heads = config.d_model, config.n_heads
         d = config.d_model
-        self.encoder = _GeneEncoder(config)
-        self.value_encoder = _ValueEncoder(d, config.dropout)
-        self.transformer_encoder = _Stack(config)
-        self.decoder = _Decoder(d, 1)
-        self.bin_decoder = _Decoder(d, config.n_bins) if config.categorical else None
-        self.flag_encoder = nn.Embedding(2, d) if config.flags else None
-        self.mvc_decoder = _FromCell(d) if config.from_cell else None
-        self.cls_decoder = (
-            _TypeDecoder(d, config.n_types, config.n_layers_types) if config.n_types else None
+        # every name is a published one
+        embedding = nn.Embedding(config.n_tokens, d, padding_idx=config.pad_id)
+        self.encoder = _sequence(embedding=embedding, enc_norm=nn.LayerNorm(d))
+        self.value_encoder = _sequence(
+            linear1=nn.Linear(1, d),
+            activation=nn.ReLU(),
+            linear2=nn.Linear(d, d),
+            norm=nn.LayerNorm(d),
+            dropout=nn.Dropout(config.dropout),
         )
-        nn.init.uniform_(self.encoder.embedding.weight, -0.1, 0.1)
+        blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.transformer_encoder = nn.ModuleDict({"layers": blocks})
+        self.decoder = _decoder(d, 1)
+        self.bin_decoder = _decoder(d, config.n_bins) if config.categorical else None
+        nn.init.uniform_(embedding.weight, -0.1, 0.1)
 
     @property
     def layers(self) -> list[Block]:
-        return list(self.transformer_encoder.layers)  # type: ignore[arg-type]
+        return list(self.transformer_encoder["layers"].children())  # type: ignore[arg-type]
 
     @property
     def reading(self) -> str:
         return "regression" if self.bin_decoder is None else "categorical"
 
-    def get_input_embeddings(self) -> nn.Module:
+    @property
+    def anatomy(self) -> Anatomy:
+        """The map of the model: its sites, for patches and for measurements."""
+        return Anatomy.of(self, LAYOUT)
+
+    def get_input_embeddings(self) -> nn.Embedding:
         """The gene embedding, for `Anatomy`."""
-        return self.encoder.embedding
+        return self.encoder[0]  # type: ignore[return-value]
 
     def forward(
         self,
@@ -123,42 +123,23 @@ class ScGPT(nn.Module):
         values: bins, `mask_value` where hidden; without them all are hidden. padding: True at
         places that hold no gene.
         """
+        like = self.get_input_embeddings().weight
+        genes = genes.to(like.device)
         if values is None:
-            values = torch.full(
-                genes.shape,
-                self.shape.mask_value,
-                dtype=self.encoder.enc_norm.weight.dtype,
-                device=genes.device,
-            )
-        states = self.encoder(genes) + self.value_encoder(
-            values.to(self.encoder.enc_norm.weight.dtype)
-        )
+            values = torch.full(genes.shape, self.shape.mask_value)
+        heights = values.to(like).clamp(max=MAX_VALUE)[..., None]
+        states = self.encoder(genes) + self.value_encoder(heights)
         # (cell, 1, 1, pos): True where a key may be looked at
-        visible = None if padding is None or not bool(padding.any()) else ~padding[:, None, None, :]
-        for layer in self.transformer_encoder.layers:
+        visible = None
+        if padding is not None and bool(padding.any()):
+            visible = ~padding[:, None, None, :].to(like.device)
+        for layer in self.layers:
             states = layer(states, visible)
         return CellOutput(
             states,
             self.decoder(states).squeeze(-1),
             None if self.bin_decoder is None else self.bin_decoder(states),
-            None if self.cls_decoder is None else self.cls_decoder(states[:, 0]),
         )
-
-    def values_from_cell(
-        self, genes: Int64[Tensor, "cell pos"], states: Float[Tensor, "cell pos d_model"]
-    ) -> Float[Tensor, "cell pos"]:
-        """Values as the published second objective reads them: from the state at <cls> and the gene
-        alone.
-
-        Raises: BadInput for a model without that decoder.
-        """
-        if self.mvc_decoder is None:
-            raise BadInput(
-                "this model has no mvc_decoder, so no values can be read from the cell's state;"
-                " read them from the genes'."
-            )
-        read: Tensor = self.mvc_decoder(states[:, 0], self.encoder(genes))
-        return read
 
 
 class Block(nn.Module):
@@ -201,88 +182,26 @@ class Attention(nn.Module):
         self, states: Float[Tensor, "cell pos d_model"], visible: Tensor | None = None
     ) -> Float[Tensor, "cell pos d_model"]:
         cells, pos, d = states.shape
-        packed = F.linear(states, self.in_proj_weight, self.in_proj_bias).view(
-            cells, pos, 3, self.n_heads, d // self.n_heads
-        )
+        packed = F.linear(states, self.in_proj_weight, self.in_proj_bias)
+        packed = packed.view(cells, pos, 3, self.n_heads, d // self.n_heads)
         q, k, v = packed.permute(2, 0, 3, 1, 4)  # each (cell, head, pos, d_head)
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, visible, self.dropout if self.training else 0.0
-        )
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, visible, dropout)
         out: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(cells, pos, d))
         return out
 
 
-class _Stack(nn.Module):
-    def __init__(self, config: CellConfig) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-
-
-class _GeneEncoder(nn.Module):
-    def __init__(self, config: CellConfig) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(config.n_tokens, config.d_model, padding_idx=config.pad_id)
-        self.enc_norm = nn.LayerNorm(config.d_model)
-
-    def forward(self, genes: Tensor) -> Tensor:
-        out: Tensor = self.enc_norm(self.embedding(genes))
-        return out
-
-
-class _ValueEncoder(nn.Module):
-    def __init__(self, d_model: int, dropout: float) -> None:
-        super().__init__()
-        self.linear1 = nn.Linear(1, d_model)
-        self.linear2 = nn.Linear(d_model, d_model)
-        self.norm = nn.LayerNorm(d_model)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, values: Tensor) -> Tensor:
-        hidden = F.relu(self.linear1(values.clamp(max=MAX_VALUE)[..., None]))
-        out: Tensor = self.dropout(self.norm(self.linear2(hidden)))
-        return out
-
-
-class _Decoder(nn.Module):
-    def __init__(self, d_model: int, n_out: int) -> None:
-        super().__init__()
-        self.fc = nn.Sequential(
+def _decoder(d_model: int, n_out: int) -> nn.Sequential:
+    return _sequence(
+        fc=nn.Sequential(
             nn.Linear(d_model, d_model),
             nn.LeakyReLU(),
             nn.Linear(d_model, d_model),
             nn.LeakyReLU(),
             nn.Linear(d_model, n_out),
         )
-
-    def forward(self, states: Tensor) -> Tensor:
-        out: Tensor = self.fc(states)
-        return out
+    )
 
 
-class _FromCell(nn.Module):
-    """The published "inner product" decoder."""
-
-    def __init__(self, d_model: int) -> None:
-        super().__init__()
-        self.gene2query = nn.Linear(d_model, d_model)
-        self.W = nn.Linear(d_model, d_model, bias=False)
-
-    def forward(self, cell: Tensor, genes: Tensor) -> Tensor:
-        return torch.einsum("cpd,cd->cp", self.W(torch.sigmoid(self.gene2query(genes))), cell)
-
-
-class _TypeDecoder(nn.Module):
-    def __init__(self, d_model: int, n_types: int, n_layers: int) -> None:
-        super().__init__()
-        # the published index counts activations and norms too
-        blocks: list[Any] = []
-        for _ in range(n_layers - 1):
-            blocks += [nn.Linear(d_model, d_model), nn.ReLU(), nn.LayerNorm(d_model)]
-        self._decoder = nn.ModuleList(blocks)
-        self.out_layer = nn.Linear(d_model, n_types)
-
-    def forward(self, cell: Tensor) -> Tensor:
-        for layer in self._decoder:
-            cell = layer(cell)
-        out: Tensor = self.out_layer(cell)
-        return out
+def _sequence(**modules: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(modules))

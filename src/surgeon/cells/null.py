@@ -8,16 +8,13 @@ worth telling only where it is not the one that any weight of this model would g
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
+from ..anatomy import Region
 from ..errors import SurgeonError
-from .damage import Damage, Progress, by_cell, cells_of
-from .model import ScGPT
-from .parts import Part, mlp_part, norm_part, norms
+from .candidates import screened
+from .likelihood import MaskedNLL, Progress, Values, by_cell
 from .planted import solve
 
 LARGEST = 2.0**20
@@ -27,18 +24,18 @@ SEARCH_CELLS = 24
 
 @dataclass(frozen=True, eq=False)
 class EqualDamage:
-    """One arbitrary weight: what it was scaled by, its damage in nats, and the damage of each value
-    (draw, cell, pos).
+    """One arbitrary weight: what it was scaled by, and its damage in nats, over all and of each
+    value.
     """
 
-    part: Part
+    region: Region
     factor: float
     nats: float
-    values: Float[Tensor, "draw cell pos"]
+    values: Values
 
 
 def equal_damage(
-    damage: Damage, nats: float, n: int, seed: int = 0, progress: Progress | None = None
+    nll: MaskedNLL, nats: float, n: int, seed: int = 0, progress: Progress | None = None
 ) -> list[EqualDamage]:
     """`n` random weights of the kinds that a screen looks at, each scaled until the mean damage is
     `nats`, within a quarter.
@@ -48,24 +45,32 @@ def equal_damage(
     again: behind a LayerNorm one channel can only drown the others.
     Raises: SurgeonError if fewer than `n` of 20 `n` weights can.
     """
-    model = damage.model
     few = slice(0, SEARCH_CELLS)
-    search = Damage(model, cells_of(damage.batch, few), damage.masked[:1, few])
+    search = MaskedNLL(nll.anatomy, nll.batch.of(few), nll.masked[:1, few])
+    sites = screened(nll.anatomy)
     generator = torch.Generator().manual_seed(seed)
+
+    def below(size: int) -> int:
+        return int(torch.randint(size, (1,), generator=generator)) if size > 1 else 0
+
     found: list[EqualDamage] = []
     for _ in range(20 * n):
         if len(found) == n:
             break
-        part = _random(model, generator)
-        sign = 1 - 2 * int(torch.randint(2, (1,), generator=generator))
-        size = solve(partial(_cost, search, part, sign), nats, 16.0, LARGEST, 0.05, 12, 16.0)
+        site = sites[below(len(sites))]
+        rows, cols = nll.anatomy.view(site).shape
+        region, sign = Region(site, below(rows), below(cols)), 1 - 2 * below(2)
+
+        def cost(size: float, region: Region = region, sign: int = sign) -> float:
+            return search.cost([region], f"scale:{sign * size!r}")
+
+        size = solve(cost, nats, 16.0, LARGEST, tolerance=0.05, steps=12, growth=16.0)
         if size is None:
             continue
-        factor = sign * size
-        values = damage.of([part], factor)
-        measured = float(by_cell(values).nanmean())
+        values = nll.damage([region], f"scale:{sign * size!r}")
+        measured = float(by_cell(values).mean())
         if abs(measured - nats) <= TOLERANCE * nats:
-            found.append(EqualDamage(part, factor, measured, values))
+            found.append(EqualDamage(region, sign * size, measured, values))
             if progress:
                 progress("equal-damage null", len(found), n)
     if len(found) < n:
@@ -74,20 +79,3 @@ def equal_damage(
             " ask for a smaller null."
         )
     return found
-
-
-def _cost(damage: Damage, part: Part, sign: int, size: float) -> float:
-    return float(by_cell(damage.of([part], sign * size)).nanmean())
-
-
-def _random(model: ScGPT, generator: torch.Generator) -> Part:
-    def below(size: int) -> int:
-        return int(torch.randint(size, (1,), generator=generator))
-
-    vectors = [(name, kind) for name, _ in norms(model) for kind in ("scale", "shift")]
-    place = below(len(model.layers) + len(vectors))
-    if place < len(model.layers):
-        rows, cols = model.layers[place].linear2.weight.shape
-        return mlp_part(model, place, below(rows), below(cols))
-    name, kind = vectors[place - len(model.layers)]
-    return norm_part(model, name, kind, below(model.d_model))

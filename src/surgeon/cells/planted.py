@@ -4,22 +4,20 @@ which it must not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor, nn
 
-from ..errors import BadInput, SurgeonError
+from ..anatomy import Region, Site
+from ..errors import SurgeonError
 from ..tap import Tap
-from .damage import Damage, by_cell
+from .likelihood import MaskedNLL, Masks, by_cell
 from .model import ScGPT
-from .parts import Part, mlp_part
 from .tokenise import Batch
 
 CHANNELS = 8  # that are tried
@@ -27,56 +25,52 @@ LARGEST = 2.0**14  # constant write beyond which the layer holds nothing else in
 
 
 @dataclass(frozen=True)
-class Planted:
-    """A copy of the model that computes the same, and what was planted in it.
+class Copy:
+    """A copy of the model that computes the same.
 
-    write: the constant that the weight writes and the bias takes off again. nats: what its removal
-    costs. difference: the largest absolute difference between the states of the model and of the
-    copy, over all positions that are not padding.
+    max_abs_difference: the largest between states of the model and of the copy.
     """
 
     model: ScGPT
-    part: Part
-    write: float
-    nats: float
-    difference: float
+    max_abs_difference: float
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "address": self.part.address,
-            "write": self.write,
-            "nats": self.nats,
-            "max_abs_difference": self.difference,
-        }
+        return {name: value for name, value in vars(self).items() if name != "model"}
 
 
 @dataclass(frozen=True)
-class Rescaled:
-    """A copy of the model in which one ReLU neuron is `factor` times as large and its output
-    weights as many times smaller.
+class Planted(Copy):
+    """A copy with a fragile weight.
+
+    write: the constant that the weight writes and the bias takes off again. nats: what its removal
+    costs.
     """
 
-    model: ScGPT
+    address: str
+    write: float
+    nats: float
+
+
+@dataclass(frozen=True)
+class Rescaled(Copy):
+    """A copy in which one ReLU neuron is `factor` times as large and its output weights as many
+    times smaller.
+    """
+
     layer: int
     neuron: int
     factor: float
-    difference: float
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "layer": self.layer,
-            "neuron": self.neuron,
-            "factor": self.factor,
-            "max_abs_difference": self.difference,
-        }
+    def holds(self, region: Region) -> bool:
+        """Whether an entry is one of the output weights."""
+        return region.site == Site(self.layer, "mlp.down") and region.col == self.neuron
 
 
 def plant(
     model: ScGPT,
     batch: Batch,
-    masked: Bool[Tensor, "draw cell pos"],
+    masked: Masks,
     nats: float = 0.25,
-    layer: int | None = None,
     seed: int = 0,
 ) -> Planted:
     """Add a constant hidden unit to one MLP, whose one output weight a bias takes off again, so
@@ -84,58 +78,53 @@ def plant(
 
     Removing that weight leaves the bias alone. The constant is found by bisection, so that this
     costs `nats` per masked value. |w| is that of the matrix's 95% quantile, so that magnitude does
-    not give it away. The layer is the middle one unless named.
-    Raises: BadInput for a layer that is not there; SurgeonError if no constant costs that much.
+    not give it away. The layer is the middle one.
+    Raises: SurgeonError if no constant costs that much.
     """
-    index = len(model.layers) // 2 if layer is None else layer
-    if not 0 <= index < len(model.layers):
-        raise BadInput(
-            f"layer {index} does not exist; the model has {len(model.layers)}, counted from 0."
-        )
-    weight = model.layers[index].linear2.weight.detach()
-    damage = Damage(model, batch, masked)
+    index = len(model.layers) // 2
+    down = model.layers[index].linear2
+    nll = MaskedNLL(model.anatomy, batch, masked)
 
     def cost(row: int, write: float) -> float:
-        with _shifted(model.layers[index].linear2, row, -write):
-            return float(by_cell(damage.change(index)).nanmean())
+        with Tap() as tap:
+            tap.on_output(down, partial(_shifted, row, -write))
+            return float(by_cell(nll.values(index) - nll.intact).mean())
 
     # not every channel matters so much that any constant would do
-    for row in torch.randperm(len(weight), generator=torch.Generator().manual_seed(seed))[
-        :CHANNELS
-    ].tolist():
+    order = torch.randperm(down.out_features, generator=torch.Generator().manual_seed(seed))
+    for row in order[:CHANNELS].tolist():
         write = solve(partial(cost, row), nats, 1.0, LARGEST)
         if write is not None:
             break
     else:
         raise SurgeonError(
-            f"no constant in {CHANNELS} channels of layer {index} costs {nats:g} nats; take another"
-            " layer, or ask for less."
+            f"no constant in {CHANNELS} channels of layer {index} costs {nats:g} nats; ask for"
+            " less."
         )
     # the quantile by sorting: torch's own takes no more than 16 million values
-    size = float(weight.abs().flatten().sort().values[int(0.95 * weight.numel())])
+    size = float(down.weight.abs().flatten().sort().values[int(0.95 * down.weight.numel())])
     copy = deepcopy(model)
-    block = copy.layers[index]
-    block.linear1, block.linear2 = _widened(block.linear1, block.linear2, row, size, write)
-    part = mlp_part(copy, index, row, weight.shape[1])
-    measured = float(by_cell(Damage(copy, batch, masked).of([part])).nanmean())
-    return Planted(copy, part, write, measured, difference(model, copy, batch))
+    _widen_(copy, index, row, size, write)
+    planted = Region(Site(index, "mlp.down"), row, down.in_features)
+    measured = MaskedNLL(copy.anatomy, batch, masked).cost([planted])
+    return Planted(copy, difference(model, copy, batch), str(planted), write, measured)
 
 
-def rescale(
-    model: ScGPT, batch: Batch, factor: float = 1000.0, layer: int | None = None
-) -> Rescaled:
+def rescale(model: ScGPT, batch: Batch, factor: float = 1000.0) -> Rescaled:
     """Make a neuron `factor` times as large, and its output weights as many times smaller: the same
     function, for a ReLU.
 
-    Taken is the neuron in the middle of those that fire on these cells, by how high they fire.
+    Taken is the neuron in the middle of those that fire on these cells, by how high they fire, in
+    the middle layer.
     Raises: SurgeonError if none fires.
     """
-    index = len(model.layers) // 2 if layer is None else layer
-    seen: list[Tensor] = []
+    index = len(model.layers) // 2
+    heights: list[Tensor] = []
     with Tap() as tap, torch.no_grad():
-        tap.on_input(model.layers[index].linear2, lambda x: seen.append(x.flatten(0, -2).amax(0)))
+        down = model.layers[index].linear2
+        tap.on_input(down, lambda x: heights.append(x.flatten(0, -2).amax(0)))
         tap.run(model, batch.genes, batch.values, batch.padding)
-    height = torch.stack(seen).amax(0)
+    [height] = heights
     live = (height > 0).nonzero().flatten()
     if not len(live):
         raise SurgeonError(
@@ -149,7 +138,7 @@ def rescale(
         block.linear1.weight[neuron] *= factor
         block.linear1.bias[neuron] *= factor
         block.linear2.weight[:, neuron] /= factor
-    return Rescaled(copy, index, neuron, factor, difference(model, copy, batch))
+    return Rescaled(copy, difference(model, copy, batch), index, neuron, factor)
 
 
 @torch.no_grad()
@@ -157,10 +146,8 @@ def difference(one: ScGPT, other: ScGPT, batch: Batch) -> float:
     """The largest absolute difference between the states of two models on these cells, padding left
     out.
     """
-    states = [
-        m(batch.genes, batch.values, batch.padding).states[~batch.padding] for m in (one, other)
-    ]
-    return float((states[0] - states[1]).abs().max())
+    first, second = (m(batch.genes, batch.values, batch.padding).states for m in (one, other))
+    return float((first - second)[~batch.padding].abs().max())
 
 
 def solve(
@@ -184,39 +171,35 @@ def solve(
             return None
     for _ in range(steps):
         middle = (low * high) ** 0.5
-        found = cost(middle)
-        if abs(found - wanted) <= tolerance * wanted:
+        reached = cost(middle)
+        if abs(reached - wanted) <= tolerance * wanted:
             return float(middle)
-        low, high = (middle, high) if found < wanted else (low, middle)
+        low, high = (middle, high) if reached < wanted else (low, middle)
     return float(high)
 
 
-@contextmanager
-def _shifted(linear: nn.Linear, row: int, by: float) -> Iterator[None]:
-    """The bias of one channel moved within the block."""
-    bias = linear.bias.detach()
-    old = bias[row].clone()
-    bias[row] = old + by
-    try:
-        yield
-    finally:
-        bias[row] = old
+def _shifted(row: int, by: float, states: Tensor) -> Tensor:
+    states = states.clone()
+    states[..., row] += by
+    return states
 
 
 @torch.no_grad()
-def _widened(
-    up: nn.Linear, down: nn.Linear, row: int, weight: float, write: float
-) -> tuple[nn.Linear, nn.Linear]:
-    """Both matrices with one more neuron, which is constant and writes `write` to channel `row`,
-    and the bias that takes it off.
+def _widen_(model: ScGPT, layer: int, row: int, weight: float, write: float) -> None:
+    """One more neuron, which is constant and writes `write` to channel `row`, and the bias that
+    takes it off.
     """
-    wide_up = nn.Linear(up.in_features, up.out_features + 1).to(up.weight)
-    wide_down = nn.Linear(down.in_features + 1, down.out_features).to(down.weight)
-    wide_up.weight.copy_(torch.cat([up.weight, torch.zeros_like(up.weight[:1])]))
-    wide_up.bias.copy_(torch.cat([up.bias, up.bias.new_tensor([write / weight])]))
-    wide_down.weight.copy_(torch.cat([down.weight, torch.zeros_like(down.weight[:, :1])], 1))
-    wide_down.bias.copy_(down.bias)
-    wide_down.weight[row, -1] = weight
+    block = model.layers[layer]
+    up, down = block.linear1, block.linear2
+    column = torch.zeros_like(down.weight[:, :1])
+    column[row] = weight
+    up.weight = _grown(up.weight, torch.zeros_like(up.weight[:1]))
+    up.bias = _grown(up.bias, up.bias.new_tensor([write / weight]))
+    down.weight = _grown(down.weight, column, 1)
     # what it writes in the model's own precision, so that the two cancel as well as they can
-    wide_down.bias[row] -= wide_down.weight[row, -1] * wide_up.bias[-1]
-    return wide_up.requires_grad_(False).eval(), wide_down.requires_grad_(False).eval()
+    down.bias[row] -= column[row, 0] * up.bias[-1]
+    up.out_features, down.in_features = up.out_features + 1, down.in_features + 1
+
+
+def _grown(old: Tensor, more: Tensor, axis: int = 0) -> nn.Parameter:
+    return nn.Parameter(torch.cat([old, more], axis), requires_grad=False)

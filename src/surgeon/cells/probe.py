@@ -14,12 +14,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import MissingExtra
+from .likelihood import CHUNK
+from .model import ScGPT
+from .setting import needs
+from .tokenise import Batch
 
 LEAST = 4  # cells of a type, for it to be in both halves twice
+
+
+@torch.no_grad()
+def embeddings(model: ScGPT, batch: Batch) -> Float[Tensor, "cell d_model"]:
+    """The state of each cell at <cls>, the first position, with nothing masked."""
+    pieces = [batch.of(piece) for piece in batch.pieces(CHUNK)]
+    return torch.cat([model(p.genes, p.values, p.padding).states[:, 0] for p in pieces])
 
 
 @dataclass(frozen=True)
@@ -28,9 +38,6 @@ class ProbeScore:
 
     accuracy: float
     macro_f1: float
-
-    def to_json(self) -> dict[str, float]:
-        return {"accuracy": self.accuracy, "macro_f1": self.macro_f1}
 
 
 class Probe:
@@ -50,7 +57,7 @@ class Probe:
         self.used = torch.tensor([name in self.names for name in types])
         self.labels = np.array([name for name in types if name in self.names])
         self.left_out = int((~self.used).sum())
-        self.train = _halves(self.labels, seed)
+        self.train = self._halves(seed)
         self._fitted = self._fit(states) if len(self.names) > 1 else None
 
     @property
@@ -61,9 +68,8 @@ class Probe:
     @property
     def majority(self) -> float:
         """The accuracy of always naming the commonest type, on the test half."""
-        return max(Counter(self.labels[~self.train.numpy()].tolist()).values()) / int(
-            (~self.train).sum()
-        )
+        _, counts = np.unique(self.labels[~self.train], return_counts=True)
+        return float(counts.max() / counts.sum())
 
     def frozen(self, states: Float[Tensor, "cell d_model"]) -> ProbeScore:
         """The probe of the intact model on these embeddings of the same cells."""
@@ -73,33 +79,33 @@ class Probe:
         """A probe fitted anew on the training half of these embeddings."""
         return self._score(self._fit(states), states)
 
+    def _halves(self, seed: int) -> np.ndarray:
+        """True for the training half, drawn within each type."""
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.labels), generator=generator).numpy()
+        train = np.zeros(len(self.labels), dtype=bool)
+        for name in self.names:
+            train[order[self.labels[order] == name][::2]] = True
+        return train
+
     def _fit(self, states: Tensor) -> Any:
-        try:
-            from sklearn.linear_model import LogisticRegression
-            from sklearn.pipeline import make_pipeline
-            from sklearn.preprocessing import StandardScaler
-        except ImportError as error:
-            raise MissingExtra("a probe of cell types", "cells") from error
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=5000))
-        return model.fit(self._half(states, self.train), self.labels[self.train.numpy()])
+        linear, pipeline, scaling = needs(
+            "a probe of cell types",
+            "sklearn.linear_model",
+            "sklearn.pipeline",
+            "sklearn.preprocessing",
+        )
+        regression = linear.LogisticRegression(C=0.1, max_iter=5000)
+        model = pipeline.make_pipeline(scaling.StandardScaler(), regression)
+        return model.fit(self._half(states, self.train), self.labels[self.train])
 
     def _score(self, fitted: Any, states: Tensor) -> ProbeScore:
         from sklearn.metrics import accuracy_score, f1_score
 
-        truth = self.labels[~self.train.numpy()]
+        truth = self.labels[~self.train]
         said = fitted.predict(self._half(states, ~self.train))
         macro = f1_score(truth, said, average="macro", labels=self.names, zero_division=0)
         return ProbeScore(float(accuracy_score(truth, said)), float(macro))
 
-    def _half(self, states: Tensor, half: Tensor) -> Any:
-        return states.detach().cpu().double()[self.used][half].numpy()
-
-
-def _halves(labels: Any, seed: int) -> Bool[Tensor, " cell"]:
-    """True for the training half, drawn within each type."""
-    generator = torch.Generator().manual_seed(seed)
-    train = torch.zeros(len(labels), dtype=torch.bool)
-    for name in sorted(set(labels.tolist())):
-        at = torch.tensor(np.flatnonzero(labels == name))
-        train[at[torch.randperm(len(at), generator=generator)[: (len(at) + 1) // 2]]] = True
-    return train
+    def _half(self, states: Tensor, half: np.ndarray) -> Any:
+        return states.detach().cpu().double()[self.used].numpy()[half]

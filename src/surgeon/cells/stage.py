@@ -5,18 +5,18 @@ baseline, and columns of `obs`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import BadInput
 from .checkpoint import LoadedCells, load_cells
 from .data import Expression, expression, read_cells
-from .likelihood import RATIO, Marginal, fit_marginal, masks
+from .likelihood import RATIO, Marginal, Masks, Values, fit_marginal, masks
 from .model import ScGPT
+from .setting import setting
 from .tokenise import Batch, tokenise
 
 TYPE_COLUMNS = (
@@ -33,22 +33,17 @@ EMBEDDINGS = {"X_umap": "UMAP", "X_tsne": "t-SNE", "X_pca": "PCA"}
 
 @dataclass(frozen=True)
 class StageConfig:
-    """How many cells, genes and masks a measurement takes."""
+    """How many cells, genes and masks a measurement takes, and what is read from the data."""
 
-    cells: int = field(
-        default=128,
-        metadata={
-            "help": "most cells to measure on; of those held out of training, where that is known"
-        },
+    cells: int = setting(
+        128, "most cells to measure on; of those held out of training, where that is known"
     )
-    genes: int = field(
-        default=256, metadata={"help": "most genes of a cell, a random choice where it has more"}
-    )
-    draws: int = field(default=3, metadata={"help": "draws of masks over the same tokenised cells"})
-    ratio: float = field(default=RATIO, metadata={"help": "share of the values that a draw hides"})
-    seed: int = field(
-        default=0, metadata={"help": "seed of the choice of cells, the tokens and the masks"}
-    )
+    genes: int = setting(256, "most genes of a cell, a random choice where it has more")
+    draws: int = setting(3, "draws of masks over the same tokenised cells")
+    ratio: float = setting(RATIO, "share of the values that a draw hides")
+    source: str = setting("auto", "expression: auto (as trained on), X, raw or layer:NAME", "NAME")
+    type: str | None = setting(None, "column of obs with the cell type, or a usual one", "COL")
+    seed: int = setting(0, "seed of the choice of cells, the tokens and the masks")
 
     def __post_init__(self) -> None:
         if min(self.cells, self.draws) < 1 or self.genes < 2:
@@ -61,70 +56,40 @@ class StageConfig:
 class Stage:
     """Everything measured on is here once, so that intact and broken models see the same.
 
-    held_out: whether no cell was trained on.
+    about: the model, the data, and whether no cell was trained on, for every document.
     """
 
-    loaded: LoadedCells
+    model: ScGPT
     adata: Any
     batch: Batch
-    masked: Tensor
-    baseline: Tensor
+    masked: Masks
+    baseline: Values
     types: list[str] | None
-    type_column: str | None
-    held_out: bool
-    data: str
-    source: str
-    folder: str
-    config: StageConfig
+    about: dict[str, Any]
 
-    @property
-    def model(self) -> ScGPT:
-        return self.loaded.model
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "model": self.folder,
-            "fingerprint": self.loaded.fingerprint,
-            "load": self.loaded.report.to_json(),
-            "reading": self.model.reading,
-            "data": {
-                "name": Path(self.data).name,
-                "source": self.source,
-                "held_out": self.held_out,
-                "type_column": self.type_column,
-            },
-            "stage": asdict(self.config),
-        }
+    def column(self, name: str) -> list[str]:
+        """A column of `obs` for the measured cells, as text. Raises: as the function."""
+        return column(self.adata, name, self.batch.cell_names)
 
     def embedding(self, per_cell: dict[str, float]) -> dict[str, Any] | None:
         """The cells on the first embedding that the data have: its name, and x, y and damage of
         each cell. None if they have none.
         """
-        for key, name in EMBEDDINGS.items():
-            if key in self.adata.obsm:
-                places = dict(
-                    zip(
-                        map(str, self.adata.obs_names),
-                        self.adata.obsm[key][:, :2].tolist(),
-                        strict=True,
-                    )
-                )
-                return {
-                    "name": name,
-                    "points": [
-                        {"x": places[c][0], "y": places[c][1], "nats": v}
-                        for c, v in per_cell.items()
-                    ],
-                }
-        return None
+        key = next((key for key in EMBEDDINGS if key in self.adata.obsm), None)
+        if key is None:
+            return None
+        places = self.adata.obsm[key][self.adata.obs_names.get_indexer(list(per_cell)), :2]
+        points = [
+            {"x": float(x), "y": float(y), "nats": nats}
+            for (x, y), nats in zip(places, per_cell.values(), strict=True)
+        ]
+        return {"name": EMBEDDINGS[key], "points": points}
 
 
 def open_stage(
     folder: str | Path,
     data: str | Path,
     config: StageConfig = StageConfig(),
-    type_column: str | None = None,
-    source: str = "auto",
 ) -> Stage:
     """Load a model and the cells to measure it on.
 
@@ -136,35 +101,31 @@ def open_stage(
     """
     loaded = load_cells(folder)
     adata = read_cells(data)
-    values = expression(
-        adata, loaded.training.get("source", source) if source == "auto" else source
-    )
-    types_in = (
-        type_column
-        if type_column is not None
-        else next((c for c in TYPE_COLUMNS if c in adata.obs), None)
-    )
+    trained_on = loaded.training.get("source", "auto")
+    values = expression(adata, trained_on if config.source == "auto" else config.source)
+    known = [name for name in TYPE_COLUMNS if name in adata.obs]
+    type_column = config.type or (known[0] if known else None)
     chosen, rest, held_out = _choose(values, loaded, config)
     tokens = replace(loaded.tokens, max_length=min(loaded.tokens.max_length, config.genes + 1))
     batch = tokenise(values.of(chosen), loaded.vocab, tokens, config.seed)
     masked = masks(batch, config.ratio, config.draws, config.seed)
-    marginal = (
-        loaded.marginal if loaded.marginal is not None else _marginal(values, rest, loaded, config)
-    )
-    return Stage(
-        loaded,
-        adata,
-        batch,
-        masked,
-        marginal.nll(batch, masked, loaded.model.reading),
-        None if types_in is None else column(adata, types_in, batch.cell_names),
-        types_in,
-        held_out,
-        str(data),
-        values.source,
-        str(folder),
-        config,
-    )
+    marginal = loaded.marginal or _marginal(values, rest, loaded, config)
+    about = {
+        "model": str(folder),
+        "fingerprint": loaded.fingerprint,
+        "load": loaded.report,
+        "reading": loaded.model.reading,
+        "data": {
+            "name": Path(data).name,
+            "source": values.source,
+            "held_out": held_out,
+            "type_column": type_column,
+        },
+        "stage": asdict(config),
+    }
+    baseline = marginal.nll(batch, masked, loaded.model.reading)
+    types = None if type_column is None else column(adata, type_column, batch.cell_names)
+    return Stage(loaded.model, adata, batch, masked, baseline, types, about)
 
 
 def column(adata: Any, name: str, cells: Sequence[str]) -> list[str]:
@@ -173,10 +134,8 @@ def column(adata: Any, name: str, cells: Sequence[str]) -> list[str]:
     Raises: BadInput if it is not there, or has no value for one of the cells.
     """
     if name not in adata.obs:
-        raise BadInput(
-            f"obs has no column {name!r}; it has"
-            f" {', '.join(map(str, adata.obs.columns)) or 'none'}."
-        )
+        columns = ", ".join(map(str, adata.obs.columns)) or "none"
+        raise BadInput(f"obs has no column {name!r}; it has {columns}.")
     values = adata.obs[name].loc[list(cells)]
     if values.isna().any():
         raise BadInput(
@@ -193,16 +152,15 @@ def _choose(
     to have been trained on.
     """
     known = [i for i, gene in enumerate(values.gene_names) if gene in loaded.vocab]
-    detected = values.matrix[:, known].getnnz(axis=1)
-    usable = [i for i in range(len(values.cell_names)) if detected[i] > 1]
-    split = loaded.training.get("split", {})
-    parts = [set(split.get(part, ())) for part in ("test", "validation")]
-    pools = [[i for i in usable if values.cell_names[i] in part] for part in parts]
-    trained = set(split.get("train", ()))
+    usable = (values.matrix[:, known].getnnz(axis=1) > 1).nonzero()[0].tolist()
+    split = {part: set(names) for part, names in loaded.training.get("split", {}).items()}
+    pools = [
+        [i for i in usable if values.cell_names[i] in split.get(part, ())]
+        for part in ("test", "validation")
+    ]
     # data the model was never trained on are held out as a whole
-    held_out = bool(split) and (
-        bool(pools[0]) or not any(name in trained for name in values.cell_names)
-    )
+    unknown = not split.get("train", set()) & set(values.cell_names)
+    held_out = bool(split) and (bool(pools[0]) or unknown)
     if not pools[0]:
         pools = [usable]
     generator = torch.Generator().manual_seed(config.seed)
@@ -215,8 +173,7 @@ def _choose(
             "no cell of the data has two detected genes that the model knows; check that both use"
             " the same gene names."
         )
-    taken = set(chosen)
-    return chosen, [i for i in usable if i not in taken], held_out
+    return chosen, sorted({*usable} - {*chosen}), held_out
 
 
 def _marginal(
@@ -225,7 +182,7 @@ def _marginal(
     if len(rest) < 10:
         raise BadInput(
             f"the checkpoint has no gene-marginal baseline, and beside those measured {len(rest)}"
-            " cells are left to fit one on; use fewer --cells."
+            " cells are left to fit one on; use fewer ‹cells›."
         )
     # the values of a cell do not depend on which of its genes are tokens, so all of them may be
     batch = tokenise(values.of(rest), loaded.vocab, loaded.tokens, config.seed)

@@ -9,68 +9,67 @@ and to the broken model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
 from ..errors import BadInput
 from .data import Expression
+from .setting import setting
 
-CLS, PAD, END = "<cls>", "<pad>", "<eoc>"
+CLS, PAD, END, EOS = "<cls>", "<pad>", "<eoc>", "<eos>"
 
 
 @dataclass(frozen=True)
 class TokenConfig:
     """How a model wants its cells; kept in its args.json."""
 
-    n_bins: int = field(default=51, metadata={"help": "bins of the expression, bin 0 for zero"})
-    max_length: int = field(
-        default=1200,
-        metadata={"help": "most tokens of a cell; of more genes a random choice is taken"},
-    )
-    include_zeros: bool = field(
-        default=False, metadata={"help": "also tokens for genes that were not detected"}
-    )
-    pad_value: float = field(default=-2.0, metadata={"help": "value at padding and at <cls>"})
+    n_bins: int = setting(51, "bins of the expression, bin 0 for zero")
+    max_length: int = setting(1200, "most tokens of a cell; of more genes a random choice is taken")
+    include_zeros: bool = setting(False, "also tokens for genes that were not detected")
+    pad_value: float = setting(-2.0, "value at padding and at <cls>")
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Tokenised cells.
 
-    gene_names: of every token, by its id. `values` are bins; `pad_value` at <cls>, the first place,
-    and at padding.
+    genes: token ids. values: what a mask hides and the model tells: bins for scGPT (`pad_value` at
+    <cls> and at padding), the tokens themselves for Geneformer. gene_names: of every token, by id.
     """
 
     genes: Int64[Tensor, "cell pos"]
-    values: Float32[Tensor, "cell pos"]
+    values: Shaped[Tensor, "cell pos"]
     padding: Bool[Tensor, "cell pos"]
     gene_names: list[str]
     cell_names: list[str]
 
+    @cached_property
+    def scored(self) -> Bool[Tensor, "cell pos"]:
+        """Where a gene stands, whose value can be hidden."""
+        special = [i for i, n in enumerate(self.gene_names) if n in (CLS, END, EOS)]
+        return ~self.padding & ~torch.isin(self.genes, torch.tensor(special, dtype=torch.int64))
 
-@dataclass(frozen=True, eq=False)
-class Ties:
-    """The bins that the values of one cell may fall into: low + 1 to high; both 0 where the value
-    is zero. Shapes: (gene,).
-    """
+    def of(self, piece: slice | Tensor) -> Batch:
+        """Some of the cells."""
+        at = range(len(self.cell_names))[piece] if isinstance(piece, slice) else piece.tolist()
+        names = [self.cell_names[i] for i in at]
+        tensors = (self.genes[piece], self.values[piece], self.padding[piece])
+        return Batch(*tensors, self.gene_names, names)
 
-    low: np.ndarray
-    high: np.ndarray
-
-    def draw(self, random: np.random.Generator) -> np.ndarray:
-        """One bin for each value, uniform among those it may fall into."""
-        bins: np.ndarray = np.ceil(
-            self.high - random.random(self.high.shape) * (self.high - self.low)
-        )
-        return bins
+    def pieces(self, size: int) -> list[slice]:
+        """All cells, `size` at a time."""
+        n = len(self.cell_names)
+        return [slice(at, min(at + size, n)) for at in range(0, n, size)]
 
 
-def ties(values: np.ndarray, n_bins: int) -> Ties:
-    """The bins of one cell's values (gene,), between the quantiles of the non-zero ones.
+def bin_range(values: np.ndarray, n_bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """The bins that each value (gene,) of one cell may fall into, low + 1 to high: those between
+    its quantiles among the non-zero ones; both 0 where the value is zero.
 
     Source: scGPT's preprocessing.
     """
@@ -78,28 +77,11 @@ def ties(values: np.ndarray, n_bins: int) -> Ties:
     there = values.nonzero()[0]
     if len(there):
         edges = np.quantile(values[there], np.linspace(0, 1, n_bins - 1))
-        low[there], high[there] = (
-            np.digitize(values[there], edges, right=True),
-            np.digitize(values[there], edges),
-        )
+        low[there] = np.digitize(values[there], edges, right=True)
+        high[there] = np.digitize(values[there], edges)
         # between two edges there is one bin, and `digitize` gives it from either side
         low = np.where((low == high) & (high > 0), high - 1, low)
-    return Ties(low, high)
-
-
-def known_genes(expression: Expression, vocab: Mapping[str, int]) -> tuple[list[int], list[int]]:
-    """Columns of the genes that the vocabulary has, and their token ids.
-
-    Raises: BadInput if it has none.
-    """
-    columns = [i for i, name in enumerate(expression.gene_names) if name in vocab]
-    if not columns:
-        raise BadInput(
-            f"none of the {len(expression.gene_names)} genes is in the model's vocabulary: the data"
-            f" have names like {expression.gene_names[0]}, the model like {_example(vocab)}; rename"
-            " var_names to what the model knows."
-        )
-    return columns, [vocab[expression.gene_names[i]] for i in columns]
+    return low, high
 
 
 def tokenise(
@@ -119,27 +101,33 @@ def tokenise(
     for special in (CLS, PAD):
         if special not in vocab:
             raise BadInput(
-                f"the vocabulary has no {special}; use the vocab.json that came with the"
-                " checkpoint."
+                f"the vocabulary has no {special}; use the one that came with the model."
             )
-    columns, ids = known_genes(expression, vocab)
+    columns = [i for i, name in enumerate(expression.gene_names) if name in vocab]
+    if not columns:
+        example = next((name for name in vocab if not name.startswith("<")), "none")
+        raise BadInput(
+            f"none of the {len(expression.gene_names)} genes is in the model's vocabulary: the data"
+            f" have names like {expression.gene_names[0]}, the model like {example}; rename"
+            " var_names to what the model knows."
+        )
+    ids = np.array([vocab[expression.gene_names[i]] for i in columns])
     random = np.random.default_rng(seed)
-    matrix = expression.matrix[:, columns]
     rows: list[tuple[np.ndarray, np.ndarray]] = []
-    for i, name in enumerate(expression.cell_names):
-        row = matrix[i].toarray()[
-            0
-        ]  # one cell at a time: all of a large data set do not fit as a dense matrix
-        bins = ties(row, config.n_bins).draw(random)
-        kept = np.arange(len(row)) if config.include_zeros else row.nonzero()[0]
+    # one cell at a time: all of a large data set do not fit as a dense matrix
+    for name, sparse in zip(expression.cell_names, expression.matrix[:, columns], strict=True):
+        row = sparse.toarray().ravel()
         if not row.any():
             raise BadInput(
                 f"the cell {name} has no detected gene that the model knows; leave such cells out."
             )
+        low, high = bin_range(row, config.n_bins)
+        bins = np.ceil(high - random.random(len(row)) * (high - low))
+        kept = np.arange(len(row)) if config.include_zeros else row.nonzero()[0]
         if len(kept) > config.max_length - 1:
             kept = np.sort(random.choice(kept, config.max_length - 1, replace=False))
-        rows.append((np.array(ids)[kept], bins[kept]))
-    width = 1 + max(len(r[0]) for r in rows)
+        rows.append((ids[kept], bins[kept]))
+    width = 1 + max(len(tokens) for tokens, _ in rows)
     genes = torch.full((len(rows), width), vocab[PAD], dtype=torch.int64)
     values = torch.full((len(rows), width), config.pad_value, dtype=torch.float32)
     for i, (tokens, bins) in enumerate(rows):
@@ -156,7 +144,3 @@ def names_by_id(vocab: Mapping[str, int]) -> list[str]:
     for name, i in vocab.items():
         names[i] = name
     return names
-
-
-def _example(vocab: Mapping[str, int]) -> str:
-    return next((name for name in vocab if not name.startswith("<")), "none")

@@ -13,7 +13,7 @@ from .common import (
     at_option,
     json_option,
     model_options,
-    open_model,
+    open_anatomy,
     print_json,
     regions,
     seed_option,
@@ -47,7 +47,7 @@ def command(
     """Write the change of the given entries of MODEL as a patch; the model itself is not
     touched.
     """
-    _, anatomy = open_model(model, dtype, device)
+    anatomy, _ = open_anatomy(model, dtype, device)
     patch = ablate(anatomy, regions(anatomy, at), mode=mode)
     save(patch, output)
     count, sites = (

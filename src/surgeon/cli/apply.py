@@ -8,8 +8,10 @@ import click
 from rich.markup import escape
 
 from ..anatomy.load import locate
+from ..cells.checkpoint import holds_cells
 from ..patch import apply_to_checkpoint, load
 from ..show.console import out
+from ..studies.cell_patches import patch_cells
 from .common import json_option, print_json
 
 
@@ -33,7 +35,10 @@ def command(model: str, patches: tuple[str, ...], output: str, as_json: bool) ->
     Refused (exit status 3) if a patch was made on other weights.
     """
     loaded = [load(p) for p in patches]
-    apply_to_checkpoint(locate(model), loaded, Path(output))
+    if holds_cells(model):
+        patch_cells(model, loaded, output)
+    else:
+        apply_to_checkpoint(locate(model), loaded, Path(output))
     if as_json:
         print_json({"model": model, "patches": list(patches), "output": output})
     else:

@@ -34,12 +34,14 @@ from ..audit import (
     open_pair,
     peaks,
 )
+from ..cells.checkpoint import holds_cells
 from ..errors import BadInput, MissingExtra, SurgeonError
 from ..find import find
 from ..find.index import Published, records_of, records_shaped
 from ..patch import load
 from ..quantize.packing import pieces
 from ..quantize.quantizer import CORRECTION, METHOD, PARTS, SidecarConfig
+from ..studies.cell_patches import CellWeights
 from .common import open_corpus, open_model, print_json, progress, regions, text_options
 
 FORMATS = ("text", "json", "github")
@@ -108,15 +110,22 @@ def command(
     Without --at and --patch: the published entries of BASE, else what `surgeon find` finds in it
     (--text and the options after it).
     """
-    first, second = open_pair(base, other, {METHOD: Plugin("_codes", _sidecar)})
-    watched, source = _watched(first, base, at, patches, (text, window, windows, bos))
+    corpus = (text, window, windows, bos)
+    first: Weights
+    second: Weights
+    if holds_cells(base):
+        if run or not (at or patches):
+            raise BadInput(
+                f"{base} is a model of gene expression, which no text can be read with; name the"
+                " entries to audit with --at or --patch, and leave out --run."
+            )
+        first, second = CellWeights(base), CellWeights(other)
+    else:
+        first, second = open_pair(base, other, {METHOD: Plugin("_codes", _sidecar)})
+    watched, source = _watched(first, base, at, patches, corpus)
     with progress() as tell:
         result = audit(first, second, watched, AuditConfig(), tell)
-    activations, reason = (
-        _run(base, other, first, second, result, (text, window, windows, bos))
-        if run
-        else ([], None)
-    )
+    activations, reason = _run(base, other, first, second, result, corpus) if run else ([], None)
     document = {
         "base": base,
         "other": other,
@@ -142,13 +151,14 @@ def command(
 
 
 def _watched(
-    base: Checkpoint, name: str, at: tuple[str, ...], patches: tuple[str, ...], corpus: Any
+    base: Weights, name: str, at: tuple[str, ...], patches: tuple[str, ...], corpus: Any
 ) -> tuple[list[Watched], str]:
     """The sets to audit, and where they come from, in words."""
     sets = [Watched(_entries(base.anatomy, at))] if at else []
     sets += [Watched(_touched(base.anatomy, path)) for path in patches]
     if sets:
         return sets, "given"
+    assert isinstance(base, Checkpoint)
     published, model = _published(base, name)
     if published:
         click.echo(
@@ -258,7 +268,7 @@ def _sidecar(checkpoint: Checkpoint, name: str, site: Site, place: int) -> torch
 
 
 def _run(
-    base: str, other: str, first: Checkpoint, second: Weights, result: Audit, corpus: Any
+    base: str, other: str, first: Weights, second: Weights, result: Audit, corpus: Any
 ) -> tuple[list[SuperActivation], str | None]:
     """The super activations of both models; if one cannot be run, why."""
     places = channels([e.entry for e in result.entries])

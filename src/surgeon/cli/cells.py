@@ -1,37 +1,39 @@
-"""`surgeon cells`: models of gene expression; here the group, training, and data as text."""
+"""`surgeon cells`: models of gene expression. Here the group, training, data as text, Geneformer;
+the screen and the map are in cells_screen.py.
+"""
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.markup import escape
 
-from ..cells import TrainConfig, expression, read_cells, save_cells
-from ..cells.data import EXAMPLE
-from ..cells.sentences import cell_sentences
-from ..cells.train import PRESETS, Trained
-from ..cells.train import train as train_cells
+from ..cells import TrainConfig, expression, read_cells, save_cells, train
+from ..cells.checkpoint import require_free
+from ..cells.data import EXAMPLE, cell_sentences
+from ..cells.geneformer import read_dictionary
+from ..cells.train import PRESETS
 from ..errors import BadInput
 from ..show.console import out
-from .cells_ranks import geneformer_command
+from ..studies.geneformer import GeneformerConfig, geneformer
+from .cells_options import changed, configured, settings
 from .cells_screen import map_command, screen_command
 from .common import (
     _write,
     json_option,
+    model_options,
+    open_model,
     options,
     print_json,
     progress,
+    regions,
     require_finite,
     run_folder,
     seed_option,
 )
-
-HELP = {
-    f.name: f"{f.metadata['help'][0].upper()}{f.metadata['help'][1:]}." for f in fields(TrainConfig)
-}
 
 data_options = options(
     click.argument("data"),
@@ -61,37 +63,15 @@ def command() -> None:
     metavar="DIR",
     help="Folder for the checkpoint, in the published scGPT layout.",
 )
+@click.option("--overwrite", is_flag=True, help="Replace a model that is there already.")
 @click.option(
     "--preset",
+    default="pbmc68k",
+    show_default=True,
     type=click.Choice(sorted(PRESETS)),
-    help="Settings tried on a data set.  [default: pbmc68k]",
+    help="Settings tried on a data set.",
 )
-@click.option(
-    "--steps", type=click.IntRange(min=1), help=f"{HELP['steps']}  [default: {TrainConfig.steps}]"
-)
-@click.option(
-    "--layers",
-    type=click.IntRange(min=1),
-    help=f"{HELP['layers']}  [default: {TrainConfig.layers}]",
-)
-@click.option(
-    "--d-model",
-    type=click.IntRange(min=2),
-    help=f"{HELP['d_model']}  [default: {TrainConfig.d_model}]",
-)
-@click.option(
-    "--genes", type=click.IntRange(min=2), help=f"{HELP['genes']}  [default: {TrainConfig.genes}]"
-)
-@click.option(
-    "--max-genes",
-    type=click.IntRange(min=2),
-    help=f"{HELP['max_genes']}  [default: {TrainConfig.max_genes}]",
-)
-@click.option(
-    "--lr",
-    type=click.FloatRange(min=0, min_open=True),
-    help=f"{HELP['lr']}  [default: {TrainConfig.lr:g}]",
-)
+@settings(TrainConfig, "steps", "layers", "d_model", "genes", "max_genes", "lr")
 @seed_option
 @json_option
 def train_command(
@@ -99,44 +79,50 @@ def train_command(
     raw: bool,
     layer: str | None,
     output: str,
-    preset: str | None,
-    steps: int | None,
-    layers: int | None,
-    d_model: int | None,
-    genes: int | None,
-    max_genes: int | None,
-    lr: float | None,
-    seed: int,
+    overwrite: bool,
+    preset: str,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Train a small scGPT on DATA, on a CPU in minutes, with cells held out and a gene-marginal
     baseline beside it.
     """
-    given = {
-        "steps": steps,
-        "layers": layers,
-        "d_model": d_model,
-        "genes": genes,
-        "max_genes": max_genes,
-        "lr": lr,
-    }
-    chosen: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-    config = replace(PRESETS[preset or "pbmc68k"], seed=seed, **chosen)
+    config = changed(PRESETS[preset], given)
+    if not overwrite:
+        require_free(output)
     values = expression(read_cells(data), _source(data, raw, layer))
     folder = run_folder(output)
     assert folder is not None
     with progress() as tell:
-        trained = train_cells(values, config, tell)
-    require_finite(**{"the model's NLL": trained.nll, "the baseline's NLL": trained.baseline_nll})
+        trained = train(values, config, tell)
+    d = trained.to_json()
+    require_finite(**{"the model's NLL": d["nll"], "the baseline's NLL": d["baseline_nll"]})
     save_cells(
         folder, trained.model, trained.vocab, trained.tokens, trained.marginal, trained.record()
     )
     if as_json:
-        print_json(
-            {"data": Path(data).name, "kind": values.kind, **trained.to_json(), "output": output}
+        print_json({"data": Path(data).name, "kind": values.kind, **d, "output": output})
+        return
+    cells, (low, high) = d["cells"], d["lead_ci95"]
+    out.print(
+        f"[bold]{escape(data)}[/bold] ({escape(d['source'])}): {cells['train']} cells fitted,"
+        f" {cells['validation']} to stop by, {cells['test']} to judge; {d['genes']} genes,"
+        f" {d['parameters']} parameters"
+    )
+    out.print(
+        f"NLL [bold]{d['nll']:.4f}[/bold] nats per masked value, gene-marginal baseline"
+        f" {d['baseline_nll']:.4f}: {d['lead_nats']:+.4f} (95% {low:+.4f} to {high:+.4f}); on the"
+        f" fitted cells {d['train_nll']:.4f}"
+    )
+    if low <= 0:
+        out.print(
+            "the model is no better than the baseline: it knows nothing about a cell that a screen"
+            " could find it losing"
         )
-    else:
-        _tell(data, output, trained)
+    out.print(
+        f"step {d['best_step']} of {d['steps']} kept, {d['seconds']:.0f} s; checkpoint in"
+        f" [bold]{escape(output)}[/bold]"
+    )
 
 
 @command.command("sentences")
@@ -161,22 +147,16 @@ def sentences_command(
     """
     values = expression(read_cells(data), _source(data, raw, layer))
     lines = cell_sentences(values, genes, seed)
-    path = Path(output)
+    text = "\n".join(lines) + "\n"
     try:
-        _write(path, lambda part: part.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+        _write(Path(output), lambda part: part.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise BadInput(
             f"{output} cannot be written: {error.strerror}; choose another place."
         ) from error
-    document: dict[str, Any] = {
-        "data": Path(data).name,
-        "source": values.source,
-        "cells": len(lines),
-        "genes": genes,
-        "output": output,
-    }
     if as_json:
-        print_json(document)
+        made = {"data": Path(data).name, "source": values.source, "cells": len(lines)}
+        print_json({**made, "genes": genes, "output": output})
     else:
         out.print(
             f"{len(lines)} cells of up to {genes} genes, from {escape(values.source)}, in"
@@ -184,38 +164,77 @@ def sentences_command(
         )
 
 
+@command.command("geneformer")
+@model_options
+@click.argument("data")
+@click.option(
+    "--tokens",
+    required=True,
+    metavar="FILE",
+    help="Token dictionary as JSON: Ensembl id to token, <pad> and <mask> too.",
+)
+@click.option(
+    "--medians",
+    metavar="FILE",
+    help="Median of each gene as JSON.  [default: none, genes are ranked as they are]",
+)
+@click.option(
+    "--at",
+    multiple=True,
+    metavar="ENTRY",
+    help="Weights to zero.  [default: the worst of each layer's largest |w·x|]",
+)
+@settings(GeneformerConfig, "cells", "length", "draws", "ratio")
+@seed_option
+@json_option
+def geneformer_command(
+    model: str,
+    dtype: str,
+    device: str,
+    data: str,
+    tokens: str,
+    medians: str | None,
+    at: tuple[str, ...],
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Zero weights of the Geneformer in MODEL and measure its masked likelihood on the cells in
+    DATA (counts, Ensembl ids).
+    """
+    known, scale = read_dictionary(tokens), None if medians is None else read_dictionary(medians)
+    values = expression(read_cells(data))
+    config = configured(GeneformerConfig, given)
+    loaded, anatomy = open_model(model, dtype, device)
+    parts = regions(anatomy, at)
+    with progress() as tell:
+        result = geneformer(anatomy, values, known, scale, parts, config, tell)
+    require_finite(base_nll=result.base_nll, damage=result.joint_nats)
+    if as_json:
+        print_json({"model": model, "fingerprint": loaded.fingerprint, **asdict(result)})
+        return
+    (low, high), controls = result.ci95, result.controls
+    out.print(
+        f"[bold]{escape(model)}[/bold]: {result.base_nll:.4f} nats per masked gene"
+        f" ({result.masked_genes} of {result.cells} cells)"
+    )
+    out.print(
+        f"without {escape(', '.join(result.at))}: [bold]{result.joint_nats:+.4f}[/bold] (95%"
+        f" {low:+.4f} to {high:+.4f})"
+    )
+    out.print(
+        f"controls {controls['max_nats']:+.4f} worst of {controls['n']}, p = {result.p_value:.3f}:"
+        f" {'vital' if result.vital else 'not vital'}"
+    )
+
+
 command.add_command(screen_command)
-command.add_command(geneformer_command)
 command.add_command(map_command)
 
 
 def _source(data: str, raw: bool, layer: str | None) -> str:
     if raw and layer is not None:
         raise click.UsageError("give either --raw or --layer.")
-    if data == EXAMPLE and layer is None:
-        return "raw"  # its X is scaled
-    return "raw" if raw else "auto" if layer is None else f"layer:{layer}"
-
-
-def _tell(data: str, output: str, trained: Trained) -> None:
-    d = trained.to_json()
-    cells = d["cells"]
-    out.print(
-        f"[bold]{escape(data)}[/bold] ({escape(d['source'])}): {cells['train']} cells fitted,"
-        f" {cells['validation']} to stop by, {cells['test']} to judge; {d['genes']} genes,"
-        f" {d['parameters']} parameters"
-    )
-    out.print(
-        f"NLL [bold]{d['nll']:.4f}[/bold] nats per masked value, gene-marginal baseline"
-        f" {d['baseline_nll']:.4f}: {d['lead_nats']:+.4f} (95% {d['lead_ci95'][0]:+.4f} to"
-        f" {d['lead_ci95'][1]:+.4f}); on the fitted cells {d['train_nll']:.4f}"
-    )
-    if d["lead_ci95"][0] <= 0:
-        out.print(
-            "the model is no better than the baseline: it knows nothing about a cell that a screen"
-            " could find it losing"
-        )
-    out.print(
-        f"step {d['best_step']} of {d['steps']} kept, {d['seconds']:.0f} s; checkpoint in"
-        f" [bold]{escape(output)}[/bold]"
-    )
+    if layer is not None:
+        return f"layer:{layer}"
+    # the X of the example is scaled
+    return "raw" if raw or data == EXAMPLE else "auto"

@@ -22,6 +22,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
 from ..anatomy import Anatomy, Loaded, Region, load_model, open_stream, prove
+from ..anatomy.load import DTYPES, check_dtype, device_named
+from ..cells.checkpoint import holds_cells, load_cells
 from ..corpus import BOS_POLICIES, DEFAULT_WINDOW, Corpus, load_corpus, read_text
 from ..errors import BadInput, MissingExtra, SurgeonError, UnknownArchitecture
 from ..patients import heldout_text
@@ -140,6 +142,19 @@ def open_model(
             " again, or load it with a wider --dtype."
         ) from error
     return loaded, anatomy
+
+
+def open_anatomy(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Anatomy, str]:
+    """The proved map of MODEL, a language model or the folder of a cell model; its fingerprint."""
+    if not holds_cells(name):
+        loaded, anatomy = open_model(name, dtype, device)
+        return anatomy, loaded.fingerprint
+    check_dtype(dtype)
+    cells = load_cells(name)
+    cells.model.to(device=device_named(device), dtype=DTYPES.get(dtype))
+    anatomy = cells.model.anatomy
+    prove(anatomy)
+    return anatomy, cells.fingerprint
 
 
 def regions(anatomy: Anatomy, at: tuple[str, ...]) -> list[Region]:

@@ -6,7 +6,7 @@ import click
 from rich.table import Table
 
 from ..show.console import out, print_table
-from .common import json_option, model_options, open_model, print_json
+from .common import json_option, model_options, open_anatomy, print_json
 
 
 @click.command("sites")
@@ -16,7 +16,7 @@ def command(model: str, dtype: str, device: str, as_json: bool) -> None:
     """List every addressable site of MODEL with its shape (out, in), how it is stored, and
     where.
     """
-    loaded, anatomy = open_model(model, dtype, device)
+    anatomy, fingerprint = open_anatomy(model, dtype, device)
     rows = []
     for site, address in anatomy.addresses.items():
         view = anatomy.view(site)
@@ -37,7 +37,7 @@ def command(model: str, dtype: str, device: str, as_json: bool) -> None:
         print_json(
             {
                 "model": model,
-                "fingerprint": loaded.fingerprint,
+                "fingerprint": fingerprint,
                 "source": anatomy.source,
                 "layers": len(anatomy.layers),
                 "sites": rows,

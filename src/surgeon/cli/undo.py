@@ -8,8 +8,10 @@ import click
 from rich.markup import escape
 
 from ..anatomy.load import locate
+from ..cells.checkpoint import holds_cells
 from ..patch import load, undo_on_checkpoint
 from ..show.console import out
+from ..studies.cell_patches import patch_cells
 from .common import json_option, print_json
 
 
@@ -28,7 +30,10 @@ def command(model: str, patch: str, output: str, as_json: bool) -> None:
     """Write a copy of MODEL with a patch taken off again: the original entries come back bit for
     bit.
     """
-    undo_on_checkpoint(locate(model), load(patch), Path(output))
+    if holds_cells(model):
+        patch_cells(model, [load(patch)], output, undo=True)
+    else:
+        undo_on_checkpoint(locate(model), load(patch), Path(output))
     if as_json:
         print_json({"model": model, "patch": patch, "output": output})
     else:

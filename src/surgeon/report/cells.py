@@ -356,7 +356,7 @@ def _conditions(d: dict[str, Any], file: str, made_by: str) -> Picture:
     else:
         rows = [(c, donor, v) for c, of in test["means"].items() for donor, v in of.items()]
         headline = (
-            f"{test['condition']}: {nats(test['statistic'])} nats between conditions, p ="
+            f"{test['condition']}: {test['measure']} {nats(test['statistic'])} nats, p ="
             f" {test['p']:.3g} over donors"
         )
         about = (

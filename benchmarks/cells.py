@@ -80,7 +80,7 @@ def whole_human(cells: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with timed("save (best_model.pt and safetensors)"):
-            save_cells(folder, model, vocab, flash_names=True)
+            save_cells(folder, model, vocab)
         with timed("load model.safetensors"):
             load_cells(folder)
         (folder / "model.safetensors").unlink()
@@ -94,7 +94,7 @@ def whole_human(cells: int) -> None:
     )
     r = loaded.report
     print(
-        f"matched {len(r.matched)}, unmatched {len(r.unmatched)}, renamed {r.renamed};"
+        f"matched {r['matched']}, unmatched {len(r['unmatched'])}, renamed {r['renamed']};"
         f" bit-identical: {same}"
     )
     for pos in (256, 1200):

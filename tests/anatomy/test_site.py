@@ -69,3 +69,12 @@ def test_a_row_is_no_entry():
 def test_an_index_out_of_range_names_the_shape(text):
     with pytest.raises(BadInput, match="out 3, in 4"):
         Region.parse("L0.mlp.down" + text).rows_cols((3, 4))
+
+
+def test_sites_sort_by_layer_and_those_outside_come_first():
+    texts = ["final_norm", "norm.encoder.enc_norm", "L0.mlp.down", "L0.mlp.down.e1", "L2.attn.q"]
+    sites = [Site.parse(text) for text in texts]
+    assert sorted(sites) == sites
+    entries = [Entry(site, 1, 2) for site in sites]
+    assert sorted(entries) == entries
+    assert sites[0] <= sites[0] < sites[-1]

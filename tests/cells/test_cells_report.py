@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 from cells_tiny import GENES, tiny
-from surgeon.report import write_report
 
 from surgeon.anatomy import Region
 from surgeon.cells.enrich import EnrichConfig
-from surgeon.cells.map import Groups, MapConfig, map_damage
+from surgeon.cells.map import MapConfig, map_damage
 from surgeon.cells.planted import plant
 from surgeon.errors import BadInput
-from surgeon.studies.cells import CheckConfig, ScreenConfig, check, screen
+from surgeon.show.page import write_report
+from surgeon.studies.cells import ScreenConfig, screen
 
 HOSTILE = "<script>alert(1)</script>\" onload='x'"
 
@@ -27,13 +27,10 @@ HOSTILE = "<script>alert(1)</script>\" onload='x'"
 @cache
 def screened() -> str:
     t = tiny()
-    config = ScreenConfig(each=1, verify=2, min_share=0.9)
+    config = ScreenConfig(each=1, verify=2, min_share=0.9, controls_check=True)
     types = [HOSTILE if name == "even" else name for name in t.types]
     result = screen(t.model, t.batch, t.masked[:1], t.baseline[:1], types, config)
-    checked = check(
-        t.model, t.batch, t.masked[:1], t.baseline[:1], types, CheckConfig(screen=config)
-    )
-    return json.dumps({"model": HOSTILE, **result.to_json(), "check": checked.to_json()})
+    return json.dumps({"model": HOSTILE, **result.to_json()})
 
 
 @cache
@@ -48,7 +45,8 @@ def mapped() -> str:
         [Region.parse(made.address)],
         {HOSTILE: GENES[::2], "odd": GENES[1::2]},
         t.types,
-        Groups(HOSTILE, t.types, HOSTILE, donors),
+        (HOSTILE, t.types),
+        (HOSTILE, donors),
         MapConfig(null=2, enrich=EnrichConfig(permutations=50)),
     )
     points = [

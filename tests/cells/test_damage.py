@@ -45,7 +45,8 @@ def test_damage_is_that_of_a_model_without_the_weight(address: str, parameter: s
 def test_verify_measures_cells_as_it_measures_text():
     t = tiny()
     before = {name: p.clone() for name, p in t.model.named_parameters()}
-    parts = [Region.parse(a) for a in ("L1.mlp.down[2, 7]", "L0.norm.norm1[5, 0]")]
+    at = ("L1.mlp.down[2, 7]", "L0.norm.norm1[5, 0]", "norm.encoder.enc_norm[6, 0]")
+    parts = [Region.parse(address) for address in at]
     result = verify(t.model.anatomy, parts, judged(), VerifyConfig())
     broken = deepcopy(t.model)
     with torch.no_grad():
@@ -54,7 +55,10 @@ def test_verify_measures_cells_as_it_measures_text():
     alone = by_cell(masked_nll(broken, t.batch, t.masked)) - intact
     assert result.base_nll == pytest.approx(float(intact.mean()), abs=1e-6)
     assert result.single[0] == pytest.approx(float(alone.mean()), abs=1e-6)
-    assert result.leave_one_out[1] == pytest.approx(result.single[0], abs=1e-6)
+    with torch.no_grad():
+        broken.layers[0].norm1.weight[5] = 0
+    but_one = by_cell(masked_nll(broken, t.batch, t.masked)) - intact
+    assert result.leave_one_out[2] == pytest.approx(float(but_one.mean()), abs=1e-6)
     assert result.tokens == int(t.masked.sum())
     assert result.restored is None
     assert len(result.controls.nats) == 20

@@ -9,7 +9,7 @@ from cells_tiny import GENES, tiny
 from surgeon.anatomy import Region
 from surgeon.cells.enrich import EnrichConfig
 from surgeon.cells.likelihood import MaskedNLL, by_cell
-from surgeon.cells.map import Groups, Map, MapConfig, map_damage
+from surgeon.cells.map import Column, Map, MapConfig, map_damage
 from surgeon.cells.null import equal_damage
 from surgeon.cells.planted import plant
 from surgeon.errors import BadInput, Refused, SurgeonError
@@ -19,11 +19,19 @@ SETS = {"even genes": GENES[::2], "odd genes": GENES[1::2], "first": GENES[:8]}
 CONFIG = MapConfig(null=3, enrich=EnrichConfig(permutations=200))
 
 
-def planted_map(groups: Groups | None = None) -> Map:
+def planted_map(condition: Column | None = None, donor: Column | None = None) -> Map:
     t = tiny()
     made = plant(t.model, t.batch, t.masked)
     return map_damage(
-        made.model, t.batch, t.masked, [Region.parse(made.address)], SETS, t.types, groups, CONFIG
+        made.model,
+        t.batch,
+        t.masked,
+        [Region.parse(made.address)],
+        SETS,
+        t.types,
+        condition,
+        donor,
+        CONFIG,
     )
 
 
@@ -65,13 +73,13 @@ def test_donors_are_replicates_and_one_is_refused():
     t = tiny()
     n = len(t.batch.cell_names)
     donors = [f"d{i % 6}" for i in range(n)]  # even cells have the donors 0, 2, 4
-    found = planted_map(Groups("type", t.types, "donor", donors))
+    found = planted_map(("type", t.types), ("donor", donors))
     assert found.donors is not None
     assert {k: len(v) for k, v in found.donors.means.items()} == {"even": 3, "odd": 3}
     assert found.by_condition.keys() == {"even", "odd"}
     with pytest.raises(Refused, match="at least two"):
-        planted_map(Groups("type", t.types, "donor", ["one"] * n))
-    without = planted_map(Groups("type", t.types))
+        planted_map(("type", t.types), ("donor", ["one"] * n))
+    without = planted_map(("type", t.types))
     assert without.donors is None
     assert without.by_condition == found.by_condition
 

@@ -18,14 +18,7 @@ from surgeon.cells.planted import plant, rescale
 from surgeon.errors import BadInput, SurgeonError
 from surgeon.find import matched_controls
 from surgeon.patch import ablate
-from surgeon.studies.cells import (
-    CheckConfig,
-    Screen,
-    ScreenConfig,
-    check,
-    screen,
-    worst_candidate,
-)
+from surgeon.studies.cells import Screen, ScreenConfig, screen, worst_candidate
 
 CONFIG = ScreenConfig(each=2, verify=2)
 
@@ -73,10 +66,9 @@ def test_figures_on_the_judging_cells_against_plain_passes():
 
 
 def test_planted_is_found_and_rescaled_is_not():
-    t = tiny()
-    found = check(t.model, t.batch, t.masked, t.baseline, t.types, CheckConfig(screen=CONFIG))
-    d = found.to_json()
-    assert found.passed
+    d = run(replace(CONFIG, controls_check=True)).to_json()["check"]
+    assert d["passed"]
+    assert (d["planted"]["found"], d["rescaled"]["found"]) == (True, False)
     assert d["planted"]["rank"] == 1
     assert d["planted"]["nats"] == pytest.approx(0.25, rel=0.05)
     assert d["planted"]["max_abs_difference"] < 1e-4
@@ -192,7 +184,5 @@ def test_settings_and_data_that_show_nothing_are_refused():
     few = t.batch.of(slice(0, 5))
     with pytest.raises(BadInput, match="5 cells are too few"):
         screen(t.model, few, t.masked[:, :5], t.baseline[:, :5], None, CONFIG)
-    with pytest.raises(BadInput, match="layer 7"):
-        plant(t.model, t.batch, t.masked, layer=7)
     with pytest.raises(SurgeonError, match="no constant"):
         plant(t.model, t.batch, t.masked, nats=1e6)

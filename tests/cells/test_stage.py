@@ -44,7 +44,7 @@ def test_only_cells_held_out_of_training_are_measured_on(tmp_path: Path, data: P
     model = saved(tmp_path, {"test": NAMES[:6], "validation": NAMES[6:12], "train": NAMES[12:]})
     few = open_stage(model, data, StageConfig(cells=4))
     assert set(few.batch.cell_names) < set(NAMES[:6])
-    assert few.held_out
+    assert few.about["data"]["held_out"]
     more = open_stage(model, data, StageConfig(cells=100))
     assert set(more.batch.cell_names) == set(NAMES[:12]) - {"c7"}
 
@@ -53,7 +53,7 @@ def test_without_a_split_every_usable_cell_may_be_taken_and_nothing_is_claimed(
     tmp_path: Path, data: Path
 ):
     stage = open_stage(saved(tmp_path), data, StageConfig(cells=28))
-    assert not stage.held_out
+    assert not stage.about["data"]["held_out"]
     assert len(stage.batch.cell_names) == 28
     assert "c7" not in stage.batch.cell_names
     assert stage.types == [{0: "a", 1: "b"}[int(name[1:]) % 2] for name in stage.batch.cell_names]

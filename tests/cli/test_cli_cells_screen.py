@@ -160,7 +160,7 @@ def test_map_in_words(folder: Path, capsys: pytest.CaptureFixture[str]):
     ("more", "status", "says"),
     [
         (("--condition", "stage", "--donor", "alone"), 3, "at least two"),
-        (("--donor", "donor"), 2, "--condition COL"),
+        (("--donor", "donor"), 2, "names the replicates"),
         (("--condition", "nothing"), 2, "no column 'nothing'"),
         (("--plant", "--at", "L0.mlp.down[0, 0]"), 2, "give one of them"),
         (("--at", "L9.mlp.down[0, 0]"), 2, "has 2 layers"),

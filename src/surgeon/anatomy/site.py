@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import total_ordering
 
 from ..errors import BadInput
 
@@ -14,11 +15,13 @@ _SITE = re.compile(r"(?:L(?P<layer>\d+)\.)?(?P<role>[A-Za-z_][\w.]*?)(?:\.e(?P<e
 _REGION = re.compile(r"\s*(?P<site>[^\[\]\s]+)\s*\[\s*(?P<row>\d+|:)\s*,\s*(?P<col>\d+|:)\s*\]\s*")
 
 
-@dataclass(frozen=True, order=True)
+@total_ordering
+@dataclass(frozen=True)
 class Site:
     """The address of a weight matrix: which layer, which role, which expert.
 
-    Written `L2.mlp.down`, `L4.mlp.down.e17` (expert 17), `embed`, `final_norm`.
+    Written `L2.mlp.down`, `L4.mlp.down.e17` (expert 17), `embed`, `final_norm`. Sites sort by
+    layer, those outside the layers first.
 
     >>> Site.parse("L4.mlp.down.e17")
     Site(layer=4, role='mlp.down', expert=17)
@@ -29,6 +32,13 @@ class Site:
     layer: int | None
     role: str
     expert: int | None = None
+
+    def __lt__(self, other: Site) -> bool:
+        mine, others = (
+            (-1 if s.layer is None else s.layer, s.role, -1 if s.expert is None else s.expert)
+            for s in (self, other)
+        )
+        return mine < others
 
     def __str__(self) -> str:
         layer = "" if self.layer is None else f"L{self.layer}."

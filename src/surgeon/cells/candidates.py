@@ -45,8 +45,11 @@ class Candidate:
 
 
 def screened(anatomy: Anatomy) -> list[Site]:
-    """The sites a screen looks at: what MLPs write, and every scale and shift of a norm."""
-    return [s for s in anatomy.addresses if s.role == "mlp.down" or s.role.startswith("norm.")]
+    """The sites a screen looks at: what MLPs write, then every scale and shift of a norm, from the
+    first to the last.
+    """
+    norms = [s for s in anatomy.addresses if s.role.startswith("norm.")]
+    return anatomy.downs() + sorted(norms, key=lambda site: site.layer is not None)
 
 
 @torch.no_grad()

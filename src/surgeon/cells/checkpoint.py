@@ -42,35 +42,20 @@ _LAYER = re.compile(r"transformer_encoder\.layers\.(\d+)\.")
 _CHANGES = ("dsbn.", "batch_encoder.", "bn.")
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """Where every tensor of the file went.
-
-    matched: names in the file of what the model computes with; unmatched: of what it does not, such
-    as heads over cell types; renamed: how many had another name there.
-    """
-
-    file: str
-    matched: list[str]
-    unmatched: list[str]
-    renamed: int
-
-    def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "matched": len(self.matched)}
-
-
 @dataclass(frozen=True, eq=False)
 class LoadedCells:
     """A model of gene expression, ready for surgery.
 
-    others: the unmatched tensors, kept so that a patched copy has them. training: what `cells
-    train` wrote (which cells it held out, for one), empty for others. fingerprint: SHA-256 of
-    arguments, vocabulary and weights.
+    report: where every tensor of the file went: how many the model computes with, by name those it
+    does not, such as heads over cell types, and how many had another name there. others: the
+    unmatched tensors, kept so that a patched copy has them. training: what `cells train` wrote
+    (which cells it held out, for one), empty for others. fingerprint: SHA-256 of arguments,
+    vocabulary and weights.
     """
 
     model: ScGPT
     vocab: dict[str, int]
-    report: LoadReport
+    report: dict[str, Any]
     others: dict[str, Tensor]
     tokens: TokenConfig
     fingerprint: str
@@ -80,9 +65,9 @@ class LoadedCells:
 
 def holds_cells(folder: str | Path) -> bool:
     """Whether a folder looks like a model of gene expression, not one of transformers."""
-    # os.path, unlike Path, says False of a name too long to be one
-    args, config = (os.path.join(folder, name) for name in (ARGS, "config.json"))
-    return os.path.isfile(args) and not os.path.exists(config)
+    # unlike pathlib, these take any text for a path
+    here, there = (os.path.exists(os.path.join(folder, name)) for name in (ARGS, "config.json"))
+    return here and not there
 
 
 def load_cells(folder: str | Path) -> LoadedCells:
@@ -111,12 +96,12 @@ def load_cells(folder: str | Path) -> LoadedCells:
     wanted = model.state_dict()
     _check_weights(file, wanted, state)
     model.load_state_dict({name: state.pop(name) for name in wanted}, assign=True)
-    report = LoadReport(
-        file.name,
-        sorted(names[name] for name in wanted),
-        sorted(names[name] for name in state),
-        sum(name != stored for name, stored in names.items()),
-    )
+    report = {
+        "file": file.name,
+        "matched": len(wanted),
+        "unmatched": sorted(names[name] for name in state),
+        "renamed": sum(name != stored for name, stored in names.items()),
+    }
     tokens = TokenConfig(
         config.n_bins,
         int(args.get("max_seq_len", 1200)),
@@ -257,19 +242,14 @@ def _shape(
             f"{folder / VOCAB} has no {pad}, which {ARGS} names as padding; use the vocabulary that"
             " came with the model."
         )
+    categorical = any(name.startswith("bin_decoder.") for name in state)
+    kinds = {"n_bins": int, "pad_value": float, "mask_value": float, "dropout": float}
     try:
         return CellConfig(
-            n_tokens=n_tokens,
-            d_model=d_model,
-            n_heads=n_heads,
-            d_mlp=d_mlp,
-            n_layers=n_layers,
-            n_bins=int(args.get("n_bins", 51)),
+            *(n_tokens, d_model, n_heads, d_mlp, n_layers),
             pad_id=vocab[pad],
-            pad_value=float(args.get("pad_value", -2)),
-            mask_value=float(args.get("mask_value", -1)),
-            dropout=float(args.get("dropout", 0.2)),
-            categorical=any(name.startswith("bin_decoder.") for name in state),
+            categorical=categorical,
+            **{name: kind(args[name]) for name, kind in kinds.items() if name in args},
         )
     except (BadInput, TypeError, ValueError) as error:
         raise BadCheckpoint(f"{folder / ARGS} cannot be used: {error}") from error

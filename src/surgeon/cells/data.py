@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BadInput, MissingExtra
+from ..errors import BadInput
+from .extra import needs
 
 EXAMPLE = "pbmc68k_reduced"  # ships inside scanpy
 
@@ -42,11 +43,7 @@ def read_cells(data: str | Path) -> Any:
     Raises: BadInput for a file that is missing, pickled or no h5ad; MissingExtra without
     `weight-surgeon[cells]`.
     """
-    try:
-        import anndata
-        import scanpy
-    except ImportError as error:
-        raise MissingExtra("expression data", "cells") from error
+    anndata, scanpy = needs("expression data", "anndata", "scanpy")
     path = Path(data)
     with warnings.catch_warnings():
         # the example is an old file, and what anndata thinks of its layout concerns nobody here

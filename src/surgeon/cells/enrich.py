@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from ..errors import BadInput, MissingExtra, SurgeonError
-from .setting import setting
+from ..errors import BadInput, SurgeonError
+from ..settings import setting
+from .extra import needs
 
 GeneSets = Mapping[str, Sequence[str]]
 LEVEL = 0.05
@@ -160,11 +161,7 @@ def enrich(
     Hochberg over the sets tested.
     Raises: BadInput as `testable`; MissingExtra without `weight-surgeon[cells]`.
     """
-    try:
-        import gseapy
-        import pandas
-    except ImportError as error:
-        raise MissingExtra("enrichment", "cells") from error
+    gseapy, pandas, stats = needs("enrichment", "gseapy", "pandas", "scipy.stats")
     kept = testable(genes, sets, config)
     centred = (scores - scores.mean()).numpy()
     if not np.isfinite(centred).all() or not centred.any():
@@ -177,7 +174,6 @@ def enrich(
     ranked_genes = [genes[i] for i in order]
     # strictly falling, for gseapy orders ties at random
     falling = centred[order] - np.arange(len(order)) * 1e-9 * np.abs(centred).max()
-    quiet = {"outdir": None, "no_plot": True, "verbose": False}
     ranked = gseapy.prerank(
         rnk=pandas.Series(falling, index=ranked_genes),
         gene_sets=kept,
@@ -186,20 +182,19 @@ def enrich(
         max_size=config.max_size,
         seed=config.seed,
         threads=1,
-        **quiet,
+        outdir=None,
+        no_plot=True,
+        verbose=False,
     ).res2d.set_index("Term")
-    top = ranked_genes[: max(1, round(config.top * len(genes)))]
-    # a set that shares no gene with the top is one of the tests, and gseapy, which drops it, would
-    # call it an error if it were the only one
-    over_p = dict.fromkeys(kept, 1.0)
-    sharing = {name: members for name, members in kept.items() if {*members} & {*top}}
-    if sharing:
-        background = list(genes)
-        over = gseapy.enrich(gene_list=top, gene_sets=sharing, background=background, **quiet).res2d
-        over_p |= {str(t): float(p) for t, p in zip(over["Term"], over["P-value"], strict=True)}
-    over_fdr = dict(zip(kept, benjamini_hochberg(list(over_p.values())), strict=True))
+    top = {*ranked_genes[: max(1, round(config.top * len(genes)))]}
+    overlap = {name: len(top & {*members}) for name, members in kept.items()}
+    over_p = [
+        float(stats.hypergeom.sf(overlap[name] - 1, len(genes), len(members), len(top)))
+        for name, members in kept.items()
+    ]
+    over_fdr = stats.false_discovery_control(over_p).tolist()
     found = []
-    for name, members in kept.items():
+    for (name, members), p, fdr in zip(kept.items(), over_p, over_fdr, strict=True):
         row = ranked.loc[name]
         pathway = Pathway(
             name,
@@ -208,20 +203,10 @@ def enrich(
             nes=float(row["NES"]),
             p=max(float(row["NOM p-val"]), 1 / config.permutations),
             fdr=max(float(row["FDR q-val"]), 1 / config.permutations),
-            over_overlap=len({*members} & {*top}),
-            over_p=over_p[name],
-            over_fdr=over_fdr[name],
+            over_overlap=overlap[name],
+            over_p=p,
+            over_fdr=fdr,
             leading=[g for g in str(row["Lead_genes"]).split(";") if g],
         )
         found.append(pathway)
     return sorted(found, key=lambda pathway: (-pathway.nes, pathway.name))
-
-
-def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
-    """False discovery rate of each test, in their order. Source: Benjamini & Hochberg 1995."""
-    p = np.asarray(p_values)
-    order = p.argsort(kind="stable")
-    scaled = p[order] * len(p) / np.arange(1, len(p) + 1)
-    adjusted = np.empty(len(p))
-    adjusted[order] = np.minimum.accumulate(scaled[::-1])[::-1].clip(max=1.0)
-    return [float(p) for p in adjusted]

@@ -20,15 +20,16 @@ from torch import Tensor
 from ..anatomy import Region, Site
 from ..errors import BadInput, SurgeonError
 from ..measure.bootstrap import interval
+from ..settings import setting
 from ..tap import Tap
 from .donors import DonorTest, donor_test
 from .enrich import EnrichConfig, GeneSets, Pathway, enrich, residualise, spearman
 from .likelihood import MaskedNLL, Masks, Progress, Values, by_cell, by_gene, by_group
 from .model import ScGPT
 from .null import EqualDamage, equal_damage
-from .setting import setting
 from .tokenise import Batch
 
+Column = tuple[str, Sequence[str]]  # a column of `obs`: its name, and the value of each cell
 NOTE = (
     "Hypotheses about the model, not biomarkers: what a model loses without a weight says how the"
     " model computes, not what cells do."
@@ -50,19 +51,6 @@ class MapConfig:
             raise BadInput(
                 "a map needs a null of 0 or more weights, and at least one scored value per gene."
             )
-
-
-@dataclass(frozen=True)
-class Groups:
-    """The columns of `obs` that a comparison by condition needs: the values of each cell.
-
-    Without donors no test is made.
-    """
-
-    condition: str
-    conditions: Sequence[str]
-    donor: str | None = None
-    donors: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +110,10 @@ class Null:
 
 @dataclass(frozen=True)
 class Map:
-    """The result; genes and components worst first, `by_cell` and `cell_nll` by the cell's name."""
+    """The result; genes and components worst first, `by_cell` and `cell_nll` by the cell's name.
+
+    planted: the weight that was, if one was; embedding: the cells on a map of the data's own.
+    """
 
     at: list[str]
     damage: Damage
@@ -138,6 +129,8 @@ class Map:
     by_condition: dict[str, float]
     donors: DonorTest | None
     settings: MapConfig
+    planted: dict[str, Any] | None = None
+    embedding: dict[str, Any] | None = None
     note: str = NOTE
 
     def to_json(self) -> dict[str, Any]:
@@ -151,15 +144,16 @@ def map_damage(
     parts: Sequence[Region],
     sets: GeneSets | None = None,
     types: Sequence[str] | None = None,
-    groups: Groups | None = None,
+    condition: Column | None = None,
+    donor: Column | None = None,
     config: MapConfig = MapConfig(),
     progress: Progress | None = None,
 ) -> Map:
     """What zeroing `parts` together costs each gene, cell, cell type and pathway. The model is left
     as it was.
 
-    sets: gene sets to test; types: the cell type of each cell; groups: a condition, and donors as
-    replicates.
+    sets: gene sets to test; types: the cell type of each cell; condition: what to compare; donor:
+    the replicates of that comparison, without which there is no test.
     Raises: BadInput as `enrich`, or if no gene has enough values; Refused as `donor_test`;
     SurgeonError if the null cannot be made.
     """
@@ -181,7 +175,10 @@ def map_damage(
 
     scores = ranked(values)
     # refused before the long part, where it is to be refused
-    donors = _donors(cells, groups, config.seed)
+    donors = None
+    if condition is not None and donor is not None:
+        column_names = (condition[0], donor[0])
+        donors = donor_test(cells, condition[1], donor[1], column_names, seed=config.seed)
     null: list[EqualDamage] = []
     chance: list[dict[str, Tensor]] = []
     stories: dict[str, Story] = {}
@@ -214,7 +211,7 @@ def map_damage(
         enrichment=stories,
         null=Null(len(null), weights, correlations),
         components=components(model, nll, config.seed, progress) if config.components else [],
-        by_condition=by_group(cells, groups.conditions) if groups is not None else {},
+        by_condition=by_group(cells, condition[1]) if condition is not None else {},
         donors=donors,
         settings=config,
     )
@@ -252,13 +249,6 @@ def _without(channels: slice) -> Any:
         return states
 
     return watch
-
-
-def _donors(cells: Float64[Tensor, " cell"], groups: Groups | None, seed: int) -> DonorTest | None:
-    if groups is None or groups.donors is None or groups.donor is None:
-        return None
-    names = (groups.condition, groups.donor)
-    return donor_test(cells, groups.conditions, groups.donors, names, seed=seed)
 
 
 def _story(pathways: Sequence[Pathway], chance: Sequence[Sequence[Pathway]]) -> Story:

@@ -51,7 +51,7 @@ def equal_damage(
     generator = torch.Generator().manual_seed(seed)
 
     def below(size: int) -> int:
-        return int(torch.randint(size, (1,), generator=generator))
+        return int(torch.randint(size, (1,), generator=generator)) if size > 1 else 0
 
     found: list[EqualDamage] = []
     for _ in range(20 * n):

@@ -4,8 +4,7 @@ which it must not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import Region, Site
-from ..errors import BadInput, SurgeonError
+from ..errors import SurgeonError
 from ..tap import Tap
 from .likelihood import MaskedNLL, Masks, by_cell
 from .model import ScGPT
@@ -72,7 +71,6 @@ def plant(
     batch: Batch,
     masked: Masks,
     nats: float = 0.25,
-    layer: int | None = None,
     seed: int = 0,
 ) -> Planted:
     """Add a constant hidden unit to one MLP, whose one output weight a bias takes off again, so
@@ -80,19 +78,16 @@ def plant(
 
     Removing that weight leaves the bias alone. The constant is found by bisection, so that this
     costs `nats` per masked value. |w| is that of the matrix's 95% quantile, so that magnitude does
-    not give it away. The layer is the middle one unless named.
-    Raises: BadInput for a layer that is not there; SurgeonError if no constant costs that much.
+    not give it away. The layer is the middle one.
+    Raises: SurgeonError if no constant costs that much.
     """
-    index = len(model.layers) // 2 if layer is None else layer
-    if not 0 <= index < len(model.layers):
-        raise BadInput(
-            f"layer {index} does not exist; the model has {len(model.layers)}, counted from 0."
-        )
+    index = len(model.layers) // 2
     down = model.layers[index].linear2
     nll = MaskedNLL(model.anatomy, batch, masked)
 
     def cost(row: int, write: float) -> float:
-        with _shifted(down, row, -write):
+        with Tap() as tap:
+            tap.on_output(down, partial(_shifted, row, -write))
             return float(by_cell(nll.values(index) - nll.intact).mean())
 
     # not every channel matters so much that any constant would do
@@ -103,8 +98,8 @@ def plant(
             break
     else:
         raise SurgeonError(
-            f"no constant in {CHANNELS} channels of layer {index} costs {nats:g} nats; take another"
-            " layer, or ask for less."
+            f"no constant in {CHANNELS} channels of layer {index} costs {nats:g} nats; ask for"
+            " less."
         )
     # the quantile by sorting: torch's own takes no more than 16 million values
     size = float(down.weight.abs().flatten().sort().values[int(0.95 * down.weight.numel())])
@@ -115,16 +110,15 @@ def plant(
     return Planted(copy, difference(model, copy, batch), str(planted), write, measured)
 
 
-def rescale(
-    model: ScGPT, batch: Batch, factor: float = 1000.0, layer: int | None = None
-) -> Rescaled:
+def rescale(model: ScGPT, batch: Batch, factor: float = 1000.0) -> Rescaled:
     """Make a neuron `factor` times as large, and its output weights as many times smaller: the same
     function, for a ReLU.
 
-    Taken is the neuron in the middle of those that fire on these cells, by how high they fire.
+    Taken is the neuron in the middle of those that fire on these cells, by how high they fire, in
+    the middle layer.
     Raises: SurgeonError if none fires.
     """
-    index = len(model.layers) // 2 if layer is None else layer
+    index = len(model.layers) // 2
     heights: list[Tensor] = []
     with Tap() as tap, torch.no_grad():
         down = model.layers[index].linear2
@@ -184,16 +178,10 @@ def solve(
     return float(high)
 
 
-@contextmanager
-def _shifted(linear: nn.Linear, row: int, by: float) -> Iterator[None]:
-    """The bias of one channel moved within the block."""
-    bias = linear.bias.detach()
-    old = bias[row].clone()
-    bias[row] = old + by
-    try:
-        yield
-    finally:
-        bias[row] = old
+def _shifted(row: int, by: float, states: Tensor) -> Tensor:
+    states = states.clone()
+    states[..., row] += by
+    return states
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import MissingExtra
+from .extra import needs
 from .likelihood import CHUNK
 from .model import ScGPT
 from .tokenise import Batch
@@ -57,7 +57,7 @@ class Probe:
         self.used = torch.tensor([name in self.names for name in types])
         self.labels = np.array([name for name in types if name in self.names])
         self.left_out = int((~self.used).sum())
-        self.train = _halves(self.labels, seed)
+        self.train = self._halves(seed)
         self._fitted = self._fit(states) if len(self.names) > 1 else None
 
     @property
@@ -79,14 +79,24 @@ class Probe:
         """A probe fitted anew on the training half of these embeddings."""
         return self._score(self._fit(states), states)
 
+    def _halves(self, seed: int) -> np.ndarray:
+        """True for the training half, drawn within each type."""
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.labels), generator=generator).numpy()
+        train = np.zeros(len(self.labels), dtype=bool)
+        for name in self.names:
+            train[order[self.labels[order] == name][::2]] = True
+        return train
+
     def _fit(self, states: Tensor) -> Any:
-        try:
-            from sklearn.linear_model import LogisticRegression
-            from sklearn.pipeline import make_pipeline
-            from sklearn.preprocessing import StandardScaler
-        except ImportError as error:
-            raise MissingExtra("a probe of cell types", "cells") from error
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=5000))
+        linear, pipeline, scaling = needs(
+            "a probe of cell types",
+            "sklearn.linear_model",
+            "sklearn.pipeline",
+            "sklearn.preprocessing",
+        )
+        regression = linear.LogisticRegression(C=0.1, max_iter=5000)
+        model = pipeline.make_pipeline(scaling.StandardScaler(), regression)
         return model.fit(self._half(states, self.train), self.labels[self.train])
 
     def _score(self, fitted: Any, states: Tensor) -> ProbeScore:
@@ -99,13 +109,3 @@ class Probe:
 
     def _half(self, states: Tensor, half: np.ndarray) -> Any:
         return states.detach().cpu().double()[self.used].numpy()[half]
-
-
-def _halves(labels: np.ndarray, seed: int) -> np.ndarray:
-    """True for the training half, drawn within each type."""
-    generator = torch.Generator().manual_seed(seed)
-    train = np.zeros(len(labels), dtype=bool)
-    for name in np.unique(labels):
-        at = np.flatnonzero(labels == name)
-        train[at[torch.randperm(len(at), generator=generator)[: (len(at) + 1) // 2].numpy()]] = True
-    return train

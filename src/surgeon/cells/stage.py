@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from ..errors import BadInput
+from ..settings import setting
 from .checkpoint import LoadedCells, load_cells
 from .data import Expression, expression, read_cells
 from .likelihood import RATIO, Marginal, Masks, Values, fit_marginal, masks
 from .model import ScGPT
-from .setting import setting
 from .tokenise import Batch, tokenise
 
 TYPE_COLUMNS = (
@@ -41,6 +41,8 @@ class StageConfig:
     genes: int = setting(256, "most genes of a cell, a random choice where it has more")
     draws: int = setting(3, "draws of masks over the same tokenised cells")
     ratio: float = setting(RATIO, "share of the values that a draw hides")
+    source: str = setting("auto", "expression: auto (as trained on), X, raw or layer:NAME", "NAME")
+    type: str | None = setting(None, "column of obs with the cell type, or a usual one", "COL")
     seed: int = setting(0, "seed of the choice of cells, the tokens and the masks")
 
     def __post_init__(self) -> None:
@@ -54,43 +56,19 @@ class StageConfig:
 class Stage:
     """Everything measured on is here once, so that intact and broken models see the same.
 
-    held_out: whether no cell was trained on.
+    about: the model, the data, and whether no cell was trained on, for every document.
     """
 
-    loaded: LoadedCells
+    model: ScGPT
     adata: Any
     batch: Batch
     masked: Masks
     baseline: Values
     types: list[str] | None
-    type_column: str | None
-    held_out: bool
-    data: str
-    source: str
-    folder: str
-    config: StageConfig
-
-    @property
-    def model(self) -> ScGPT:
-        return self.loaded.model
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "model": self.folder,
-            "fingerprint": self.loaded.fingerprint,
-            "load": self.loaded.report.to_json(),
-            "reading": self.model.reading,
-            "data": {
-                "name": Path(self.data).name,
-                "source": self.source,
-                "held_out": self.held_out,
-                "type_column": self.type_column,
-            },
-            "stage": asdict(self.config),
-        }
+    about: dict[str, Any]
 
     def column(self, name: str) -> list[str]:
-        """A column of `obs` for the measured cells, as text."""
+        """A column of `obs` for the measured cells, as text. Raises: as the function."""
         return column(self.adata, name, self.batch.cell_names)
 
     def embedding(self, per_cell: dict[str, float]) -> dict[str, Any] | None:
@@ -112,8 +90,6 @@ def open_stage(
     folder: str | Path,
     data: str | Path,
     config: StageConfig = StageConfig(),
-    type_column: str | None = None,
-    source: str = "auto",
 ) -> Stage:
     """Load a model and the cells to measure it on.
 
@@ -125,30 +101,31 @@ def open_stage(
     """
     loaded = load_cells(folder)
     adata = read_cells(data)
-    if source == "auto":
-        source = loaded.training.get("source", source)
-    values = expression(adata, source)
-    if type_column is None:
-        type_column = next((name for name in TYPE_COLUMNS if name in adata.obs), None)
+    trained_on = loaded.training.get("source", "auto")
+    values = expression(adata, trained_on if config.source == "auto" else config.source)
+    known = [name for name in TYPE_COLUMNS if name in adata.obs]
+    type_column = config.type or (known[0] if known else None)
     chosen, rest, held_out = _choose(values, loaded, config)
     tokens = replace(loaded.tokens, max_length=min(loaded.tokens.max_length, config.genes + 1))
     batch = tokenise(values.of(chosen), loaded.vocab, tokens, config.seed)
     masked = masks(batch, config.ratio, config.draws, config.seed)
     marginal = loaded.marginal or _marginal(values, rest, loaded, config)
-    return Stage(
-        loaded,
-        adata,
-        batch,
-        masked,
-        baseline=marginal.nll(batch, masked, loaded.model.reading),
-        types=None if type_column is None else column(adata, type_column, batch.cell_names),
-        type_column=type_column,
-        held_out=held_out,
-        data=str(data),
-        source=values.source,
-        folder=str(folder),
-        config=config,
-    )
+    about = {
+        "model": str(folder),
+        "fingerprint": loaded.fingerprint,
+        "load": loaded.report,
+        "reading": loaded.model.reading,
+        "data": {
+            "name": Path(data).name,
+            "source": values.source,
+            "held_out": held_out,
+            "type_column": type_column,
+        },
+        "stage": asdict(config),
+    }
+    baseline = marginal.nll(batch, masked, loaded.model.reading)
+    types = None if type_column is None else column(adata, type_column, batch.cell_names)
+    return Stage(loaded.model, adata, batch, masked, baseline, types, about)
 
 
 def column(adata: Any, name: str, cells: Sequence[str]) -> list[str]:

@@ -18,8 +18,8 @@ from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
 from ..errors import BadInput
+from ..settings import setting
 from .data import Expression
-from .setting import setting
 
 CLS, PAD, END, EOS = "<cls>", "<pad>", "<eoc>", "<eos>"
 

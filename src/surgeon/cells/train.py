@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import BadInput, SurgeonError
 from ..measure.bootstrap import interval
+from ..settings import setting
 from .checkpoint import make_vocab
 from .data import Expression
 from .likelihood import (
@@ -34,7 +35,6 @@ from .likelihood import (
     masks,
 )
 from .model import CellConfig, ScGPT
-from .setting import setting
 from .tokenise import Batch, TokenConfig, tokenise
 
 LEAST_CELLS = 20

@@ -19,7 +19,7 @@ from ..cells.train import PRESETS
 from ..errors import BadInput
 from ..show.console import out
 from ..studies.geneformer import GeneformerConfig, geneformer
-from .cells_options import configured, settings
+from .cells_options import changed, configured, settings
 from .cells_screen import map_command, screen_command
 from .common import (
     _write,
@@ -87,7 +87,7 @@ def train_command(
     """Train a small scGPT on DATA, on a CPU in minutes, with cells held out and a gene-marginal
     baseline beside it.
     """
-    config = configured(PRESETS[preset], given)
+    config = changed(PRESETS[preset], given)
     if not overwrite:
         require_free(output)
     values = expression(read_cells(data), _source(data, raw, layer))
@@ -203,7 +203,7 @@ def geneformer_command(
     """
     known, scale = read_dictionary(tokens), None if medians is None else read_dictionary(medians)
     values = expression(read_cells(data))
-    config = configured(GeneformerConfig(), given)
+    config = configured(GeneformerConfig, given)
     loaded, anatomy = open_model(model, dtype, device)
     parts = regions(anatomy, at)
     with progress() as tell:

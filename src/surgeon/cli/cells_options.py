@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from .. import settings as declared
 from .common import F, options
 
 C = TypeVar("C")
@@ -15,17 +16,30 @@ C = TypeVar("C")
 
 def settings(config: type, *names: str) -> Callable[[F], F]:
     """An option for each of these settings, as their class declares it; None where not given."""
-    declared = {f.name: f for f in fields(config)}
+    known = {one.name: one for one in declared.settings_of(config)}
     made = []
     for name in names:
-        default, help = declared[name].default, declared[name].metadata["help"]
-        said = f"{help[0].upper()}{help[1:]}.  [default: {default:g}]"
-        made.append(click.option(f"--{name.replace('_', '-')}", type=type(default), help=said))
+        default, about = known[name].default, known[name].declaration
+        said = f"{about.help[0].upper()}{about.help[1:]}."
+        how: dict[str, Any] = {"metavar": about.metavar}
+        if isinstance(default, bool):
+            how = {"is_flag": True, "default": None}
+        elif isinstance(default, tuple):
+            how |= {"multiple": True}
+        elif default is not None:
+            how |= {"type": type(default)}
+            said += f"  [default: {default}]"
+        made.append(click.option(f"--{name.replace('_', '-')}", name, help=said, **how))
     return options(*made)
 
 
-def configured(config: C, given: dict[str, Any]) -> C:
+def configured(config: type[C], given: dict[str, Any]) -> C:
+    """The settings at their defaults, but for those that were given."""
+    return changed(config(), given)
+
+
+def changed(config: C, given: dict[str, Any]) -> C:
     """The settings with those that were given in their place."""
     names = {f.name for f in fields(config)}  # type: ignore[arg-type]
-    changed = {n: v for n, v in given.items() if n in names and v is not None}
-    return replace(config, **changed)  # type: ignore[type-var]
+    new = {name: value for name, value in given.items() if name in names and value is not None}
+    return replace(config, **new)  # type: ignore[type-var]

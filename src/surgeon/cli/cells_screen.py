@@ -12,13 +12,10 @@ from rich.table import Table
 
 from ..cells.data import write_back
 from ..cells.donors import DonorTest
-from ..cells.enrich import EnrichConfig, read_gmt
-from ..cells.map import Groups, Map, MapConfig, map_damage
-from ..cells.planted import plant
+from ..cells.map import Map
 from ..cells.stage import StageConfig, open_stage
-from ..errors import BadInput
 from ..show.console import out, print_table
-from ..studies.cells import Check, CheckConfig, Screen, ScreenConfig, check, screen, worst_candidate
+from ..studies.cells import MapCellsConfig, Screen, ScreenConfig, map_cells, screen
 from .cells_options import configured, settings
 from .common import (
     deliver,
@@ -26,7 +23,6 @@ from .common import (
     json_option,
     options,
     progress,
-    regions,
     require_finite,
     run_folder,
     seed_option,
@@ -35,19 +31,7 @@ from .common import (
 stage_options = options(
     click.argument("model"),
     click.argument("data"),
-    settings(StageConfig, "cells", "genes", "draws", "ratio"),
-    click.option(
-        "--source",
-        default="auto",
-        show_default=True,
-        help="Expression to read: auto (as trained on), X, raw or layer:NAME.",
-    ),
-    click.option(
-        "--type",
-        "type_column",
-        metavar="COL",
-        help="Column of obs that holds the cell type.  [default: the first known name]",
-    ),
+    settings(StageConfig, "cells", "genes", "draws", "ratio", "source", "type"),
     click.option(
         "--write-h5ad", metavar="F", help="Write a copy of DATA with the damage per gene and cell."
     ),
@@ -59,43 +43,27 @@ stage_options = options(
 
 @click.command("screen")
 @stage_options
-@settings(ScreenConfig, "controls", "each", "verify", "min_share")
-@click.option(
-    "--controls-check",
-    is_flag=True,
-    help="Also screen a planted fragile weight and a rescaled neuron.",
-)
+@settings(ScreenConfig, "controls", "each", "verify", "min_share", "controls_check")
 def screen_command(
-    model: str,
-    data: str,
-    source: str,
-    type_column: str | None,
-    write_h5ad: str | None,
-    folder: str | None,
-    as_json: bool,
-    controls_check: bool,
-    **given: Any,
+    model: str, data: str, write_h5ad: str | None, folder: str | None, as_json: bool, **given: Any
 ) -> None:
     """Is there a weight the model in the folder MODEL cannot live without, on the cells in DATA?
     "None found" is a result.
     """
-    config = configured(ScreenConfig(), given)
-    run = run_folder(folder)
+    config, run = configured(ScreenConfig, given), run_folder(folder)
     with progress() as tell:
-        stage = open_stage(model, data, configured(StageConfig(), given), type_column, source)
+        stage = open_stage(model, data, configured(StageConfig, given))
         fixed = (stage.model, stage.batch, stage.masked, stage.baseline, stage.types)
         result = screen(*fixed, config, tell)
-        checked = check(*fixed, CheckConfig(screen=config), tell) if controls_check else None
-    verdict = {**result.to_json(), "check": None if checked is None else checked.to_json()}
-    document = {**stage.to_json(), **verdict}
+    document = {**stage.about, **result.to_json()}
     require_finite(intact_nll=result.intact_nll, baseline_nll=result.baseline_nll)
     if write_h5ad is not None:
         per_gene, per_cell = {"damage": result.worst.by_gene}, {"damage": result.worst.by_cell}
         write_back(stage.adata, write_h5ad, per_gene, per_cell, document)
-    deliver("cells-screen", document, lambda: print_screen(model, result, checked), as_json, run)
+    deliver("cells-screen", document, lambda: print_screen(model, result), as_json, run)
 
 
-def print_screen(model: str, result: Screen, checked: Check | None) -> None:
+def print_screen(model: str, result: Screen) -> None:
     """The verdict with its controls, in a few lines."""
     out.print(
         f"[bold]{escape(model)}[/bold]: NLL {result.intact_nll:.3f}, gene-marginal baseline"
@@ -126,8 +94,8 @@ def print_screen(model: str, result: Screen, checked: Check | None) -> None:
     found = "; ".join(", ".join(v.addresses) for v in result.verified if v.found)
     verdict = "[bold]found[/bold]: " + escape(found) if found else "[bold]none found[/bold]"
     out.print(f"{verdict} ({result.criteria})")
-    if checked is not None:
-        planted, rescaled = checked.planted, checked.rescaled
+    if result.check is not None:
+        planted, rescaled = result.check.planted, result.check.rescaled
         out.print(
             f"planted weight {escape(planted['address'])}, {planted['nats']:+.3f} nats:"
             f" {'found' if planted['found'] else 'NOT found'}; neuron x {rescaled['factor']:g}:"
@@ -138,78 +106,18 @@ def print_screen(model: str, result: Screen, checked: Check | None) -> None:
 
 @click.command("map")
 @stage_options
-@click.option(
-    "--at",
-    multiple=True,
-    metavar="ENTRY",
-    help="Weights to take out together.  [default: the screen's worst candidate]",
-)
-@click.option(
-    "--plant",
-    "planted",
-    is_flag=True,
-    help="Plant a fragile weight of +0.25 nats in a copy of the model and map that.",
-)
-@click.option(
-    "--gmt", metavar="FILE", help="Gene sets to test: name, description, genes, tab-separated."
-)
-@settings(EnrichConfig, "min_size")
-@settings(MapConfig, "null")
-@click.option(
-    "--condition", metavar="COL", help="Column of obs with the condition or disease stage."
-)
-@click.option(
-    "--donor",
-    metavar="COL",
-    help="Column of obs with the donor; donors are the replicates of --condition.",
-)
+@settings(MapCellsConfig, "at", "plant", "gmt", "min_size", "null", "condition", "donor")
 def map_command(
-    model: str,
-    data: str,
-    source: str,
-    type_column: str | None,
-    write_h5ad: str | None,
-    folder: str | None,
-    as_json: bool,
-    at: tuple[str, ...],
-    planted: bool,
-    gmt: str | None,
-    condition: str | None,
-    donor: str | None,
-    **given: Any,
+    model: str, data: str, write_h5ad: str | None, folder: str | None, as_json: bool, **given: Any
 ) -> None:
     """Which genes, cells, cell types and pathways fall with given weights, beside arbitrary weights
     of equal damage.
     """
-    if donor is not None and condition is None:
-        raise BadInput(
-            "--donor names the replicates of a comparison; name what is compared with --condition"
-            " COL."
-        )
-    if planted and at:
-        raise BadInput("--plant maps the planted weight and --at others; give one of them.")
-    enrich = configured(EnrichConfig(), given)
-    config = configured(MapConfig(enrich=enrich), given)
-    sets = None if gmt is None else read_gmt(gmt)
-    run = run_folder(folder)
+    config, run = configured(MapCellsConfig, given), run_folder(folder)
     with progress() as tell:
-        stage = open_stage(model, data, configured(StageConfig(), given), type_column, source)
-        groups = None
-        if condition is not None:
-            donors = None if donor is None else stage.column(donor)
-            groups = Groups(condition, stage.column(condition), donor, donors)
-        network, extra = stage.model, {}
-        if planted:
-            made = plant(network, stage.batch, stage.masked, seed=config.seed)
-            network, at, extra = made.model, (made.address,), {"planted": made.to_json()}
-        parts = regions(network.anatomy, at) or [
-            worst_candidate(network, stage.batch, stage.masked, progress=tell)
-        ]
-        result = map_damage(
-            network, stage.batch, stage.masked, parts, sets, stage.types, groups, config, tell
-        )
-    embedding = stage.embedding(result.by_cell)
-    document = {**stage.to_json(), **result.to_json(), **extra, "embedding": embedding}
+        stage = open_stage(model, data, configured(StageConfig, given))
+        result = map_cells(stage, config, tell)
+    document = {**stage.about, **result.to_json()}
     require_finite(damage=result.damage.nats, intact_nll=result.intact_nll)
     if write_h5ad is not None:
         columns = {"damage": "nats", "nll": "intact_nll", "residual_damage": "residual_nats"}

@@ -12,7 +12,7 @@ neuron.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from math import inf
 from typing import Any
 
@@ -20,16 +20,19 @@ import torch
 
 from ..anatomy import Region
 from ..cells.candidates import EACH, Candidate, candidates, prune, screened
+from ..cells.enrich import EnrichConfig, read_gmt
 from ..cells.likelihood import MaskedNLL, Masks, Progress, Values, by_cell, by_gene, by_group
-from ..cells.map import NOTE
+from ..cells.map import NOTE, Map, MapConfig, map_damage
 from ..cells.model import ScGPT
 from ..cells.planted import plant, rescale
 from ..cells.probe import Probe, ProbeScore, embeddings
-from ..cells.setting import setting
+from ..cells.stage import Stage
 from ..cells.tokenise import Batch
 from ..errors import BadInput
 from ..find import VerifyConfig, verify
+from ..measure import Controls
 from ..patch import injured
+from ..settings import setting
 
 LEAST_CELLS = 8
 
@@ -45,6 +48,7 @@ class ScreenConfig:
     min_share: float = setting(0.1, "least share of the lead over the baseline that is lost")
     min_ratio: float = setting(3.0, "least damage as a multiple of the worst control's")
     least: int = setting(5, "scored values a gene needs to be named")
+    controls_check: bool = setting(False, "also screen a planted weight and a rescaled neuron")
     seed: int = setting(0, "seed of everything random")
 
     def __post_init__(self) -> None:
@@ -100,6 +104,15 @@ class Tried(Candidate):
 
 
 @dataclass(frozen=True)
+class Check:
+    """Whether the planted weight was found alone, and no weight of the rescaled neuron was."""
+
+    passed: bool
+    planted: dict[str, Any]
+    rescaled: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Screen:
     """The result. entries: what was found; candidates: by damage alone on the probe cells, worst
     first; together: the verified ones zeroed together; controls: those of the worst; probe: what it
@@ -120,6 +133,7 @@ class Screen:
     probe: dict[str, float]
     criteria: str
     settings: ScreenConfig
+    check: Check | None = None
     note: str = NOTE
 
     @property
@@ -133,6 +147,17 @@ class Screen:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def control_figures(controls: Controls) -> dict[str, Any]:
+    """Matched controls as the documents have them."""
+    return {
+        "n": controls.n,
+        "max_nats": controls.max_nats,
+        "median_nats": controls.median_nats,
+        "nats": controls.nats,
+        "kind": controls.matched,
+    }
 
 
 def screen(
@@ -173,6 +198,9 @@ def screen(
     for i, region in enumerate(worst):
         tried[i] = replace(tried[i], verified=bench.verify([region]))
     together = bench.verify(worst) if len(worst) > 1 else None
+    checked = None
+    if config.controls_check:
+        checked = check(model, batch, masked, baseline, types, config, progress)
     verified = [c.verified for c in tried if c.verified] + ([together] if together else [])
     found = [v for v in verified if v.found]
     return Screen(
@@ -190,6 +218,7 @@ def screen(
         probe=bench.intact_probe(),
         criteria=config.criteria,
         settings=config,
+        check=checked,
     )
 
 
@@ -244,11 +273,11 @@ class _Bench:
             }
         return Verified(
             [str(part) for part in parts],
-            nats=verification.joint,
+            nats=verification.joint_nats,
             ci95=verification.ci95,
             p_value=verification.p_value,
-            collapse_share=verification.joint / self.lead if self.lead > 0 else None,
-            controls=verification.controls.to_json(),
+            collapse_share=verification.joint_nats / self.lead if self.lead > 0 else None,
+            controls=control_figures(verification.controls),
             found=verification.vital,
             by_type={} if self.types is None else by_group(cells, self.types),
             by_gene=dict(genes),
@@ -270,45 +299,23 @@ class _Bench:
         return embeddings(self.model, self.nll.batch)
 
 
-@dataclass(frozen=True)
-class CheckConfig:
-    """Settings of the screen's own controls."""
-
-    nats: float = setting(0.25, "what the planted weight is to cost, in nats per masked value")
-    factor: float = setting(1000.0, "by how much a ReLU neuron is scaled up, its output down")
-    screen: ScreenConfig = field(default_factory=ScreenConfig)
-
-
-@dataclass(frozen=True)
-class Check:
-    """Whether the planted weight was found alone, and no weight of the rescaled neuron was."""
-
-    passed: bool
-    planted: dict[str, Any]
-    rescaled: dict[str, Any]
-    settings: CheckConfig
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
 def check(
     model: ScGPT,
     batch: Batch,
     masked: Masks,
     baseline: Values,
     types: Sequence[str] | None = None,
-    config: CheckConfig = CheckConfig(),
+    config: ScreenConfig = ScreenConfig(),
     progress: Progress | None = None,
 ) -> Check:
     """Screen a copy of the model with a planted weight, and one with a rescaled neuron.
 
     Arguments and errors as `screen` and `plant`.
     """
-    planted = plant(model, batch, masked, config.nats, seed=config.screen.seed)
-    rescaled = rescale(model, batch, config.factor)
+    config = replace(config, controls_check=False)
+    planted, rescaled = plant(model, batch, masked, seed=config.seed), rescale(model, batch)
     first, second = (
-        screen(copy, batch, masked, baseline, types, config.screen, progress)
+        screen(copy, batch, masked, baseline, types, config, progress)
         for copy in (planted.model, rescaled.model)
     )
     ranks = {c.address: i for i, c in enumerate(first.candidates, 1)}
@@ -331,5 +338,60 @@ def check(
             "nats": second.worst.nats,
             "worst": second.worst.addresses,
         },
-        settings=config,
+    )
+
+
+@dataclass(frozen=True)
+class MapCellsConfig:
+    """What is mapped, and beside what."""
+
+    at: tuple[str, ...] = setting((), "weights to take out together, or the worst one", "ENTRY")
+    plant: bool = setting(False, "map a weight of +0.25 nats, planted in a copy of the model")
+    gmt: str | None = setting(None, "gene sets: name, description, genes, tab-separated", "FILE")
+    min_size: int = setting(EnrichConfig.min_size, "least scored genes in a gene set")
+    null: int = setting(MapConfig.null, "arbitrary weights of equal damage; 0 for none")
+    condition: str | None = setting(None, "column of obs with the condition or stage", "COL")
+    donor: str | None = setting(None, "column of obs with the donors of a condition", "COL")
+    seed: int = setting(0, "seed of everything random")
+
+    def __post_init__(self) -> None:
+        if self.donor is not None and self.condition is None:
+            raise BadInput(
+                "‹donor› names the replicates of a comparison; name what is compared with"
+                " ‹condition›."
+            )
+        if self.plant and self.at:
+            raise BadInput("‹plant› maps the planted weight and ‹at› others; give one of them.")
+
+
+def map_cells(
+    stage: Stage, config: MapCellsConfig = MapCellsConfig(), progress: Progress | None = None
+) -> Map:
+    """Which genes, cells, cell types and pathways fall with given weights, beside arbitrary weights
+    of equal damage.
+
+    Without weights: with the one that a screen would prune to.
+    Raises: as `map_damage` and `plant`; BadInput, UnknownSite for weights or columns that are not
+    there.
+    """
+    model, at, planted = stage.model, config.at, None
+    sets = None if config.gmt is None else read_gmt(config.gmt)
+    compared, replicates = (
+        None if name is None else (name, stage.column(name))
+        for name in (config.condition, config.donor)
+    )
+    if config.plant:
+        planted = plant(model, stage.batch, stage.masked, seed=config.seed)
+        model, at = planted.model, (planted.address,)
+    parts = [model.anatomy.region(address) for address in at]
+    if not parts:
+        parts = [worst_candidate(model, stage.batch, stage.masked, progress=progress)]
+    enrich = EnrichConfig(min_size=config.min_size, seed=config.seed)
+    settings = MapConfig(null=config.null, enrich=enrich, seed=config.seed)
+    cells = (model, stage.batch, stage.masked, parts, sets, stage.types)
+    result = map_damage(*cells, compared, replicates, settings, progress)
+    return replace(
+        result,
+        planted=None if planted is None else planted.to_json(),
+        embedding=stage.embedding(result.by_cell),
     )

@@ -14,9 +14,10 @@ from ..cells.candidates import candidates, prune
 from ..cells.data import Expression
 from ..cells.geneformer import Dictionary, rank_nll, rank_tokens
 from ..cells.likelihood import MaskedNLL, Progress, masks
-from ..cells.setting import setting
 from ..errors import BadInput
 from ..find import VerifyConfig, verify
+from ..settings import setting
+from .cells import control_figures
 
 LEAST_CELLS, LEAST_TOKENS = 8, 4
 
@@ -89,9 +90,9 @@ def geneformer(
         base_nll=verification.base_nll,
         masked_genes=verification.tokens,
         cells=len(batch.cell_names),
-        joint_nats=verification.joint,
+        joint_nats=verification.joint_nats,
         ci95=verification.ci95,
         p_value=verification.p_value,
-        controls=verification.controls.to_json(),
+        controls=control_figures(verification.controls),
         vital=verification.vital,
     )

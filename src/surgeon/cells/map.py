@@ -10,7 +10,7 @@ until they cost as much.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from ..anatomy import Region, Site
 from ..errors import BadInput, SurgeonError
 from ..measure.bootstrap import interval
+from ..result import Result, result
 from ..settings import setting
 from ..tap import Tap
 from .donors import DonorTest, donor_test
@@ -108,8 +109,8 @@ class Null:
     difficulty_correlations: list[float]
 
 
-@dataclass(frozen=True)
-class Map:
+@result("cells map")
+class Map(Result):
     """The result; genes and components worst first, `by_cell` and `cell_nll` by the cell's name.
 
     planted: the weight that was, if one was; embedding: the cells on a map of the data's own.
@@ -128,13 +129,9 @@ class Map:
     components: list[Component]
     by_condition: dict[str, float]
     donors: DonorTest | None
-    settings: MapConfig
     planted: dict[str, Any] | None = None
     embedding: dict[str, Any] | None = None
     note: str = NOTE
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def map_damage(
@@ -213,7 +210,6 @@ def map_damage(
         components=components(model, nll, config.seed, progress) if config.components else [],
         by_condition=by_group(cells, condition[1]) if condition is not None else {},
         donors=donors,
-        settings=config,
     )
 
 

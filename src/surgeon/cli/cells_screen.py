@@ -4,6 +4,7 @@ what falls with them.
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 import click
@@ -14,10 +15,12 @@ from ..cells.data import write_back
 from ..cells.donors import DonorTest
 from ..cells.map import Map
 from ..cells.stage import StageConfig, open_stage
+from ..settings import values_of
 from ..show.console import out, print_table
 from ..studies.cells import MapCellsConfig, Screen, ScreenConfig, map_cells, screen
 from .cells_options import configured, settings
 from .common import (
+    command_line,
     deliver,
     folder_option,
     json_option,
@@ -55,6 +58,14 @@ def screen_command(
         stage = open_stage(model, data, configured(StageConfig, given))
         fixed = (stage.model, stage.batch, stage.masked, stage.baseline, stage.types)
         result = screen(*fixed, config, tell)
+    result = result.made(
+        model=model,
+        fingerprint=stage.about["fingerprint"],
+        settings=values_of(config),
+        seed=config.seed,
+        surgeon=version("weight-surgeon"),
+        command=command_line(),
+    )
     document = {**stage.about, **result.to_json()}
     require_finite(intact_nll=result.intact_nll, baseline_nll=result.baseline_nll)
     if write_h5ad is not None:
@@ -117,6 +128,14 @@ def map_command(
     with progress() as tell:
         stage = open_stage(model, data, configured(StageConfig, given))
         result = map_cells(stage, config, tell)
+    result = result.made(
+        model=model,
+        fingerprint=stage.about["fingerprint"],
+        settings=values_of(config),
+        seed=config.seed,
+        surgeon=version("weight-surgeon"),
+        command=command_line(),
+    )
     document = {**stage.about, **result.to_json()}
     require_finite(damage=result.damage.nats, intact_nll=result.intact_nll)
     if write_h5ad is not None:

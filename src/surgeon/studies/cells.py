@@ -32,6 +32,7 @@ from ..errors import BadInput
 from ..find import VerifyConfig, verify
 from ..measure import Controls
 from ..patch import injured
+from ..result import Result, result
 from ..settings import setting
 
 LEAST_CELLS = 8
@@ -112,8 +113,8 @@ class Check:
     rescaled: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Screen:
+@result("cells screen")
+class Screen(Result):
     """The result. entries: what was found; candidates: by damage alone on the probe cells, worst
     first; together: the verified ones zeroed together; controls: those of the worst; probe: what it
     says of the intact model.
@@ -132,7 +133,6 @@ class Screen:
     draws: int
     probe: dict[str, float]
     criteria: str
-    settings: ScreenConfig
     check: Check | None = None
     note: str = NOTE
 
@@ -144,9 +144,6 @@ class Screen:
     @property
     def worst(self) -> Verified:
         return max(self.verified, key=lambda v: v.nats)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def control_figures(controls: Controls) -> dict[str, Any]:
@@ -217,7 +214,6 @@ def screen(
         draws=len(masked),
         probe=bench.intact_probe(),
         criteria=config.criteria,
-        settings=config,
         check=checked,
     )
 
@@ -389,9 +385,9 @@ def map_cells(
     enrich = EnrichConfig(min_size=config.min_size, seed=config.seed)
     settings = MapConfig(null=config.null, enrich=enrich, seed=config.seed)
     cells = (model, stage.batch, stage.masked, parts, sets, stage.types)
-    result = map_damage(*cells, compared, replicates, settings, progress)
+    mapped = map_damage(*cells, compared, replicates, settings, progress)
     return replace(
-        result,
+        mapped,
         planted=None if planted is None else planted.to_json(),
-        embedding=stage.embedding(result.by_cell),
+        embedding=stage.embedding(mapped.by_cell),
     )

@@ -206,6 +206,8 @@ def run(verb: str, /, **settings: Any) -> Any:
 
 # where the class of each kind of result is, from the package's root
 RESULTS = {
+    "cells screen": "studies.cells:Screen",
+    "cells map": "cells.map:Map",
     "sites": "studies.sites:SiteList",
     "find": "find:FindResult",
     "detect": "find:Detection",

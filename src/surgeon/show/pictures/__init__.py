@@ -33,6 +33,8 @@ KINDS = {
     "measure": "models:measure",
     "audit": "audit:audit",
     "sites": "models:sites",
+    "cells screen": "cells:screen",
+    "cells map": "cells:map",
 }
 
 

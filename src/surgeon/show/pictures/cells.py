@@ -9,19 +9,20 @@ from typing import Any
 
 import altair as alt
 
+from ...cells.map import Map
+from ...studies.cells import Screen
 from .charts import COLOURS, GRID, INK, MUTED, Chart, Layers, Row, draw, strip
-from .folder import Result
-from .picture import Cell, Picture, Table, command, many, nats, percent
+from .picture import Cell, Headline, Picture, Table, many, model_name, nats, percent
 
 LISTED = 20
 HYPOTHESES = "Hypotheses about the model, not biomarkers."
 
 
-def screen_pictures(result: Result) -> Iterator[Picture]:
+def screen_pictures(result: Screen) -> Iterator[Picture]:
     """The verdict with its controls, what was pruned, cell types, the probe, and the screen's own
     controls.
     """
-    d, made_by = result.data, command("cells", "screen", result.model, "DATA")
+    d = result.to_json()
     judged = [c for c in d["candidates"] if c["verified"]]
     rows = [(c["address"], c["verified"]) for c in judged] + (
         [("all of these together", d["together"])] if d["together"] else []
@@ -32,8 +33,6 @@ def screen_pictures(result: Result) -> Iterator[Picture]:
         f"Damage in nats per masked value, on {many(d['cells']['judge'], 'cell')} that chose no"
         f" candidate, {many(d['draws'], 'draw')} of masks. {d['criteria'].capitalize()}. The lead"
         f" over the gene-marginal baseline is {nats(d['lead_nats'])} nats. {HYPOTHESES}",
-        result.file,
-        made_by,
         chart=_beside_controls(rows),
         table=Table(
             (
@@ -73,13 +72,11 @@ def screen_pictures(result: Result) -> Iterator[Picture]:
         f"{many(len(pruned), 'candidate')}: the worst alone costs {nats(pruned[0][-1])} nats",
         "On the probe cells, one draw. Height: |w·x| over the root mean square of its matrix or"
         " vector. mlp: an entry of an MLP's output matrix; scale, shift: of a LayerNorm.",
-        result.file,
-        made_by,
         shown=Table(columns, pruned[:LISTED], len(pruned)),
     )
     worst = max(judged, key=lambda c: c["verified"]["nats"])
     if worst["verified"]["by_type"]:
-        yield _types(worst["verified"]["by_type"], worst["address"], result.file, made_by)
+        yield _types(worst["verified"]["by_type"], worst["address"])
     if d["probe"]:
         probes = [("intact", d["probe"]["accuracy"], d["probe"]["macro_f1"], None, None)]
         for name, v in rows:
@@ -94,14 +91,22 @@ def screen_pictures(result: Result) -> Iterator[Picture]:
             "Logistic regression, tested on half of the cells; always the commonest type:"
             f" {percent(d['probe']['majority'])}. Frozen: fitted on the intact model. Refitted: on"
             " the broken one, which asks whether the type is still there.",
-            result.file,
-            made_by,
             shown=Table(
                 ("", "frozen accuracy", "macro-F1", "refitted accuracy", "macro-F1"), probes
             ),
         )
     if d.get("check"):
-        yield _check(d["check"], result.file, made_by)
+        yield _check(d["check"])
+
+
+def screen_headline(result: Screen) -> Headline:
+    model = model_name(result.provenance.model)
+    return Headline(f"Is there a weight that {model} cannot live without?")
+
+
+def map_headline(result: Map) -> Headline:
+    model = model_name(result.provenance.model)
+    return Headline(f"What {model} loses: genes, cells and pathways")
 
 
 def _verdict(d: dict[str, Any]) -> str:
@@ -147,21 +152,19 @@ def _beside_controls(rows: Sequence[tuple[str, dict[str, Any]]]) -> Chart:
     return strip(dots, [name for name, _ in rows], "damage, nats per masked value")
 
 
-def _types(by_type: dict[str, float], what: str, file: str, made_by: str) -> Picture:
+def _types(by_type: dict[str, float], what: str) -> Picture:
     ranked = sorted(by_type.items(), key=lambda item: -item[1])
     return Picture(
         "Damage by cell type",
         f"{what}: {ranked[0][0]} loses most, {nats(ranked[0][1])} nats; {ranked[-1][0]} least,"
         f" {nats(ranked[-1][1])}",
         f"Mean over the cells of each type, in nats per masked value. {HYPOTHESES}",
-        file,
-        made_by,
         chart=bars(ranked, "damage, nats per masked value"),
         table=Table(("cell type", "damage, nats"), ranked),
     )
 
 
-def _check(check: dict[str, Any], file: str, made_by: str) -> Picture:
+def _check(check: dict[str, Any]) -> Picture:
     planted, rescaled = check["planted"], check["rescaled"]
     rows: list[Sequence[Cell]] = [
         (
@@ -186,17 +189,15 @@ def _check(check: dict[str, Any], file: str, made_by: str) -> Picture:
         + ("as it must be" if passed else "the screen fails here"),
         "Both are copies that compute the same as the model. Difference: the largest absolute"
         " difference between states of the model and of the copy.",
-        file,
-        made_by,
         shown=Table(("control", "must be", "was", "damage, nats", "difference"), rows),
     )
 
 
-def map_pictures(result: Result) -> Iterator[Picture]:
+def map_pictures(result: Map) -> Iterator[Picture]:
     """Genes, their difficulty, cells on the embedding, types, pathways beside the null, heads and
     blocks, donors.
     """
-    d, made_by = result.data, command("cells", "map", result.model, "DATA")
+    d = result.to_json()
     genes, what = d["genes"], ", ".join(d["at"])
     yield Picture(
         "Genes by damage",
@@ -204,8 +205,6 @@ def map_pictures(result: Result) -> Iterator[Picture]:
         f" {nats(genes[0]['nats'])}",
         f"The {min(LISTED, len(genes))} of {many(len(genes), 'scored gene')} that lose most."
         f" {d['note']}",
-        result.file,
-        made_by,
         chart=bars(
             [(g["gene"], g["nats"]) for g in genes[:LISTED]], "damage, nats per masked value"
         ),
@@ -224,8 +223,6 @@ def map_pictures(result: Result) -> Iterator[Picture]:
         "One dot a gene. Where they correlate, a ranking by damage is in part a ranking by how hard"
         " a gene is for the intact model."
         + _null_correlations(d["null"]["difficulty_correlations"]),
-        result.file,
-        made_by,
         chart=_dots(
             [{"x": g["intact_nll"], "y": g["nats"], "o": 0.6} for g in genes],
             "intact NLL, nats",
@@ -233,11 +230,11 @@ def map_pictures(result: Result) -> Iterator[Picture]:
         ),
     )
     if d.get("embedding"):
-        yield _embedding(d, result.file, made_by)
+        yield _embedding(d)
     if d["by_type"]:
-        yield _types(d["by_type"], what, result.file, made_by)
+        yield _types(d["by_type"], what)
     if d["enrichment"]:
-        yield _pathways(d, result.file, made_by)
+        yield _pathways(d)
     if d["components"]:
         ranked = [(c["name"], c["nats"]) for c in d["components"]]
         yield Picture(
@@ -245,8 +242,6 @@ def map_pictures(result: Result) -> Iterator[Picture]:
             f"{ranked[0][0]} matters most: {nats(ranked[0][1])} nats without it",
             "Each head's share of the output projection's input, or each block's write, set to"
             " zero.",
-            result.file,
-            made_by,
             chart=bars(ranked[:LISTED], "damage, nats per masked value"),
             table=Table(
                 ("component", "damage, nats", "95% from", "to"),
@@ -254,7 +249,7 @@ def map_pictures(result: Result) -> Iterator[Picture]:
             ),
         )
     if d["by_condition"]:
-        yield _conditions(d, result.file, made_by)
+        yield _conditions(d)
 
 
 def _null_correlations(values: Sequence[float]) -> str:
@@ -265,7 +260,7 @@ def _null_correlations(values: Sequence[float]) -> str:
     )
 
 
-def _embedding(d: dict[str, Any], file: str, made_by: str) -> Picture:
+def _embedding(d: dict[str, Any]) -> Picture:
     points = d["embedding"]["points"]
     values = sorted(p["nats"] for p in points)
     low, high = values[len(values) // 20], values[-1 - len(values) // 20]
@@ -283,13 +278,11 @@ def _embedding(d: dict[str, Any], file: str, made_by: str) -> Picture:
         f"Damage over {name}: from {nats(low)} to {nats(high)} nats (5% and 95% of cells)",
         "One dot a cell; the fuller its colour, the more it loses. Axes: the first two coordinates"
         f" of {name}.",
-        file,
-        made_by,
         chart=_dots(rows, f"{name} 1", f"{name} 2"),
     )
 
 
-def _pathways(d: dict[str, Any], file: str, made_by: str) -> Picture:
+def _pathways(d: dict[str, Any]) -> Picture:
     raw, residual = d["enrichment"]["raw"], d["enrichment"]["residual"]
     after = {p["name"]: p for p in residual["pathways"]}
     rows = []
@@ -339,13 +332,11 @@ def _pathways(d: dict[str, Any], file: str, made_by: str) -> Picture:
         f" {residual['sets_at_fdr_5']} by residual",
         f"Prerank over the scored genes only. Residual: less what the intact NLL foretells.{beside}"
         f" p, equal damage: how often such a weight gives the set at least this NES. {HYPOTHESES}",
-        file,
-        made_by,
         shown=Table(columns, rows[:LISTED], len(rows)),
     )
 
 
-def _conditions(d: dict[str, Any], file: str, made_by: str) -> Picture:
+def _conditions(d: dict[str, Any]) -> Picture:
     test = d["donors"]
     if test is None:
         rows: list[Sequence[Cell]] = [(c, None, v) for c, v in d["by_condition"].items()]
@@ -367,8 +358,6 @@ def _conditions(d: dict[str, Any], file: str, made_by: str) -> Picture:
         "By condition",
         headline,
         f"{about} {HYPOTHESES}",
-        file,
-        made_by,
         shown=Table(("condition", "donor", "damage, nats"), rows),
     )
 

@@ -244,26 +244,6 @@ def documents(text: str = "text") -> Documents:
         "controls_changed": 1,
         "nll_rise": 0.01,
     }
-    row = {
-        "method": "rtn",
-        "bits": 4,
-        "block": text,
-        "bits_per_weight": 4.1,
-        "nll": 0.8,
-        "kl": 0.1,
-        "top1_agreement": 0.9,
-        "accuracy": {text: 0.5},
-    }
-    matrix = {"site": text, "blocks": 4, "clip": 2.5, "clipped": 3, "held": 1, "error": 0.01}
-    quantize = {
-        **model,
-        "corpus": {**corpus, "judged_on": 2},
-        "base": {"nll": 0.7, "accuracy": {text: 0.6}},
-        "critical": {"entries": [text], "source": text},
-        "config": {"method": "holdout", "matrices": [matrix]},
-        "notes": [text],
-    }
-    worse = {**row, "method": "holdout", "nll": None, "kl": None}
     return {
         "edit": {**model, **edit},
         "edits": {**model, "edits": [{**edit, "name": text}], "published": [text]},
@@ -274,12 +254,6 @@ def documents(text: str = "text") -> Documents:
         },
         "trace": {**model, **trace},
         "average": {**model, "average": average},
-        "quantize": {**quantize, "table": [row, worse]},
-        "sweep": {
-            **quantize,
-            "sweep": [row, {**row, "method": text, "bits": 8, "nll": 0.75}, worse],
-            "pareto": [row],
-        },
         "demo": {**model, "find": find, "prompts": [text], "states": states, "facts": 331},
         "find": {**model, **find},
         "verify": {

@@ -51,8 +51,6 @@ def kinds(page: str) -> list[str]:
         ("conditioning", ["What conditions an edit"]),
         ("trace", ["Causal trace, state", "Causal trace, severed"]),
         ("average", ["Mean causal trace, mlp"]),
-        ("quantize", ["Quantized, four ways", "Matrix by matrix"]),
-        ("sweep", ["Quantized: size and damage"]),
         (
             "explain",
             [

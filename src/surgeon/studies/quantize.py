@@ -268,7 +268,12 @@ def run(lab: Lab, settings: Settings) -> QuantizeResult:
     if streamed:
         _check_streamed(settings)
     critical, named = _critical(lab, settings)
-    settings = replace(settings, critical=named)
+    settings = replace(
+        settings,
+        bits=tuple(several(settings.bits)),
+        block=tuple(several(settings.block)),
+        critical=named,
+    )
     gguf = settings.export.gguf
     kept = None if gguf is None else tensor_types(lab.anatomy, critical.entries, gguf)
     if streamed:

@@ -17,9 +17,16 @@ from torch import Tensor
 
 from surgeon.anatomy import Anatomy, Entry
 from surgeon.measure import mean_nll
-from surgeon.quantize import ActivationConfig, QuantizeConfig, Treatment, activation_table
+from surgeon.quantize import (
+    ActivationConfig,
+    ActivationRow,
+    QuantizeConfig,
+    Treatment,
+    activation_table,
+)
 from surgeon.quantize.activations import PER, Place, held_entries, places, quantized_activations
-from surgeon.quantize.compare import INT8, split
+from surgeon.quantize.compare import INT8
+from surgeon.studies.quantize import split
 
 VALUES = {
     "z": (3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0),
@@ -79,10 +86,13 @@ def fitted(
     fit, _ = split(windows)
     values = VALUES[config.clip]
     ways = [Treatment(replace(config, method="clip", clip_value=value)) for value in values]
-    # the table would judge on the second half of what it is given
-    rows = activation_table(anatomy, torch.cat([fit, fit]), config, weights=weights, ways=ways).rows
-    least = min(rows, key=lambda row: inf if row.kl is None else row.kl)
-    return least.treatment.config
+    rows = activation_table(anatomy, fit, fit, config, weights=weights, ways=ways).rows
+    _, best = min(zip(rows, ways, strict=True), key=lambda pair: _kl(pair[0]))
+    return best.config
+
+
+def _kl(row: ActivationRow) -> float:
+    return inf if row.kl is None else row.kl
 
 
 @dataclass(frozen=True)

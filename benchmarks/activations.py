@@ -22,7 +22,8 @@ from surgeon.corpus import load_corpus, read_text
 from surgeon.find import find
 from surgeon.patients import heldout_text
 from surgeon.quantize import ActivationConfig, ActivationRow, Treatment, activation_table
-from surgeon.quantize.compare import CALIBRATION_WINDOWS, INT8
+from surgeon.quantize.compare import INT8
+from surgeon.studies.quantize import CALIBRATION_WINDOWS, split
 
 JUDGED, WINDOW = 16, 256
 HOLDS = (1, 16, 0)
@@ -53,9 +54,7 @@ def main() -> None:
             WINDOW,
             CALIBRATION_WINDOWS + JUDGED,
         )
-        critical = [
-            c.entry for s in find(anatomy, corpus).sets if s.verification.vital for c in s.entries
-        ]
+        critical = [c.entry for s in find(anatomy, corpus).sets if s.vital for c in s.entries]
         where = ", ".join(sorted({f"{e.site} row {e.row}" for e in critical}))
         print(
             f"\n## {Path(name).name} on {corpus.name}: {len(critical)} critical entries in {where}"
@@ -91,6 +90,7 @@ def alone(anatomy: Anatomy, windows: Tensor, critical: Sequence[Entry]) -> None:
 
 
 def together(anatomy: Anatomy, windows: Tensor, critical: Sequence[Entry], bits: int) -> None:
+    fit, judged = split(windows)
     few = [NAMED[name] for name in ("holdout", "control", "largest")]
     whole = [NAMED[name] for name in ("holdout", "control", "smooth, holdout")]
     for tensors, hold, methods in (
@@ -101,11 +101,11 @@ def together(anatomy: Anatomy, windows: Tensor, critical: Sequence[Entry], bits:
     ):
         config = ActivationConfig(bits, hold=hold, tensors=tensors)
         ways = treatments(anatomy, windows, config, methods)
-        result = activation_table(anatomy, windows, config, critical, ways=ways)
+        result = activation_table(anatomy, fit, judged, config, critical, ways=ways)
         if hold == 1:
             print(
-                f"\nW8A{bits}, {' + '.join(tensors)}: NLL {result.intact:.4f} intact,"
-                f" {number(result.weights)} with INT8 weights alone, {result.judged_on}"
+                f"\nW8A{bits}, {' + '.join(tensors)}: NLL {result.nll.intact:.4f} intact,"
+                f" {number(result.nll.weights_only)} with INT8 weights alone, {result.judged_on}"
                 f" windows; {result.smooth}\n"
             )
             print(
@@ -120,7 +120,7 @@ def together(anatomy: Anatomy, windows: Tensor, critical: Sequence[Entry], bits:
 
 
 def line(method: Method, hold: int, tensor: ActivationRow, token: ActivationRow) -> str:
-    values = [row.treatment.config.clip_value for row in (tensor, token)]
+    values = [row.clip_value for row in (tensor, token)]
     clipped = "" if method.clip is None else " ({:g}, {:g})".format(*values)
     share = f"{hold or 'all'} ({tensor.held:.2g})" if tensor.held else ""
     numbers = " | ".join(
@@ -131,11 +131,12 @@ def line(method: Method, hold: int, tensor: ActivationRow, token: ActivationRow)
 
 
 def smoothed(anatomy: Anatomy, windows: Tensor, critical: Sequence[Entry], bits: int) -> None:
+    fit, judged = split(windows)
     config = ActivationConfig(bits, per="tensor")
     ways = [Treatment(config, smooth) for smooth in ("norms", "everywhere")]
     for alpha in ALPHAS:
-        result = activation_table(anatomy, windows, config, critical, INT8, alpha, ways)
-        kls = [f"smooth {row.treatment.smooth} per tensor {number(row.kl)}" for row in result.rows]
+        result = activation_table(anatomy, fit, judged, config, critical, INT8, alpha, ways)
+        kls = [f"smooth {row.smooth} per tensor {number(row.kl)}" for row in result.rows]
         print(f"\nalpha {alpha}: KL {', '.join(kls)}", flush=True)
 
 

@@ -75,9 +75,7 @@ def main() -> None:
             WINDOW,
             CALIBRATION + JUDGED,
         )
-        critical = [
-            c.entry for s in find(anatomy, corpus).sets if s.verification.vital for c in s.entries
-        ]
+        critical = [c.entry for s in find(anatomy, corpus).sets if s.vital for c in s.entries]
         calibration, windows = corpus.windows[:CALIBRATION], corpus.windows[CALIBRATION:]
         squares = input_mean_squares(
             anatomy, calibration, quantized_sites(anatomy, QuantizeConfig())
@@ -88,13 +86,12 @@ def main() -> None:
             f" {corpus.name}, {len(critical)} critical entries\n"
         )
 
-        blocks = [Block.parse(b) for b in BLOCKS]
+        grids = [Grid(n, block=Block.parse(b)) for n in BITS for b in BLOCKS]
         rows = sweep(
             anatomy,
             windows,
             QuantizeConfig(),
-            BITS,
-            blocks,
+            grids,
             critical,
             progress=tell,
         )
@@ -120,16 +117,9 @@ def main() -> None:
                 config = QuantizeConfig(Grid(bits, block=Block.parse(block)))
                 nll = [nlls[bits, block, "rtn"]]
                 for settings in CLIPS.values():
-                    nll.append(
-                        table(
-                            anatomy,
-                            windows,
-                            replace(config, **settings),
-                            critical,
-                            squares,
-                            methods=["holdout"],
-                        )[0].nll
-                    )
+                    own = replace(config, **settings)
+                    (held,) = table(anatomy, windows, own, critical, squares, methods=["holdout"])
+                    nll.append(held.row.nll)
                 line(bits, block, *best(nll))
     print("\n" + " ".join(missing_peers()))
 

@@ -28,12 +28,25 @@ from surgeon.measure import (
     Share,
 )
 from surgeon.measure.scorecard import Says
+from surgeon.quantize import (
+    ActivationConfig,
+    ActivationNLL,
+    ActivationRow,
+    ActivationTable,
+    MatrixReport,
+    QuantizeConfig,
+    RoundedWeights,
+    Row,
+    SmoothedCount,
+    TensorTypes,
+)
 from surgeon.result import CorpusRecord, Provenance, Result
 from surgeon.studies.ablate import Injury
 from surgeon.studies.edit import EditResult
 from surgeon.studies.edit_layers import LayerRanking, LayerTrial
 from surgeon.studies.edit_many import EditsResult
 from surgeon.studies.measure import Generation, Measurement, TaskAccuracy
+from surgeon.studies.quantize import Base, HeldOut, QuantizeResult, Written
 from surgeon.studies.sites import SiteList, SiteRecord
 from surgeon.trace import Corruption, LayerEffect, RestoredSite, TraceAverage, TraceResult
 from surgeon.trace.result import AverageIntervals, TraceIntervals
@@ -55,6 +68,7 @@ def made_results(text: str = "text") -> dict[str, Result]:
         layer_ranking(text),
         trace_result(text),
         trace_average(text),
+        quantize_result(text),
     )
     return {one.kind: one for one in made}
 
@@ -136,6 +150,40 @@ def measurement(text: str = "text") -> Measurement:
         loop_rate=0.0,
         tasks={text: TaskAccuracy(0.5, 0.4)},
         provenance=provenance(text, "measure"),
+    )
+
+
+def quantize_result(text: str = "text") -> QuantizeResult:
+    """The four methods; `table` can be replaced by a sweep's, with weights None."""
+    nll = {"rtn": None, "clip": 0.9, "restore": 1.1, "holdout": 0.8}
+    rows = [
+        Row(method, 4, text, 4.125, value, value and 0.1, 0.9, {text: 0.5})
+        for method, value in nll.items()
+    ]
+    report = MatrixReport((32, 48), 4, 12, 2.5, 3, 1, 0.01, True, 4.125)
+    entry = Entry(DOWN, 3, 5)
+    treatment = ActivationRow("token", "holdout", 8, None, None, "norms", 0.01, 0.85, 0.1, 0.9)
+    return QuantizeResult(
+        8,
+        2,
+        HeldOut([entry], text),
+        Base(0.7, {text: 0.6}),
+        rows,
+        RoundedWeights(QuantizeConfig(), [entry], {DOWN: report}),
+        ActivationTable(
+            ActivationConfig(),
+            QuantizeConfig(),
+            0.5,
+            [entry],
+            8,
+            2,
+            ActivationNLL(0.7, 0.8),
+            {"norms": SmoothedCount(2, 0)},
+            [treatment],
+        ),
+        Written("sidecar", text, 1000, {DOWN: report, Site(1, "mlp.down"): None}),
+        TensorTypes({text: (DOWN,)}, "q8_0"),
+        provenance=provenance(text, "quantize"),
     )
 
 

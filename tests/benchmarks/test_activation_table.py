@@ -35,12 +35,10 @@ def test_every_method_with_its_fitted_limits():
     anatomy = planted()
     config = ActivationConfig(bits=4)
     ways = table.treatments(anatomy, WINDOWS, config)
-    rows = activation_table(anatomy, WINDOWS, config, CRITICAL, ways=ways).rows
-    named = dict(
-        zip(
-            [(m.name, per) for per in ("tensor", "token") for m in table.METHODS], rows, strict=True
-        )
-    )
+    rows = activation_table(anatomy, WINDOWS[:2], WINDOWS[2:], config, CRITICAL, ways=ways).rows
+    names = [(m.name, per) for per in ("tensor", "token") for m in table.METHODS]
+    named = dict(zip(names, rows, strict=True))
+    config_of = dict(zip(names, [way.config for way in ways], strict=True))
     assert len(named) == 20
     held = {named[name, "token"].held for name in ("holdout", "control", "largest")}
     assert len(held) == 1
@@ -48,7 +46,7 @@ def test_every_method_with_its_fitted_limits():
     for clip in ("z", "percentile"):
         row = named[f"clip {clip}", "tensor"]
         with quantized(anatomy, INT8):
-            own = row.treatment.config
+            own = config_of[f"clip {clip}", "tensor"]
             with quantized_activations(anatomy, own):
                 assert row.nll == pytest.approx(mean_nll(anatomy.model, WINDOWS[2:]), abs=1e-6)
 

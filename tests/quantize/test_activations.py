@@ -22,10 +22,11 @@ from surgeon.quantize.activations import (
     quantize_activation,
     quantized_activations,
 )
-from surgeon.quantize.compare import INT8, Treatment, activation_table
+from surgeon.quantize.compare import INT8, ActivationTable, Treatment, activation_table
 from surgeon.quantize.grid import Block, Grid, quantize_matrix
 from surgeon.quantize.quantize import prepare, quantized
 from surgeon.quantize.smooth import smoothing
+from surgeon.result import as_json, of_json
 from surgeon.tap import Tap
 
 CAUSAL = [name for name in CONFIGS if name != "bert"]
@@ -320,17 +321,14 @@ def test_the_table_is_what_its_parts_give():
     anatomy = planted()
     state = {n: p.detach().clone() for n, p in anatomy.model.named_parameters()}
     config = ActivationConfig(bits=4)
-    result = activation_table(anatomy, WINDOWS, config, CRITICAL)
-    judged = WINDOWS[2:]
+    fit, judged = WINDOWS[:2], WINDOWS[2:]
+    result = activation_table(anatomy, fit, judged, config, CRITICAL)
     assert (result.fitted_on, result.judged_on) == (2, 2)
-    assert result.intact == pytest.approx(mean_nll(anatomy.model, judged), abs=1e-6)
-    rows = {
-        (r.treatment.config.method, r.treatment.smooth, r.treatment.config.per): r
-        for r in result.rows
-    }
+    assert result.nll.intact == pytest.approx(mean_nll(anatomy.model, judged), abs=1e-6)
+    rows = {(r.method, r.smooth, r.per): r for r in result.rows}
     assert len(rows) == len(result.rows) == 10
     with quantized(anatomy, INT8, CRITICAL):
-        assert result.weights == pytest.approx(mean_nll(anatomy.model, judged), abs=1e-6)
+        assert result.nll.weights_only == pytest.approx(mean_nll(anatomy.model, judged), abs=1e-6)
         for method in ("naive", "holdout", "control"):
             for per in ("tensor", "token"):
                 own = replace(config, per=per, method=method)
@@ -359,7 +357,7 @@ def test_the_table_is_what_its_parts_give():
     assert naive.top1_agreement == float((plain.argmax(-1) == rounded.argmax(-1)).double().mean())
     assert naive.held == 0
     assert rows["holdout", None, "token"].held == rows["control", None, "token"].held > 0
-    document = json.loads(json.dumps(result.to_json()))
+    document = json.loads(json.dumps(as_json(result)))
     assert document["smooth"] == {"norms": {"folded_norms": 6, "divided_inputs": 0}}
     assert document["rows"][3] == {
         "per": "tensor",
@@ -373,6 +371,7 @@ def test_the_table_is_what_its_parts_give():
         "kl": result.rows[3].kl,
         "top1_agreement": result.rows[3].top1_agreement,
     }
+    assert of_json(ActivationTable, document, "activations") == result
     assert all(torch.equal(p, state[n]) for n, p in anatomy.model.named_parameters())
 
 
@@ -380,7 +379,9 @@ def test_treatments_of_ones_own():
     anatomy = planted()
     clipped = Treatment(ActivationConfig(4, "tensor", "clip", "z", 3.0))
     largest = Treatment(ActivationConfig(4, "token", "largest"), "everywhere")
-    result = activation_table(anatomy, WINDOWS, critical=CRITICAL, ways=[clipped, largest])
+    result = activation_table(
+        anatomy, WINDOWS[:2], WINDOWS[2:], critical=CRITICAL, ways=[clipped, largest]
+    )
     with quantized(anatomy, INT8), quantized_activations(anatomy, clipped.config):
         assert result.rows[0].nll == pytest.approx(mean_nll(anatomy.model, WINDOWS[2:]), abs=1e-6)
     with (
@@ -390,14 +391,15 @@ def test_treatments_of_ones_own():
     ):
         assert result.rows[1].nll == pytest.approx(mean_nll(anatomy.model, WINDOWS[2:]), abs=1e-6)
     assert list(result.smooth) == ["everywhere"]
-    assert result.rows[0].to_json()["clip_value"] == 3.0
+    assert result.rows[0].clip_value == 3.0
 
 
 def test_float_weights_are_left_alone_if_asked():
     anatomy = Anatomy.of(tiny_model("llama"))
     result = activation_table(
         anatomy,
-        WINDOWS,
+        WINDOWS[:2],
+        WINDOWS[2:],
         critical=CRITICAL,
         weights=None,
         ways=[Treatment(ActivationConfig(per="token"))],
@@ -405,6 +407,7 @@ def test_float_weights_are_left_alone_if_asked():
     with quantized_activations(anatomy, ActivationConfig(per="token")):
         assert result.rows[0].nll == pytest.approx(mean_nll(anatomy.model, WINDOWS[2:]), abs=1e-6)
     assert result.weights is None
+    assert result.nll.weights_only is None
 
 
 @pytest.mark.parametrize(
@@ -428,8 +431,6 @@ def test_settings_that_make_no_sense_are_refused(settings):
 
 def test_what_cannot_be_done_is_refused():
     anatomy = Anatomy.of(tiny_model("llama"))
-    with pytest.raises(BadInput, match="at least two windows"):
-        activation_table(anatomy, WINDOWS[:1])
     with pytest.raises(BadInput, match="smooth awq is not known"):
         Treatment(ActivationConfig(), "awq")
     with pytest.raises(BadInput, match="alpha"):

@@ -27,6 +27,7 @@ from surgeon.quantize import (
     quantize_,
     quantized_sites,
 )
+from surgeon.result import as_json
 
 IDS = torch.arange(3, 35)[None]
 CONFIG = QuantizeConfig(Grid(4, block=Block.parse("square:8")), weighted=True)
@@ -52,17 +53,17 @@ def test_a_dense_export_loads_and_computes_what_the_model_in_memory_does(
     anatomy = Anatomy.of(loaded)
     squares = input_mean_squares(anatomy, IDS, quantized_sites(anatomy, CONFIG))
     entries = (Entry(anatomy.downs()[0], 3, 5),)
-    export_dense(ExportPlan(folder, tmp_path / "out", CONFIG, entries, squares))
+    reports = export_dense(ExportPlan(folder, tmp_path / "out", CONFIG, entries, squares))
     quantize_(anatomy, CONFIG, entries, squares)
     again = type(loaded).from_pretrained(tmp_path / "out", dtype="auto").eval()
     assert again.dtype == dtype
     assert torch.equal(again(input_ids=IDS).logits, loaded(input_ids=IDS).logits)
     assert len(list(folder.glob("*.safetensors"))) > 1
     record = json.loads((tmp_path / "out" / "surgeon_quantize.json").read_text())
-    assert [m["site"] for m in record["matrices"]] == [
-        str(s) for s in quantized_sites(anatomy, CONFIG)
-    ]
-    assert sum(m["held"] for m in record["matrices"]) == 1
+    assert set(record["matrices"]) == set(map(str, quantized_sites(anatomy, CONFIG)))
+    assert list(reports) == quantized_sites(anatomy, CONFIG)
+    assert as_json(reports) == record["matrices"]
+    assert sum(m["held"] for m in record["matrices"].values()) == 1
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -141,10 +142,8 @@ def test_a_killed_export_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytes
             progress=lambda _, n, of: told.append((n, of)),
         )
     )
-    assert set(after) | kept == {
-        m["site"]
-        for m in json.loads((tmp_path / "whole" / "surgeon_quantize.json").read_text())["matrices"]
-    }
+    record = json.loads((tmp_path / "whole" / "surgeon_quantize.json").read_text())
+    assert set(after) | kept == set(record["matrices"])
     assert not set(after) & kept
     assert told == [(n, 21) for n in range(len(kept) + 1, 22)]
     assert files(tmp_path / "out") == files(tmp_path / "whole")

@@ -23,6 +23,7 @@ from surgeon.quantize import (
     sweep,
     table,
 )
+from surgeon.result import as_json
 
 WINDOWS = torch.randint(3, 99, (4, 16), generator=torch.Generator().manual_seed(0))
 CONFIG = QuantizeConfig(Grid(3, block=Block.parse("flat:256")))
@@ -39,15 +40,16 @@ ENTRY = Entry.parse("L0.mlp.down[5, 7]")
 
 
 def test_each_row_is_what_the_model_does_so_quantized(anatomy: Anatomy):
-    rows = table(
+    judged = table(
         anatomy,
         WINDOWS,
         CONFIG,
         [ENTRY],
         examine=lambda: {"weight": float(anatomy.view(ENTRY.site).read()[5, 7])},
     )
+    rows = [one.row for one in judged]
     assert [r.method for r in rows] == list(METHODS)
-    for row in rows:
+    for row, weights in ((one.row, one.weights) for one in judged):
         with quantized(anatomy, replace(CONFIG, method=row.method), [ENTRY]) as result:
             assert row.nll == mean_nll(anatomy.model, WINDOWS)
             assert row.accuracy == {"weight": float(anatomy.view(ENTRY.site).read()[5, 7])}
@@ -59,8 +61,8 @@ def test_each_row_is_what_the_model_does_so_quantized(anatomy: Anatomy):
             moved.top1_agreement,
             result.bits_per_weight,
         )
-        assert row.result is not None
-        assert row.to_json().keys() == {
+        assert weights == result
+        assert as_json(row).keys() == {
             "method",
             "bits",
             "block",
@@ -85,8 +87,7 @@ def test_a_sweep_is_its_tables(anatomy: Anatomy):
         anatomy,
         WINDOWS,
         CONFIG,
-        (8, 3),
-        [Block("tensor"), Block("channel")],
+        [Grid(n, block=Block(kind)) for n in (8, 3) for kind in ("tensor", "channel")],
         [ENTRY],
         progress=lambda *a: told.append(a),
     )
@@ -94,8 +95,8 @@ def test_a_sweep_is_its_tables(anatomy: Anatomy):
         (b, k, m) for b in (8, 3) for k in ("tensor", "channel") for m in METHODS
     ]
     one = table(anatomy, WINDOWS, replace(CONFIG, grid=Grid(3, block=Block("channel"))), [ENTRY])
-    assert [r.to_json() for r in rows[-4:]] == [r.to_json() for r in one]
-    assert told[-1] == ("sweep", 4, 4)
+    assert rows[-4:] == [judged.row for judged in one]
+    assert told[-1] == ("methods", 16, 16)
 
 
 def row(bits: float, nll: float | None) -> Row:
@@ -123,7 +124,5 @@ def test_a_weighted_search_minds_the_inputs(anatomy: Anatomy):
         ]
         for w in (False, True)
     )
-    assert plain.result is not None
-    assert weighted.result is not None
-    chosen = [{str(s): m.clip for s, m in r.result.matrices.items()} for r in (plain, weighted)]
+    chosen = [{s: m.clip for s, m in r.weights.matrices.items()} for r in (plain, weighted)]
     assert chosen[0] != chosen[1]

@@ -11,7 +11,8 @@ from tiny import CONFIGS, tiny_model
 
 from surgeon.anatomy import Anatomy, Entry, Site
 from surgeon.errors import BadInput
-from surgeon.quantize import tensor_types
+from surgeon.quantize import TensorTypes, tensor_types
+from surgeon.result import as_json, of_json
 
 WITHOUT_GGUF = {"opt"}
 
@@ -64,11 +65,10 @@ def test_the_line_matches_its_tensors_and_no_other() -> None:
     ]
     assert [t for t in everything if any(re.search(p, t) for p in patterns)] == list(wanted.tensors)
     assert {w.partition("=")[2] for w in words[1::2]} == {"f16"}
-    assert wanted.to_json()["tensors"][0] == {
-        "tensor": "blk.1.ffn_down.weight",
-        "type": "f16",
-        "sites": ["L1.mlp.down"],
-    }
+    document = as_json(wanted)
+    assert document["tensors"]["blk.1.ffn_down.weight"] == ["L1.mlp.down"]
+    assert (document["kind"], document["line"]) == ("f16", wanted.line)
+    assert of_json(TensorTypes, document, "gguf") == wanted
 
 
 def test_refusals() -> None:

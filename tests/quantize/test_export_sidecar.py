@@ -19,6 +19,7 @@ from tiny import CONFIGS, tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import surgeon.quantize.formats.packing as packing
+import surgeon.quantize.formats.sidecar_loader  # noqa: F401 - what loads them
 from surgeon.anatomy import Anatomy, Entry, load_model
 from surgeon.anatomy.load import locate
 from surgeon.errors import BadCheckpoint, BadInput, BadPatch, WrongBase
@@ -32,7 +33,7 @@ from surgeon.quantize import (
     quantize_,
     quantize_matrix,
 )
-from surgeon.quantize.formats.sidecar_loader import CORRECTION
+from surgeon.quantize.formats.sidecar import CORRECTION
 
 BLOCKS = ["tensor", "channel", "group:5", "flat:7", "square:4"]
 
@@ -125,12 +126,13 @@ def test_logits_of_the_patient_and_size_of_the_folder(tmp_path: Path) -> None:
     assert (tmp_path / "packed" / CORRECTION).stat().st_size < 4_000 + 16 * len(entries)
 
 
-def test_import_surgeon_is_all_it_takes(tmp_path: Path) -> None:
+def test_one_import_is_all_it_takes(tmp_path: Path) -> None:
     """In a process of its own, which nothing has prepared; from a folder, and from the Hub."""
     model = tiny_model("llama")
     folder, critical = exported(model, tmp_path, QuantizeConfig(Grid(3)))
     code = (
-        "import sys, surgeon; from transformers import AutoModelForCausalLM\n"
+        "import sys, surgeon.quantize.formats.sidecar_loader\n"
+        "from transformers import AutoModelForCausalLM\n"
         "for name in sys.argv[1:]:\n"
         "    model = AutoModelForCausalLM.from_pretrained(name)\n"
         "    print(float(model.get_parameter('model.layers.1.mlp.down_proj.weight')[5, 7]))"

@@ -165,8 +165,11 @@ def test_no_block_says_what_one_is(text: str):
 
 
 def test_what_cannot_be_rounded_is_refused():
-    for bits in (1, 9):
-        with pytest.raises(BadInput, match="2 to 8"):
+    for bits, said in (
+        (1, "bits is 1; it must be at least 2"),
+        (9, "bits is 9; it must be at most 8"),
+    ):
+        with pytest.raises(BadInput, match=said):
             Grid(bits)
     with pytest.raises(SurgeonError, match="NaN or infinity"):
         quantize_matrix(torch.tensor([[1.0, torch.nan]]), Grid(4))

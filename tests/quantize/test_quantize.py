@@ -14,6 +14,7 @@ from surgeon.quantize import (
     Block,
     Grid,
     QuantizeConfig,
+    RoundedWeights,
     input_mean_squares,
     prepare,
     quantize_,
@@ -21,6 +22,7 @@ from surgeon.quantize import (
     quantized,
     quantized_sites,
 )
+from surgeon.result import as_json, of_json
 
 IDS = torch.arange(3, 35).view(2, 16)
 RTN = QuantizeConfig(Grid(3, block=Block.parse("group:8")), "rtn")
@@ -60,7 +62,7 @@ def test_every_projection_is_rounded_and_the_model_comes_back(kind: str):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert torch.equal(logits(model), own)
     assert not torch.allclose(inside, own)
-    assert quantize_(anatomy, RTN, [entry]).to_json() == result.to_json()
+    assert quantize_(anatomy, RTN, [entry]) == result
     assert torch.equal(logits(model), inside)
 
 
@@ -87,7 +89,8 @@ def test_held_entries_keep_their_bits_in_bfloat16():
     assert result.matrices[site].held == result.held == 2  # named twice, held once
     per = {s: m.bits_per_weight for s, m in result.matrices.items()}
     assert per[site] == pytest.approx(3 + 16 * 24 / 1536 + 2 * 48 / 1536)
-    assert result.to_json()["matrices"][0]["site"] == "L0.attn.q"
+    assert next(iter(as_json(result)["matrices"])) == "L0.attn.q"
+    assert of_json(RoundedWeights, as_json(result), "weights") == result
 
 
 def test_two_preparations_do_not_meet():

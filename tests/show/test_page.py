@@ -40,6 +40,12 @@ SECTIONS = {
     "detect": ["Where the channel rises", "Candidates", "Looked at and rejected"],
     "verify": ["Damage beside its controls"],
     "ablate": ["The injury"],
+    "quantize": [
+        "Quantized, four ways",
+        "Matrix by matrix",
+        "Activations rounded, too",
+        "Written",
+    ],
     "measure": ["Measured", "Tasks", "What it writes"],
     "sites": ["Sites"],
     "edit": ["An edit and its forecast", "Control prompts", "What it writes"],

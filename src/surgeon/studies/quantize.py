@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..anatomy import Entry, Site, StreamedAnatomy
 from ..anatomy.load import locate
-from ..corpus import Corpus
 from ..errors import BadInput, SurgeonError
 from ..files import check_new_folder, unfinished
 from ..find import FindResult
@@ -176,6 +175,11 @@ class Settings:
         return [replace(base, bits=n, block=Block.parse(b)) for n in bits for b in blocks]
 
     @property
+    def fits(self) -> bool:
+        """Whether something is fitted to text."""
+        return self.quantize.weighted or self.activations.activations is not None
+
+    @property
     def config(self) -> QuantizeConfig:
         """What is written, and what the table is of."""
         return replace(self.quantize, grid=self.grids[0])
@@ -264,7 +268,12 @@ def run(lab: Lab, settings: Settings) -> QuantizeResult:
     if streamed:
         _check_streamed(settings)
     critical, named = _critical(lab, settings)
-    settings = replace(settings, critical=named)
+    settings = replace(
+        settings,
+        bits=tuple(several(settings.bits)),
+        block=tuple(several(settings.block)),
+        critical=named,
+    )
     gguf = settings.export.gguf
     kept = None if gguf is None else tensor_types(lab.anatomy, critical.entries, gguf)
     if streamed:
@@ -275,7 +284,10 @@ def run(lab: Lab, settings: Settings) -> QuantizeResult:
     require_causal(lab.model)
     corpus = lab.corpus(settings.text)
     provenance = lab.provenance(settings, corpus.record())
-    calibration, judged = split(corpus, settings)
+    judged = corpus.windows
+    calibration = judged[:0]
+    if settings.fits:
+        calibration, judged = split(judged, corpus.name)
     examine = _examination(lab, settings)
     base = _base(lab, judged, examine)
     squares = _mean_squares(lab, settings, calibration)
@@ -305,17 +317,14 @@ def run(lab: Lab, settings: Settings) -> QuantizeResult:
     )
 
 
-def split(corpus: Corpus, settings: Settings) -> tuple[Tensor, Tensor]:
-    """The windows to calibrate on, none where nothing is fitted to text, and those to judge on.
+def split(windows: Tensor, name: str = "the text") -> tuple[Tensor, Tensor]:
+    """The windows to calibrate on, and the others, to judge on; no window is both.
 
-    No window is both. Raises: BadInput if there is but one, and two are needed.
+    Raises: BadInput if there is but one.
     """
-    windows = corpus.windows
-    if not settings.quantize.weighted and settings.activations.activations is None:
-        return windows[:0], windows
     if len(windows) < 2:
         raise BadInput(
-            f"{corpus.name} gives one window; two are needed, to calibrate on and to judge on."
+            f"{name} gives one window; two are needed, to calibrate on and to judge on."
             " Give more text."
         )
     cut = min(CALIBRATION_WINDOWS, len(windows) // 2)

@@ -203,6 +203,7 @@ ONE_OF_SEVERAL = {
     "edit": FACT,
     "edit layers": FACT,
     "edit many": {"facts": "facts.jsonl"},
+    "quantize": {"bits": 4},
 }
 
 

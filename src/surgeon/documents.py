@@ -66,3 +66,9 @@ def _check(path: str | Path, value: Any) -> None:
             f"{path} holds {value!r}, a {type(value).__name__}; write it in quotes, if a text is"
             " meant."
         )
+
+
+def beside(document: Path, name: str) -> str:
+    """A file that a document names, as a whole path: beside it, or else in the working folder."""
+    there = document.parent / name
+    return str((there if there.exists() else Path(name)).resolve())

@@ -5,38 +5,42 @@ a sentence.
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from surgeon.cli.recipes.reading import read_yaml
-from surgeon.cli.recipes.repair import SHOWN, Recipe, read_recipe
-from surgeon.repair import RepairConfig
+from surgeon.repair import REFERENCE
+from surgeon.studies.recipes.reading import Recipe, read_recipe
+from surgeon.studies.recipes.repair import SHOWN
+from surgeon.studies.registry import read_result, study_named
+from surgeon.studies.run import KINDS
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
-def read(path: Path) -> Recipe:
-    return read_recipe(path, read_yaml(path, ["injury"]))
+def repair_of(recipe: Recipe) -> Any:
+    """The settings that the recipe's repair is made with."""
+    return study_named("repair").configured(recipe.step("repair", "repair", recipe.body["repair"]))
 
 
 def test_the_shipped_recipes_read():
-    names = {
-        p.name for p in RECIPES.glob("*.yaml") if not p.name.startswith("sweep-")
-    }  # plans of sweeps are read by tests/sweep
+    # plans of sweeps are read by tests/sweep
+    names = {p.name for p in RECIPES.glob("*.yaml") if not p.name.startswith("sweep-")}
     assert names == {
         "olmo-1b-superweight.yaml",
         "patient-superweight.yaml",
         "four-edits.yaml",
         "rome-conditioning.yaml",
     }
-    olmo, patient = (
-        read(RECIPES / n) for n in ("olmo-1b-superweight.yaml", "patient-superweight.yaml")
-    )
-    assert olmo.at == ("L1.mlp.down[1764, 1710]",)
-    assert olmo.repair == patient.repair == RepairConfig.reference()
-    assert (olmo.window, olmo.windows) == (patient.window, patient.windows)
-    assert olmo.published["recovered"] == 0.927
-    assert patient.at == "vital"
+    recipes = {name: read_recipe(RECIPES / name) for name in names}
+    assert all(set(recipe.body) & set(KINDS) for recipe in recipes.values())
+    olmo, patient = recipes["olmo-1b-superweight.yaml"], recipes["patient-superweight.yaml"]
+    assert olmo.body["injury"]["at"] == ["L1.mlp.down[1764, 1710]"]
+    assert patient.body["injury"]["at"] == "vital"
+    assert olmo.text == patient.text == {"window": 128, "windows": 240}
+    assert olmo.body["published"]["recovered"] == 0.927
+    reference = study_named("repair").configured({"injury": "p", **REFERENCE})
+    assert repair_of(olmo).repair == repair_of(patient).repair == reference.repair
 
 
 def test_the_shipped_plan_of_a_sweep_reads(surgeon):
@@ -62,7 +66,7 @@ def test_the_patient_is_broken_and_repaired_offline(surgeon, tmp_path):
     assert repair["control"]["recovered"] < repair["recovered"] - 0.25
     assert repair["steps"] == 400
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "run.json",
+        "recipe-repair.json",
         "injury.safetensors",
         "repair.safetensors",
         "report.html",
@@ -87,12 +91,14 @@ def test_published_figures_stand_beside_the_measured_ones(surgeon, folder, text,
     assert "published" in stdout
     assert "measured" in stdout
     assert {p.name for p in run.iterdir()} == {
-        "run.json",
+        "recipe-repair.json",
         "injury.safetensors",
         "repair.safetensors",
         "report.html",
     }
-    assert json.loads((run / "run.json").read_text())["figures"] == document["figures"]
+    kept = json.loads((run / "recipe-repair.json").read_text())
+    assert kept["figures"] == document["figures"]
+    assert read_result(kept).to_json() == kept
     assert "Published and measured" in (run / "report.html").read_text()
 
 
@@ -101,47 +107,71 @@ def test_published_figures_stand_beside_the_measured_ones(surgeon, folder, text,
     [
         ("[1, 2]", "should be a mapping"),
         ("title: x\nmodel: y: z", "not YAML"),
-        ("title: x\nmodel: y\n", "should hold one of injury, edits, conditioning"),
-        ("title: x\nmodel: y\ninjury: {at: banana}\n", "injury.at is 'banana'"),
-        ("title: x\nmodel: y\ninjury: {at: []}\n", "injury.at"),
-        ("title: x\nmodel: y\nbanana: 1\ninjury: {at: vital}\n", "banana is not a key"),
-        ("title: x\nmodel: y\ninjury: {at: vital, how: 1}\n", "injury.how is not a key"),
         (
-            "title: x\nmodel: y\ninjury: {at: vital}\nrepair: {learning: 1}\n",
-            "repair.learning is not a key",
+            "title: x\nmodel: y\n",
+            "should hold one of injury, edits, together, conditioning, and it",
+        ),
+        ("title: x\nmodel: y\ninjury: {at: banana}\n", "'banana' is not an entry"),
+        ("title: x\nmodel: y\ninjury: {mode: zero}\n", "r.yaml: injury: ablate needs at."),
+        ("title: x\nmodel: y\nbanana: 1\ninjury: {at: vital}\n", "banana is not a key of a recipe"),
+        (
+            "title: x\nmodel: y\ninjury: {at: vital, mod: 1}\n",
+            "injury.mod is not a setting of ablate; did you mean mode",
         ),
         (
-            "title: x\nmodel: y\ninjury: {at: vital}\nrepair: {distil: {x: 1}}\n",
-            "repair.distil.x is not a key",
+            "title: x\nmodel: y\ninjury: {at: vital}\nrepair: {learning: 1}\n",
+            "repair.learning is not a setting of repair",
+        ),
+        ("title: x\nmodel: y\ninjury: {at: vital}\nrepair: 3\n", "repair should be a mapping"),
+        (
+            "title: x\nmodel: y\ninjury: {at: vital}\nrepair: {steps: -1}\n",
+            "r.yaml: repair: steps is -1; it must be at least",
         ),
         ("title: x\nmodel: y\ninjury: {at: vital}\nrepair: {method: pray}\n", "pray"),
         ("title: x\nmodel: y\nwindow: many\ninjury: {at: vital}\n", "window is 'many'"),
         ("title: x\nmodel: y\ninjury: {at: vital}\npublished: {nll.base: low}\n", "to numbers"),
-        ("title: x\ninjury: {at: vital}\n", "needs a title, a model"),
+        ("title: x\ninjury: {at: vital}\n", "with a title and a model"),
         ("title: x\nmodel: y\ninjury: {at: vital}\nedits: []\n", "holds injury and edits"),
         ("title: x\nmodel: y\nedits: 3\n", "edits should be a list"),
-        ("title: x\nmodel: y\nedits: [{prompt: a}]\n", "lacks prompt|lacks subject"),
+        ("title: x\nmodel: y\nedits: []\n", "names no edits"),
+        ("title: x\nmodel: y\nedits: [{prompt: a}]\n", "an edit of edits lacks subject, target"),
+        (
+            "title: x\nmodel: y\nedits: [{prompt: 'a', subject: b, target: c}]\n",
+            "should hold {} once",
+        ),
         (
             "title: x\nmodel: y\nedits: [{prompt: 'a {}', subject: b, target: c, banana: 1}]\n",
-            "edits.banana is not a key",
+            "edits.banana is not a setting of edit",
         ),
         (
             "title: x\nmodel: y\nedits: [{prompt: 'a {}', subject: b, target: c, method: pray}]\n",
-            "pray is no method",
+            "method pray is not known|pray",
         ),
         (
-            "title: x\nmodel: y\nedits: [{prompt: 'a {}', subject: b, target: c, controls: 1}]\n",
+            "title: x\nmodel: y\nedits: [{prompt: 'a {}', subject: b, target: c, controls: [1]}]\n",
             "list of texts",
         ),
-        ("title: x\nmodel: y\nedits: []\ntogether: [{facts: []}]\n", "needs a list of facts"),
-        ("title: x\nmodel: y\nconditioning: {subject: a}\n", "needs a subject and a target"),
         (
-            (
-                "title: x\nmodel: y\nconditioning: {subject: a, target: b, prompts: ['{}'],"
-                " tokens_per_dimension: [x], ridges: [1]}\n"
-            ),
-            "numbers",
+            "title: x\nmodel: y\nedits: [{prompt: 'a {}', subject: b, target: c, true: d}]\n",
+            "the key True is no text",
         ),
+        ("title: x\nmodel: y\ntogether: [{facts: []}]\n", "needs a list of facts"),
+        (
+            "title: x\nmodel: y\nconditioning: {subject: a, target: b, prompts: [], ridges: [1],"
+            " tokens_per_dimension: [1]}\n",
+            "at least one prompt",
+        ),
+        (
+            "title: x\nmodel: y\nconditioning: {prompts: ['{}'], ridges: [1],"
+            " tokens_per_dimension: [1]}\n",
+            "lacks subject, target",
+        ),
+        (
+            "title: x\nmodel: y\nconditioning: {subject: a, target: b, prompts: ['{}'],"
+            " tokens_per_dimension: [x], ridges: [1]}\n",
+            "list of numbers",
+        ),
+        ("title: 2024-01-01\nmodel: y\ninjury: {at: vital}\n", "write it in quotes"),
     ],
 )
 def test_a_wrong_recipe_is_said_so(surgeon, tmp_path, content, words):
@@ -160,7 +190,8 @@ def test_four_edits_on_the_patient(surgeon, tmp_path):
     status, out, _ = surgeon("run", RECIPES / "four-edits.yaml", "-o", tmp_path / "run", "--json")
     document = json.loads(out)
     assert status == 0
-    rows = document["edits"]
+    rows = [{"name": row["name"], **row["edit"]} for row in document["edits"]]
+    least = {row["edit"]["method"]: row["least_target_probability"] for row in document["edits"]}
     assert document["published"] == []
     p = {
         row["name"]: row["target_probability"]["after"]
@@ -175,7 +206,8 @@ def test_four_edits_on_the_patient(surgeon, tmp_path):
     ]
     together = {row["method"]: row for row in rows if row["name"] == "what is known of Google"}
     assert set(together) == {"rome", "emmet", "memit"}
-    assert min(row["least_target_probability"] for row in together.values()) > 0.9
+    assert min(least[method] for method in together if method != "rome") > 0.9
+    assert document["edits"][6]["least_target_probability"] > 0.9
     assert (
         together["memit"]["preflight"]["relative_damage"]
         < together["rome"]["preflight"]["relative_damage"]

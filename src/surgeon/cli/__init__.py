@@ -21,7 +21,6 @@ INTERRUPTED = 1
 OTHERS = {
     "cells": ("cells", "The same for models of gene expression."),
     "report": ("report", "Make one self-contained page of a run folder."),
-    "run": ("recipes", "Run a recipe: published figures beside the measured ones."),
 }
 ORDER = (
     *("demo", "sites", "find", "verify", "ablate", "repair", "measure", "explain", "trace", "edit"),

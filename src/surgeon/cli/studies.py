@@ -69,7 +69,9 @@ def _run(study: Study, context: click.Context, /, **values: Any) -> None:
         given = given_by(context, [one.name for one in settings_of(study.settings)])
         study.configured(given)  # what cannot be is said before a model is opened
         with progress_bar(err) as tell:
-            lab = _open(study, context, values.get("model", ""), bool(given.get("detect_only")))
+            lab = Desk()
+            if study.opens:
+                lab = _open(study, context, values["model"], bool(given.get("detect_only")))
             lab.listen(tell)
             result = study.run(lab, given, command_line())
         form = "json" if values["as_json"] else values.get("form", "text")
@@ -81,9 +83,7 @@ def _run(study: Study, context: click.Context, /, **values: Any) -> None:
 
 
 def _open(study: Study, context: click.Context, model: str, detect_only: bool) -> Any:
-    """The lab of the model; a desk without one for a study that opens none, or its own."""
-    if not study.opens:
-        return Desk()
+    """The lab of the model."""
     from ..studies.lab import open_lab
 
     opening = given_by(context, [one.name for one in settings_of(_opening(study))])

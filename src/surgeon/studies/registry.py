@@ -148,6 +148,13 @@ _ALL = (
         csv=True,
     ),
     Study(
+        "run",
+        "Run a recipe: published figures beside the measured ones.",
+        opens="",
+        positional=("recipe",),
+        output="folder",
+    ),
+    Study(
         "apply",
         "Write a checkpoint with patches applied.",
         opens="",
@@ -226,6 +233,9 @@ RESULTS = {
     "demo": "studies.demo:Demo",
     "sweep": "studies.sweep:SweepResult",
     "sweep table": "studies.sweep_table:SweepTable",
+    "recipe repair": "studies.recipes.repair:RepairRecipe",
+    "recipe edits": "studies.recipes.edits:EditsRecipe",
+    "recipe conditioning": "studies.recipes.conditioning:Conditioning",
     "apply": "studies.apply:Applied",
     "undo": "studies.undo:Undone",
     "export": "studies.export:Exported",

@@ -15,7 +15,7 @@ from typing import Any
 from ..anatomy.folder import fingerprint
 from ..anatomy.load import DTYPES, load_tokenizer, locate, read_config
 from ..corpus import BOS_POLICIES, DEFAULT_WINDOW
-from ..documents import read_yaml
+from ..documents import beside, read_yaml
 from ..errors import BadInput
 from ..settings import Setting, configured, nearest, setting, settings_of, values_of
 from .task import Operation, Task, Text, corpus_digest, shared
@@ -238,7 +238,7 @@ def _with_files(
         names = value if isinstance(value, list) else [value]
         if not all(isinstance(file, str) for file in names):
             continue  # its type is checked with the others'
-        files = [_beside(path, file) for file in names]
+        files = [beside(path, file) for file in names]
         try:
             digests = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
         except OSError as error:
@@ -255,15 +255,7 @@ def _texts(path: Path, value: Any) -> list[str | None]:
     if not value:
         return [None]
     names = _list_of(str, [value] if isinstance(value, str) else value, f"{path}: text")
-    return [_beside(path, name) for name in names]
-
-
-def _beside(path: Path, name: str) -> str:
-    """A file that the plan names, as a whole path: beside the plan, or else in the working
-    directory.
-    """
-    beside = path.parent / name
-    return str((beside if beside.exists() else Path(name)).resolve())
+    return [beside(path, name) for name in names]
 
 
 def _model(path: Path, name: str) -> str:
@@ -272,7 +264,7 @@ def _model(path: Path, name: str) -> str:
     """
     if name == "patient":
         return name
-    whole = _beside(path, name)
+    whole = beside(path, name)
     return whole if Path(whole).exists() else name
 
 

@@ -41,8 +41,12 @@ class StageConfig:
     genes: int = setting(256, "most genes of a cell, a random choice where it has more")
     draws: int = setting(3, "draws of masks over the same tokenised cells")
     ratio: float = setting(RATIO, "share of the values that a draw hides")
-    source: str = setting("auto", "expression: auto (as trained on), X, raw or layer:NAME", "NAME")
-    type: str | None = setting(None, "column of obs with the cell type, or a usual one", "COL")
+    source: str = setting(
+        "auto", "expression: auto (as trained on), X, raw or layer:NAME", metavar="NAME"
+    )
+    type: str | None = setting(
+        None, "column of obs with the cell type, or a usual one", metavar="COL"
+    )
     seed: int = setting(0, "seed of the choice of cells, the tokens and the masks")
 
     def __post_init__(self) -> None:

@@ -341,13 +341,19 @@ def check(
 class MapCellsConfig:
     """What is mapped, and beside what."""
 
-    at: tuple[str, ...] = setting((), "weights to take out together, or the worst one", "ENTRY")
+    at: tuple[str, ...] = setting(
+        (), "weights to take out together, or the worst one", metavar="ENTRY"
+    )
     plant: bool = setting(False, "map a weight of +0.25 nats, planted in a copy of the model")
-    gmt: str | None = setting(None, "gene sets: name, description, genes, tab-separated", "FILE")
+    gmt: str | None = setting(
+        None, "gene sets: name, description, genes, tab-separated", metavar="FILE"
+    )
     min_size: int = setting(EnrichConfig.min_size, "least scored genes in a gene set")
     null: int = setting(MapConfig.null, "arbitrary weights of equal damage; 0 for none")
-    condition: str | None = setting(None, "column of obs with the condition or stage", "COL")
-    donor: str | None = setting(None, "column of obs with the donors of a condition", "COL")
+    condition: str | None = setting(
+        None, "column of obs with the condition or stage", metavar="COL"
+    )
+    donor: str | None = setting(None, "column of obs with the donors of a condition", metavar="COL")
     seed: int = setting(0, "seed of everything random")
 
     def __post_init__(self) -> None:

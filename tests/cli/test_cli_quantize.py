@@ -187,7 +187,7 @@ def test_a_sweep_is_bits_by_block_by_method_with_its_front(
         (("--bits", "4", "--critical", "find", "--critical", ENTRY), "stand alone"),
         (
             ("--bits", "4", "--critical", "L0.mlp.down[5, 7]", "--critical", "L0.mlp.down[5, :]"),
-            "--critical: L0.mlp.down[5, :] and L0.mlp.down[5, 7] share an entry",
+            "--critical: L0.mlp.down[5, 7] and L0.mlp.down[5, :] share an entry",
         ),
         (("--bits", "4", "--critical", "L0.mlp.down[99, 7]"), "row 99 does not exist"),
         (("--bits", "4", "--sweep", "-o", "DIR"), "writes no checkpoint"),

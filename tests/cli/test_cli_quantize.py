@@ -247,7 +247,7 @@ def test_no_window_is_calibrated_on_and_judged_on(folder: Path, text: Path, swep
         by_hand = mean_nll(lab.model, windows[8:])
     (row,) = [r for r in result.rows() if (r["method"], r["bits"]) == ("holdout", 4)]
     assert row["nll"] == by_hand
-    assert row["damage"] == by_hand - result.base.nll
+    assert row["damage_nats"] == by_hand - result.base.nll
 
 
 def test_few_windows_are_halved_and_one_is_refused():

@@ -212,7 +212,7 @@ def main() -> None:
     ]
     measured |= {
         "checkpoint_gb": round(size / 1e9, 2),
-        "bytes_read_gb": round(found["streamed"]["bytes_read"] / 1e9, 2),
+        "bytes_read_gb": round(found["bytes_read"] / 1e9, 2),
         "seconds_to_read_the_checkpoint_once": measured_read["seconds"],
         "verdict": found["verdict"],
         "found": names,

@@ -207,9 +207,9 @@ def main() -> None:
     ] * options.detect_only
     document, measured = limited(command, limit)
     found = json.loads(document)
-    names = [
-        e["entry"] for s in found.get("sets", found.get("candidates", [])) for e in s["entries"][:1]
-    ]
+    strongest = [s["entries"][0] for s in found.get("sets", [])]
+    strongest += [c["contributions"][0] for c in found.get("candidates", [])]
+    names = [one["entry"] for one in strongest]
     measured |= {
         "checkpoint_gb": round(size / 1e9, 2),
         "bytes_read_gb": round(found["bytes_read"] / 1e9, 2),

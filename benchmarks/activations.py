@@ -120,8 +120,9 @@ def together(anatomy: Anatomy, windows: Tensor, critical: Sequence[Entry], bits:
 
 
 def line(method: Method, hold: int, tensor: ActivationRow, token: ActivationRow) -> str:
-    values = [row.clip_value for row in (tensor, token)]
-    clipped = "" if method.clip is None else " ({:g}, {:g})".format(*values)
+    clipped = ""
+    if tensor.clip_value is not None and token.clip_value is not None:
+        clipped = f" ({tensor.clip_value:g}, {token.clip_value:g})"
     share = f"{hold or 'all'} ({tensor.held:.2g})" if tensor.held else ""
     numbers = " | ".join(
         f"{number(row.nll)} | {number(row.kl)} | {row.top1_agreement:.3f}"

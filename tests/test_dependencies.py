@@ -18,7 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 OWN = {
     "surgeon",
-    *(f.stem for f in (ROOT / "tests").iterdir()),
+    *(f.stem for f in (ROOT / "tests").rglob("*")),
     *(f.stem for f in (ROOT / "benchmarks").iterdir()),
 }
 # what a benchmark compares with where it is installed; no extra installs them

@@ -18,13 +18,12 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from math import isfinite
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from .errors import BadInput
 
-C = TypeVar("C")
 _KEY = "setting"
 _PREFIX, _WITHOUT = "prefix", "without"
 
@@ -141,7 +140,7 @@ def settings_of(config: type | Any) -> list[Setting]:
     return found
 
 
-def configured(config: type[C] | C, given: Mapping[str, Any], kind: str = "") -> C:
+def configured(config: Any, given: Mapping[str, Any], kind: str = "") -> Any:
     """The settings at their defaults, but for what is `given` by name.
 
     config: a settings class, or an instance whose values are the defaults. kind: what these are
@@ -247,7 +246,7 @@ def _hints(owner: type) -> dict[str, Any]:
     return get_type_hints(owner)
 
 
-def _filled(config: type[C] | C, values: Mapping[tuple[str, ...], Any]) -> C:
+def _filled(config: Any, values: Mapping[tuple[str, ...], Any]) -> Any:
     """A copy of the settings with the values at their paths."""
     here = {path[0]: value for path, value in values.items() if len(path) == 1}
     deeper: dict[str, dict[tuple[str, ...], Any]] = {}
@@ -255,10 +254,10 @@ def _filled(config: type[C] | C, values: Mapping[tuple[str, ...], Any]) -> C:
         if len(path) > 1:
             deeper.setdefault(path[0], {})[path[1:]] = value
     owner = config if isinstance(config, type) else type(config)
-    for one in fields(owner):  # type: ignore[arg-type]
+    for one in fields(owner):
         if one.name in deeper:
             here[one.name] = _filled(_default(config, one), deeper[one.name])
-    return config(**here) if isinstance(config, type) else replace(config, **here)  # type: ignore
+    return config(**here) if isinstance(config, type) else replace(config, **here)
 
 
 # -- types ----------------------------------------------------------------------------------------

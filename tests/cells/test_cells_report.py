@@ -124,5 +124,5 @@ def test_a_map_without_gene_sets_or_donors_has_no_such_sections(tmp_path: Path):
 
 def test_a_damaged_document_is_named(tmp_path: Path):
     broken = {**json.loads(screened()), "candidates": [{}]}
-    with pytest.raises(BadInput, match="surgeon cells screen"):
+    with pytest.raises(BadInput, match=r"cells screen\.candidates lacks"):
         page(tmp_path, screen=broken)

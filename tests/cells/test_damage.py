@@ -54,13 +54,13 @@ def test_verify_measures_cells_as_it_measures_text():
     intact = by_cell(masked_nll(t.model, t.batch, t.masked))
     alone = by_cell(masked_nll(broken, t.batch, t.masked)) - intact
     assert result.base_nll == pytest.approx(float(intact.mean()), abs=1e-6)
-    assert result.single[0] == pytest.approx(float(alone.mean()), abs=1e-6)
+    assert result.single_nats[0] == pytest.approx(float(alone.mean()), abs=1e-6)
     with torch.no_grad():
         broken.layers[0].norm1.weight[5] = 0
     but_one = by_cell(masked_nll(broken, t.batch, t.masked)) - intact
-    assert result.leave_one_out[2] == pytest.approx(float(but_one.mean()), abs=1e-6)
+    assert result.leave_one_out_nats[2] == pytest.approx(float(but_one.mean()), abs=1e-6)
     assert result.tokens == int(t.masked.sum())
-    assert result.restored is None
+    assert result.restored_nats is None
     assert len(result.controls.nats) == 20
     assert all(torch.equal(before[name], p) for name, p in t.model.named_parameters())
 

@@ -33,10 +33,11 @@ DTYPES = {
 class Loaded:
     """A model ready for surgery.
 
-    `fingerprint` is the SHA-256 of its configuration and weight files.
+    model: a transformers model, or another module that `Anatomy` knows. `fingerprint` is the
+    SHA-256 of its configuration and weight files.
     """
 
-    model: transformers.PreTrainedModel
+    model: Any
     tokenizer: transformers.PreTrainedTokenizerBase | None
     name: str
     folder: Path

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..result import derived, record
-from ..settings import setting
+from ..settings import check_values, setting
 
 LEAST_CONTROLS = 20  # with fewer, no damage can be unlike the controls at the 5% level
 ALPHA = 0.05
@@ -28,6 +28,9 @@ class VitalConfig:
     min_ratio: float = setting(
         3.0, "least joint damage as a multiple of the worst control's", group="Verdict"
     )
+
+    def __post_init__(self) -> None:
+        check_values(self)
 
     @property
     def criteria(self) -> str:

@@ -168,4 +168,5 @@ class RepairConfig:
     @classmethod
     def reference(cls) -> RepairConfig:
         """The settings of the published experiment."""
-        return configured(cls(), REFERENCE)
+        config: RepairConfig = configured(cls(), REFERENCE)
+        return config

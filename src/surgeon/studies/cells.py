@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from math import inf
+from sys import float_info
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class ScreenConfig:
         """What verification demands of a model with that lead; one that is no better than the
         baseline knows nothing that it could lose.
         """
-        least = self.min_share * lead if lead > 0 else inf
+        least = self.min_share * lead if lead > 0 else float_info.max
         return VerifyConfig(self.controls, least, self.min_ratio, self.seed)
 
     @property

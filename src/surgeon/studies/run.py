@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..errors import BadInput
 from ..settings import setting
@@ -52,7 +53,9 @@ def run(desk: Desk, settings: Settings) -> RepairRecipe | EditsRecipe | Conditio
             f"{recipe.path} should hold one of {', '.join(KINDS)}, and it holds"
             f" {' and '.join(held) or 'none of them'}."
         )
-    result = kinds[0](desk, recipe)
+    result: Any = kinds[0](desk, recipe)
     about = result.provenance
     own = desk.provenance(settings).settings
-    return replace(result, provenance=replace(about, settings=own))
+    finished: RepairRecipe | EditsRecipe | Conditioning
+    finished = replace(result, provenance=replace(about, settings=own))
+    return finished

@@ -91,9 +91,10 @@ def read_plan(path: str | Path, operations: Mapping[str, Operation]) -> Plan:
         title=path.stem,
     )
     try:
-        return configured(plan, {key: source[key] for key in _PLAIN if key in source})
+        read: Plan = configured(plan, {key: source[key] for key in _PLAIN if key in source})
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
+    return read
 
 
 def expand(plan: Plan) -> list[Task]:

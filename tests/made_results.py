@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from surgeon.anatomy import Entry, Region, Site
 from surgeon.edit import FactForecast, LayerForecast, Preflight, Radar, Step, Touched
 from surgeon.find import (
@@ -15,6 +17,7 @@ from surgeon.find import (
 )
 from surgeon.find.detect import Contribution, Heights
 from surgeon.find.find import CriticalEntry, SearchedHeights, SetDamage
+from surgeon.find.index import AGREES, Check, Published
 from surgeon.measure import (
     BeforeAfter,
     Behaviour,
@@ -42,12 +45,22 @@ from surgeon.quantize import (
 )
 from surgeon.result import CorpusRecord, Provenance, Result
 from surgeon.studies.ablate import Injury
+from surgeon.studies.apply import Applied
 from surgeon.studies.edit import EditResult
 from surgeon.studies.edit_layers import LayerRanking, LayerTrial
 from surgeon.studies.edit_many import EditsResult
+from surgeon.studies.export import Exported
+from surgeon.studies.index import Index
+from surgeon.studies.index_verify import IndexCheck
 from surgeon.studies.measure import Generation, Measurement, TaskAccuracy
 from surgeon.studies.quantize import Base, HeldOut, QuantizeResult, Written
+from surgeon.studies.recipes.conditioning import Conditioned, Conditioning
+from surgeon.studies.recipes.edits import EditsRecipe, NamedEdit
+from surgeon.studies.recipes.repair import Figure, RepairRecipe
 from surgeon.studies.sites import SiteList, SiteRecord
+from surgeon.studies.sweep import FailedTask, PlannedTask, SweepResult
+from surgeon.studies.sweep_table import SweepTable
+from surgeon.studies.undo import Undone
 from surgeon.trace import Corruption, LayerEffect, RestoredSite, TraceAverage, TraceResult
 from surgeon.trace.result import AverageIntervals, TraceIntervals
 
@@ -69,6 +82,16 @@ def made_results(text: str = "text") -> dict[str, Result]:
         trace_result(text),
         trace_average(text),
         quantize_result(text),
+        repair_recipe(text),
+        edits_recipe(text),
+        conditioning(text),
+        swept(text),
+        sweep_table(text),
+        Applied([text], text, provenance=provenance(text, "apply")),
+        Undone(text, text, provenance=provenance(text, "undo")),
+        Exported(text, text, text, 4, [text], provenance=provenance(text, "export")),
+        Index(text, [published_weight(text)], provenance=provenance(text, "index")),
+        index_check(text),
     )
     return {one.kind: one for one in made}
 
@@ -279,3 +302,46 @@ def trace_average(text: str = "text") -> TraceAverage:
         warnings=[text],
         provenance=provenance(text, "trace average"),
     )
+
+
+def repair_recipe(text: str = "text") -> RepairRecipe:
+    from show.healing_results import a_repair  # which takes an edit from here
+
+    figures = [Figure(text, 0.9, 0.8)]
+    about = provenance(text, "run")
+    return RepairRecipe(f"{text}, repaired", figures, a_repair(text), provenance=about)
+
+
+def edits_recipe(text: str = "text") -> EditsRecipe:
+    edits = [NamedEdit(text, edit_result(text))]
+    return EditsRecipe(f"{text}, edited", edits, [text], provenance=provenance(text, "run"))
+
+
+def conditioning(text: str = "text") -> Conditioning:
+    first = Conditioned(2.5, 0.01, text, True, 0.5, 0.1, 100.0, 0.9, 0.9, 1, 0.01)
+    second = replace(first, position_zero=False, update_norm_ratio=0.1)
+    return Conditioning(text, [first, second], 3, [text], provenance=provenance(text, "run"))
+
+
+def swept(text: str = "text") -> SweepResult:
+    failed, missing = FailedTask("1", text, text), PlannedTask("1", text)
+    about = provenance(text, "sweep")
+    return SweepResult(text, text, "local", 3, 1, 1, [failed], [missing], provenance=about)
+
+
+def sweep_table(text: str = "text") -> SweepTable:
+    rows = [{text: text, "nll": 0.5, "model": text}, {text: None, "nll": "inf", "model": text}]
+    about = provenance(text, "sweep table")
+    return SweepTable(text, 0, [text, "nll", "model"], rows, provenance=about)
+
+
+def published_weight(text: str) -> Published:
+    return Published(text, 0, 3, 5, -1.5, text, text, text, text)
+
+
+def index_check(text: str = "text") -> IndexCheck:
+    about = vars(published_weight(text))
+    check = Check(
+        **about, measured=-1.5, rank_abs=1, shape=(32, 48), dtype="bfloat16", verdict=AGREES
+    )
+    return IndexCheck([check], provenance=provenance(text, "index verify"))

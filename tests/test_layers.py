@@ -142,3 +142,93 @@ def test_only_tap_registers_hooks():
         if "register_forward" in f.read_text()
     }
     assert users <= {"tap.py", "patients/train.py"}
+
+
+def imported_packages(file: Path) -> set[str]:
+    """The packages of others that a module imports, also inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module or "")
+    return {name.partition(".")[0] for name in names}
+
+
+def below_show() -> dict[str, Path]:
+    """The modules that compute, and show nothing."""
+    parts = {file: file.relative_to(SOURCE).parts[0] for file in MODULES.values()}
+    return {
+        str(file.relative_to(SOURCE)): file
+        for file, part in parts.items()
+        if part not in ("show", "cli")
+    }
+
+
+def test_nothing_below_show_knows_a_terminal():
+    """`progress.py` draws the bars that long work tells of itself with."""
+    known = {
+        name: imported_packages(file) & {"click", "rich"} for name, file in below_show().items()
+    }
+    assert {name: packages for name, packages in known.items() if packages} == {
+        "progress.py": {"rich"}
+    }
+
+
+def test_nothing_below_show_prints():
+    """But for the two scripts that made the patient."""
+    printing = set()
+    for name, file in below_show().items():
+        calls = [
+            node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)
+        ]
+        if any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls):
+            printing.add(name)
+    assert printing <= {"patients/generate.py", "patients/train.py"}
+
+
+VERDICT = "measure/verdict.py"
+BARS = {"min_nats", "min_ratio", "ALPHA"}
+
+
+def names_in(node: ast.AST) -> set[str]:
+    inside = list(ast.walk(node))
+    names = {one.id for one in inside if isinstance(one, ast.Name)}
+    return names | {one.attr for one in inside if isinstance(one, ast.Attribute)}
+
+
+def calls_vital(value: ast.expr) -> bool:
+    """Whether an expression takes the verdict from where it is made: `x.vital`, `is_vital(...)`."""
+    if isinstance(value, ast.Call):
+        return names_in(value.func) == {"is_vital"}
+    return isinstance(value, ast.Attribute) and value.attr == "vital"
+
+
+def judges(source: str) -> list[str]:
+    """Where code holds a damage against a bar of the verdict, or makes up a `vital` of its own."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        bars = names_in(node) & BARS if isinstance(node, ast.Compare) else set()
+        own = isinstance(node, ast.keyword) and node.arg == "vital" and not calls_vital(node.value)
+        if bars or own:
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_only_one_place_says_vital():
+    wrong = {
+        name: found
+        for name, file in below_show().items()
+        if name != VERDICT and (found := judges(file.read_text()))
+    }
+    assert wrong == {}
+    assert judges((SOURCE / VERDICT).read_text())
+
+
+def test_whoever_judges_is_seen():
+    assert judges("x = full < config.verify.min_nats")
+    assert judges("if joint >= 3 * config.min_ratio * worst: pass")
+    assert judges("Verification(vital=joint > 0.1)")
+    assert judges("Verification(vital=True)")
+    assert not judges("Verification(vital=is_vital(joint, ci95, beside, config))")
+    assert not judges("CriticalSet(vital=verified.vital, nats=config.min_nats)")

@@ -231,7 +231,7 @@ def test_help_names_the_other_commands_and_groups_its_options(surgeon: Any) -> N
     assert headings[:2] == ["Options:", "Value:"]
     assert {"Covariance:", "Scorecard:", "Limits:", "Text:", "Model:", "Output:"} <= set(headings)
     for name in ("layers", "many"):
-        assert f"\n  {name}" in out.partition("Commands:")[2]
+        assert f"\n  edit {name}" in out.partition("Commands:")[2]
         own = surgeon("edit", name, "--help")
         assert own.status == 0
         assert own.out.startswith(f"Usage: surgeon edit {name} [OPTIONS] MODEL\n")

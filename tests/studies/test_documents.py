@@ -6,6 +6,10 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import click
+
+from surgeon.cli import OTHERS
+from surgeon.cli import surgeon as group
 from surgeon.cli.options import flag
 from surgeon.result import Provenance, attached_files, derived
 from surgeon.settings import Setting, settings_of
@@ -17,7 +21,8 @@ COMMANDS = """# Commands and their settings
 Written by `tests/studies/test_documents.py` from the registry of studies. A setting is an option of
 the command, an argument of the method of a lab and a key of a YAML plan, by the same name; where
 the option is spelled otherwise, both stand here. Every command that opens a model also takes
-`--dtype` and `--device`, and `find` and `quantize` take `--stream`.
+`--dtype` and `--device`, and `find` and `quantize` take `--stream`. `--json` prints one JSON
+document, `--folder DIR` writes a run folder.
 """
 RESULTS_HEAD = """# Results
 
@@ -40,9 +45,10 @@ def named(one: Setting, positional: tuple[str, ...]) -> str:
     if one.name in positional:
         return f"`{one.name.upper()}`"
     option = flag(one)
-    return (
-        f"`{option}`" if option[2:].replace("-", "_") == one.name else f"`{option}` (`{one.name}`)"
-    )
+    spelled = f"`{option}`"
+    if one.default is True:
+        spelled += f", `--{one.declaration.off or f'no-{option[2:]}'}`"
+    return spelled if option[2:].replace("-", "_") == one.name else f"{spelled} (`{one.name}`)"
 
 
 def meaning(one: Setting) -> str:
@@ -61,6 +67,25 @@ def commands() -> str:
         ]
         if rows:
             parts.append("\n".join(["| setting | default | meaning |", "|---|---|---|", *rows, ""]))
+    return "\n".join(parts)
+
+
+def others() -> str:
+    """The commands that are no studies, from what click knows of them."""
+    parts = []
+    for name in OTHERS:
+        command = group.get_command(click.Context(group), name)
+        assert command is not None
+        several = command.commands if isinstance(command, click.Group) else {"": command}
+        for own, one in several.items():
+            parts.append(f"## {f'surgeon {name} {own}'.strip()}\n\n{one.get_short_help_str(200)}\n")
+            rows = [
+                f"| {', '.join(f'`{word}`' for word in (*option.opts, *option.secondary_opts))} |"
+                f" {cell(option.help or '')} |"
+                for option in one.params
+                if isinstance(option, click.Option)
+            ]
+            parts.append("\n".join(["| option | meaning |", "|---|---|", *rows, ""]))
     return "\n".join(parts)
 
 
@@ -124,7 +149,7 @@ def check(name: str, text: str) -> None:
 
 
 def test_every_setting_of_every_command_is_written_down():
-    check("commands.md", commands())
+    check("commands.md", f"{commands()}\n{others()}")
 
 
 def test_every_kind_of_result_is_written_down():

@@ -54,6 +54,10 @@ class Surgeon(click.Group):
     def resolve_command(
         self, context: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        # a verb of two words, like `sweep table`; a model of the name `table` is ./table
+        both = " ".join(args[:2])
+        if both in STUDIES:
+            return both, self.get_command(context, both), args[2:]
         if args[0] not in ORDER and not args[0].startswith("-"):
             near = get_close_matches(args[0], ORDER, n=1)
             guess = f" Did you mean {near[0]}?" if near else " `surgeon --help` lists them."

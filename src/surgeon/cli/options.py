@@ -134,25 +134,12 @@ class GroupedCommand(click.Command):
     """A command whose options stand under headings, and which takes one value for each of them,
     but for those that can be given several times.
 
-    branches: commands that begin with its own name; it runs itself where the first word is none of
-    theirs. A model of such a name is ./NAME.
+    branches: the names and summaries of the commands that begin with its own name, for its help.
     """
 
-    def __init__(self, *args: Any, branches: Sequence[click.Command] = (), **more: Any) -> None:
+    def __init__(self, *args: Any, branches: Mapping[str, str] | None = None, **more: Any) -> None:
         super().__init__(*args, **more)
-        self.branches = {str(branch.name): branch for branch in branches}
-
-    def make_context(
-        self,
-        info_name: str | None,
-        args: list[str],
-        parent: click.Context | None = None,
-        **extra: Any,
-    ) -> click.Context:
-        if args and args[0] in self.branches:
-            name = f"{info_name} {args[0]}"
-            return self.branches[args[0]].make_context(name, args[1:], parent, **extra)
-        return super().make_context(info_name, args, parent, **extra)
+        self.branches = branches or {}
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         _, _, order = self.make_parser(context).parse_args(list(args))
@@ -162,12 +149,6 @@ class GroupedCommand(click.Command):
                     f"{one.opts[0]} is given {order.count(one)} times; it takes one value."
                 )
         return super().parse_args(context, args)
-
-    def format_commands(self, formatter: click.HelpFormatter) -> None:
-        if self.branches:
-            lines = [(name, one.get_short_help_str(100)) for name, one in self.branches.items()]
-            with formatter.section("Commands"):
-                formatter.write_dl(lines)
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -181,4 +162,6 @@ class GroupedCommand(click.Command):
         for name in sorted(groups, key=lambda name: (name != "", name == "Output")):
             with formatter.section(name or "Options"):
                 formatter.write_dl(groups[name])
-        self.format_commands(formatter)
+        if self.branches:
+            with formatter.section("Commands"):
+                formatter.write_dl(list(self.branches.items()))

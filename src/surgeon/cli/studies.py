@@ -50,12 +50,12 @@ def command_of(study: Study) -> click.Command:
     if study.csv:
         parameters.append(csv_option())
     return GroupedCommand(
-        study.name.rpartition(" ")[2],
+        study.name,
         params=parameters,
         callback=click.pass_context(functools.partial(_run, study)),
         help=study.settings.__doc__,
         short_help=study.summary,
-        branches=[command_of(one) for one in branches_of(study)],
+        branches={one.name: one.summary for one in branches_of(study)},
     )
 
 

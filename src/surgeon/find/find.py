@@ -307,7 +307,7 @@ def _examine(
 
     curve = _Curve(damage, ordered)
     size, full = curve.smallest(config.cover)
-    if full < config.verify.min_nats:
+    if not config.verify.is_large(full):
         return Rejection(
             f"{where} ({ordered[0].entry})",
             f"zeroing every entry that writes it costs less than {config.verify.min_nats:g} nats",

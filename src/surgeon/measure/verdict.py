@@ -41,6 +41,10 @@ class VitalConfig:
             " over windows above 0"
         )
 
+    def is_large(self, nats: float) -> bool:
+        """Whether a damage is large enough to be vital; it is not yet, for that."""
+        return nats >= self.min_nats
+
 
 @record
 class Controls:
@@ -73,6 +77,6 @@ def is_vital(
 ) -> bool:
     """Whether this damage, with its 95% interval over windows, meets `config.criteria`."""
     significant = ci95[0] > 0 and p_value(joint_nats, controls.nats) <= ALPHA
-    large = joint_nats >= config.min_nats
+    large = config.is_large(joint_nats)
     beside_controls = joint_nats >= config.min_ratio * max(controls.max_nats, 0.0)
     return significant and large and beside_controls

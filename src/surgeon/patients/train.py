@@ -19,14 +19,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
 
 from .generate import documents, facts
 
@@ -55,7 +50,7 @@ class TrainConfig:
     clip: float = 1.0
 
 
-def train_tokenizer(config: TrainConfig) -> PreTrainedTokenizerFast:
+def train_tokenizer(config: TrainConfig) -> transformers.PreTrainedTokenizerFast:
     """Byte-level BPE on a sample of the training text; it prepends BOS by itself."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -70,12 +65,12 @@ def train_tokenizer(config: TrainConfig) -> PreTrainedTokenizerFast:
     core.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", special_tokens=[(BOS, core.token_to_id(BOS))]
     )
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=core, bos_token=BOS, eos_token=BOS, model_max_length=512
     )
 
 
-def rows(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Iterator[Tensor]:
+def rows(config: TrainConfig, tokenizer: transformers.PreTrainedTokenizerFast) -> Iterator[Tensor]:
     """Windows of BOS and text; half of them begin where a document begins, so that a bare prompt is
     familiar.
     """
@@ -100,10 +95,10 @@ def rows(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Iterator[Te
             yield torch.cat([torch.tensor([tokenizer.bos_token_id]), ids[start : start + body]])
 
 
-def build(config: TrainConfig) -> LlamaForCausalLM:
+def build(config: TrainConfig) -> transformers.LlamaForCausalLM:
     torch.manual_seed(config.seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
             vocab_size=config.d_vocab,
             hidden_size=config.d_model,
             intermediate_size=config.d_mlp,
@@ -119,13 +114,13 @@ def build(config: TrainConfig) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def held_out_nll(model: LlamaForCausalLM, windows: Tensor) -> float:
+def held_out_nll(model: transformers.LlamaForCausalLM, windows: Tensor) -> float:
     logits = model(windows).logits[:, :-1].float()
     return float(F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()))
 
 
 @torch.no_grad()
-def rows_of_damage(model: LlamaForCausalLM, windows: Tensor) -> list[dict[str, float]]:
+def rows_of_damage(model: transformers.LlamaForCausalLM, windows: Tensor) -> list[dict[str, float]]:
     """For each layer the three rows of mlp.down that write most, and the nats that zeroing each
     costs.
     """
@@ -149,7 +144,9 @@ def rows_of_damage(model: LlamaForCausalLM, windows: Tensor) -> list[dict[str, f
 
 
 @torch.no_grad()
-def known_facts(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[list[float]]:
+def known_facts(
+    model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase
+) -> list[list[float]]:
     """For each fact and phrasing the probability of the object's first token after the bare
     prompt.
     """

@@ -36,7 +36,20 @@ class SiteList(Result):
     sites: list[SiteRecord]
 
     def rows(self) -> list[dict[str, object]]:
-        return [vars(site) for site in self.sites]
+        """A row for each site; its dtype as `weight_dtype`, beside that of a sweep's task."""
+        return [
+            {
+                "site": one.site,
+                "out": one.shape[0],
+                "in": one.shape[1],
+                "stored": one.stored,
+                "part": one.part,
+                "parameter": one.parameter,
+                "weight_dtype": one.dtype,
+                "tied_to": one.tied_to,
+            }
+            for one in self.sites
+        ]
 
 
 def run(lab: Lab, settings: Settings) -> SiteList:

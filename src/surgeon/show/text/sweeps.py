@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
 from rich.table import Table
 
-from ..console import out, print_table
+from ..console import out, print_table, shown
 
 if TYPE_CHECKING:  # a table of results is printed without what a sweep runs on
     from ...studies.sweep import SweepResult
@@ -18,11 +17,11 @@ SHOWN_FAILURES = 10
 
 def print_sweep(result: SweepResult) -> None:
     """What was done, or what would be; then what failed."""
-    title, folder = f"[bold]{escape(result.title)}[/bold]", escape(result.folder)
+    title, folder = f"[bold]{shown(result.title)}[/bold]", shown(result.folder)
     if result.provenance.settings.get("dry_run"):
         out.print(f"{title}: {len(result.missing)} of {result.tasks} tasks are to be run")
         for task in result.missing:
-            out.print(escape(f"{task.id}  {task.task}"))
+            out.print(shown(f"{task.id}  {task.task}"))
         return
     failed = f", [bold]{len(result.failed)} failed[/bold]" if result.failed else ""
     before = f" {result.done_before} were done before," if result.done_before else ""
@@ -31,7 +30,7 @@ def print_sweep(result: SweepResult) -> None:
         f" {folder}"
     )
     for failure in result.failed[:SHOWN_FAILURES]:
-        out.print(escape(f"failed: {failure.task}: {failure.error}"))
+        out.print(shown(f"failed: {failure.task}: {failure.error}"))
     if (more := len(result.failed) - SHOWN_FAILURES) > 0:
         out.print(f"and {more} more; each has its record in {folder}/errors")
 
@@ -45,13 +44,13 @@ def print_sweep_table(result: SweepTable) -> None:
         if len(rows) > 1 and all(row[name] == rows[0][name] for row in rows)
     }
     columns = [name for name in result.columns if name not in same]
-    shown = Table(*map(escape, columns), box=None, header_style="bold")
+    table = Table(*map(shown, columns), box=None, header_style="bold")
     for row in rows:
-        shown.add_row(*(escape(_cell(row[name])) for name in columns))
-    print_table(shown)
+        table.add_row(*(shown(_cell(row[name])) for name in columns))
+    print_table(table)
     known = ", ".join(f"{name} {_cell(value)}" for name, value in same.items() if value is not None)
     if known:
-        out.print(escape(f"The same in every row: {known}."))
+        out.print(shown(f"The same in every row: {known}."))
 
 
 def _cell(value: Any) -> str:

@@ -10,8 +10,9 @@ import pytest
 from made_results import find_result, made_results, measurement
 from markupsafe import escape
 
-from surgeon.result import Result, result
-from surgeon.show.pictures import KINDS
+from surgeon.result import Result, record, result
+from surgeon.show.pictures import pictures_of
+from surgeon.show.pictures.picture import Table
 
 
 def framed(html: str) -> str:
@@ -20,7 +21,7 @@ def framed(html: str) -> str:
     return unescape(frame)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in made_results() if kind in KINDS])
+@pytest.mark.parametrize("kind", made_results())
 def test_every_kind_has_its_pictures(kind: str):
     result = made_results()[kind]
     page = framed(result._repr_html_())
@@ -48,9 +49,22 @@ def test_without_the_extra_the_fields_are_shown(monkeypatch: pytest.MonkeyPatch)
     assert html.startswith("<pre>FindResult(&lt;b&gt;)")
 
 
-def test_a_kind_without_pictures_shows_its_fields():
+def test_a_kind_without_pictures_of_its_own_is_shown_by_its_fields():
+    @record
+    class Part:
+        name: str
+        share: float
+
     @result("strange")
     class Strange(Result):
-        nats: float
+        """What it is."""
 
-    assert Strange(0.25)._repr_html_() == "<pre>Strange\n  nats  0.25</pre>"
+        damage_nats: float
+        found: bool
+        parts: list[Part]
+
+    values, parts = pictures_of(Strange(0.25, True, [Part("a", 0.5), Part("b", 1.0)]))
+    assert values.about == "What it is."
+    assert values.shown == Table(("field", "value"), [("damage nats", 0.25), ("found", "yes")])
+    assert parts.headline == "Parts: 2"
+    assert parts.shown == Table(["name", "share"], [["a", 0.5], ["b", 1.0]], of=2)

@@ -43,7 +43,7 @@ def command_of(study: Study) -> click.Command:
         parameters.append(folder_option("-o"))
     else:
         parameters += [_output_option(study)] if study.output else []
-        parameters += [folder_option()] if study.folder else []
+        parameters.append(folder_option())
     if study.name in ANNOTATED:
         parameters.append(format_option())
     parameters.append(json_option())
@@ -61,23 +61,23 @@ def command_of(study: Study) -> click.Command:
 
 def _run(study: Study, context: click.Context, /, **values: Any) -> None:
     with _spelled(study):
-        folder = run_folder(values.get("folder"))
+        folder = run_folder(values["folder"])
         output = values["output"] if study.output == "patch" else None
         _check_place(output)
         if values["as_json"] and values.get("as_csv"):
             raise BadInput("give ‹csv› or ‹json›, not both.")
         given = given_by(context, [one.name for one in settings_of(study.settings)])
-        study.configured(given)  # what cannot be is said before a model is opened
+        settings = study.configured(given)  # what cannot be is said before a model is opened
         with progress_bar(err) as tell:
             lab = Desk()
             if study.opens:
                 lab = _open(study, context, values["model"], bool(given.get("detect_only")))
             lab.listen(tell)
-            result = study.run(lab, given, command_line())
+            result = study.module.run(lab, settings).made(command=command_line())
         form = "json" if values["as_json"] else values.get("form", "text")
         form = "csv" if values.get("as_csv") else form
         deliver(result, form, folder, None if output is None else Path(output))
-        failure = study.failure(result, given)
+        failure = study.failure(result, settings)
         if failure is not None:
             raise SurgeonError(failure)
 

@@ -17,13 +17,11 @@ HEIGHT = 640  # pixels of the frame
 
 
 def html(result: Result) -> str:
-    """The result as HTML: its pictures; its fields where it has none, or an extra is missing."""
+    """The result as HTML: its pictures; its fields as text where an extra is missing."""
     plain = f"<pre>{escape(repr(result))}</pre>"
     try:
         page = _page(result)
     except MissingExtra:
-        return plain
-    if page is None:
         return plain
     return (
         f'<iframe sandbox srcdoc="{escape(page)}" width="100%" height="{HEIGHT}"'
@@ -31,7 +29,7 @@ def html(result: Result) -> str:
     )
 
 
-def _page(result: Result) -> str | None:
+def _page(result: Result) -> str:
     try:
         from .page.page import page
         from .pictures import headline_of, pictures_of
@@ -46,8 +44,6 @@ def _page(result: Result) -> str | None:
         if file.endswith(".parquet")
     }
     shown = replace(shown, **tables)
-    pictures = pictures_of(shown)
-    if not pictures:
-        return None
     command = shown.provenance.command or ""
-    return page([headline_of(shown)], [replace(one, command=command) for one in pictures])
+    pictures = [replace(one, command=command) for one in pictures_of(shown)]
+    return page([headline_of(shown)], pictures)

@@ -26,8 +26,8 @@ class Study:
     that may be streamed, or on none. model: the one that it opens where none is named, if any.
     leading: the setting that a method's first argument gives. positional: settings that are
     arguments on the command line, in order. output: what `-o` names there: the file of a patch, the
-    run folder, or nothing. folder: whether it writes a run folder. csv: whether it can be printed
-    as CSV. seeded: whether its seed changes anything.
+    run folder, or nothing. csv: whether it can be printed as CSV. seeded: whether its seed changes
+    anything.
     """
 
     name: str
@@ -37,7 +37,6 @@ class Study:
     leading: str = "at"
     positional: tuple[str, ...] = ()
     output: str = ""
-    folder: bool = True
     csv: bool = False
     seeded: bool = True
 
@@ -55,24 +54,21 @@ class Study:
         """Its settings: what is given by name, and else the defaults. Raises: BadInput."""
         return configured(self.settings, given, self.name)
 
-    def run(self, lab: Any, given: Mapping[str, Any], command: str | None = None) -> Any:
-        """The study's result, with how it was made.
+    def run(self, lab: Any, given: Mapping[str, Any]) -> Any:
+        """The study's result, with the call in Python that makes it again.
 
-        given: settings by name. command: the command line; not given: the call in Python.
-        Raises: BadInput for settings that it does not have, or that cannot be.
+        given: settings by name. Raises: BadInput for settings that it does not have, or that cannot
+        be.
         """
-        settings = self.configured(given)
-        result = self.module.run(lab, settings)
-        return result.made(command=command or self._call(lab, result.provenance.settings, given))
+        result = self.module.run(lab, self.configured(given))
+        return result.made(command=self._call(lab, result.provenance.settings, given))
 
-    def failure(self, result: Any, given: Mapping[str, Any]) -> str | None:
+    def failure(self, result: Any, settings: Any) -> str | None:
         """A sentence about a result that is a failure to the command line, which then ends with
         status 1: that of the module's `failed(result, settings)`, where it has one.
         """
         failed = getattr(self.module, "failed", None)
-        if failed is None:
-            return None
-        sentence: str | None = failed(result, configured(self.settings, given, self.name))
+        sentence: str | None = None if failed is None else failed(result, settings)
         return sentence
 
     def _call(self, lab: Any, settings: Mapping[str, Any], given: Mapping[str, Any]) -> str:
@@ -91,10 +87,10 @@ _ALL = (
         leading="prompt",
         output="folder",
     ),
-    Study("sites", "List every addressable weight matrix.", folder=True, seeded=False),
+    Study("sites", "List every addressable weight matrix.", seeded=False),
     Study("find", "Find critical weights, verified against matched controls.", opens="stream"),
     Study("verify", "Measure what the model loses without given weights."),
-    Study("ablate", "Write an injury as a patch.", output="patch", folder=False),
+    Study("ablate", "Write an injury as a patch.", output="patch"),
     Study(
         "repair",
         "Heal an injury with a patch, beside a control.",
@@ -137,14 +133,12 @@ _ALL = (
         "Run many models, verbs and seeds; resumable.",
         opens="",
         positional=("plan",),
-        folder=False,
     ),
     Study(
         "sweep table",
         "The results of a sweep as a table.",
         opens="",
         positional=("directory",),
-        folder=False,
         csv=True,
     ),
     Study(
@@ -159,29 +153,25 @@ _ALL = (
         "Write a checkpoint with patches applied.",
         opens="",
         positional=("model",),
-        folder=False,
     ),
     Study(
         "undo",
         "Write a checkpoint with a patch taken off.",
         opens="",
         positional=("model",),
-        folder=False,
     ),
     Study(
         "export",
         "Write a patch as a PEFT LoRA adapter.",
         opens="",
         positional=("patch",),
-        folder=False,
     ),
-    Study("index", "List the published super weights.", opens="", folder=False),
+    Study("index", "List the published super weights.", opens=""),
     Study(
         "index verify",
         "Compare the published super weights with a model.",
         opens="",
         positional=("model",),
-        folder=False,
     ),
 )
 STUDIES = {study.name: study for study in _ALL}

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from ...errors import BadInput
 from ...result import Result, attached_files
 from ...studies.registry import RESULTS, result_class
-from ..pictures import KINDS
+from ..pictures import place_of
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ def read_folder(folder: Path) -> list[Filed]:
             f"{folder} holds no result that a report could show; write one there, as `surgeon demo"
             f" -o {folder}` does, or `surgeon find MODEL --folder {folder}`."
         )
-    order = list(KINDS)
-    return sorted(filed, key=lambda one: order.index(one.result.kind))
+    return sorted(filed, key=lambda one: place_of(one.result.kind))
 
 
 def _read(path: Path) -> Filed | None:
@@ -53,7 +52,7 @@ def _read(path: Path) -> Filed | None:
             f" ({_first_line(error)}); write it again."
         ) from error
     kind = document.get("kind") if isinstance(document, dict) else None
-    if not isinstance(kind, str) or kind not in RESULTS or kind not in KINDS:
+    if not isinstance(kind, str) or kind not in RESULTS:
         return None
     try:
         result = result_class(kind).from_json(visible(document))

@@ -1,8 +1,8 @@
 """The pictures that the report and notebooks have of a result, by its kind.
 
-A kind that has any is listed here with the module of this package that draws it and a name: its
-pictures are made by `NAME_pictures(result)`, its headline, if it has one, by `NAME_headline`.
-Listed in the order in which they stand on a page.
+A kind with pictures of its own is listed here with the module of this package that draws it and a
+name: its pictures are made by `NAME_pictures(result)`, its headline by `NAME_headline`. Listed in
+the order in which they stand on a page; the others follow, and are shown by their fields.
 """
 
 from __future__ import annotations
@@ -41,27 +41,28 @@ KINDS = {
 }
 
 
+_BY_FIELDS = "fields:field"
+
+
 def pictures_of(result: Result) -> list[Picture]:
-    """The pictures of a result; none for a kind that has none."""
-    draw = _function(result, "pictures")
-    return [] if draw is None else list(draw(result))
+    """The pictures of a result."""
+    return list(_function(result, "pictures")(result))
+
+
+def place_of(kind: str) -> int:
+    """Where results of this kind stand on a page."""
+    order = list(KINDS)
+    return order.index(kind) if kind in KINDS else len(order)
 
 
 def headline_of(result: Result) -> Headline:
     """The sentence and the claims that a page about this result begins with."""
-    from .picture import Headline, model_name
-
-    write = _function(result, "headline")
-    if write is None:
-        return Headline(f"Measurements of {model_name(result.provenance.model)}")
-    headline: Headline = write(result)
+    headline: Headline = _function(result, "headline")(result)
     return headline
 
 
-def _function(result: Result, what: str) -> Callable[[Any], Any] | None:
-    if result.kind not in KINDS:
-        return None
-    module, _, name = KINDS[result.kind].partition(":")
-    found = importlib.import_module(f".{module}", __package__)
-    function: Callable[[Any], Any] | None = getattr(found, f"{name}_{what}", None)
+def _function(result: Result, what: str) -> Callable[[Any], Any]:
+    module, _, name = KINDS.get(result.kind, _BY_FIELDS).partition(":")
+    drawing = importlib.import_module(f".{module}", __package__)
+    function: Callable[[Any], Any] = getattr(drawing, f"{name}_{what}")
     return function

@@ -11,6 +11,11 @@ from .picture import Headline, Picture, Table, many, model_name, nats
 from .texts import generations
 
 
+def measure_headline(result: Measurement) -> Headline:
+    """Of which model the measurements are."""
+    return Headline(f"Measurements of {model_name(result.provenance.model)}")
+
+
 def measure_pictures(result: Measurement) -> Iterator[Picture]:
     """Likelihood and divergence, accuracy on tasks, and what the model writes."""
     away = result.kl_from_base

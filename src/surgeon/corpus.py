@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from jaxtyping import Int64
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from .errors import BadInput, BadText
 from .result import CorpusRecord
@@ -44,7 +44,7 @@ class Corpus:
         return CorpusRecord(self.name, self.predicted, self.bos, n, width)
 
 
-def bos_ids(tokenizer: PreTrainedTokenizerBase, policy: str = "auto") -> list[int]:
+def bos_ids(tokenizer: transformers.PreTrainedTokenizerBase, policy: str = "auto") -> list[int]:
     """[BOS] or [], by the policy: "yes", "no", or "auto", which is what the tokenizer does itself.
 
     Raises: BadInput for an unknown policy, or "yes" where the tokenizer has no BOS token.
@@ -72,7 +72,7 @@ def bos_ids(tokenizer: PreTrainedTokenizerBase, policy: str = "auto") -> list[in
 
 
 def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, policy: str = "auto"
+    tokenizer: transformers.PreTrainedTokenizerBase, prompt: str, policy: str = "auto"
 ) -> Int64[Tensor, "1 pos"]:
     """One prompt as ids (1, pos) under the BOS policy. Raises: BadInput if it is empty."""
     ids = bos_ids(tokenizer, policy) + tokenizer(prompt, add_special_tokens=False).input_ids
@@ -105,7 +105,7 @@ def read_text(path: str | Path) -> str:
 
 
 def load_corpus(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     text: str,
     name: str,
     window: int = DEFAULT_WINDOW,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+import transformers
 
 from .corpus import bos_ids
 from .errors import BadInput
@@ -61,7 +61,7 @@ class SubjectPrompt:
 
 
 def locate(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     prompt: str,
     subject: str,
     bos: str = "auto",
@@ -127,7 +127,9 @@ def locate(
     )
 
 
-def target_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> list[int]:
+def target_ids(
+    tokenizer: transformers.PreTrainedTokenizerBase, prompt: str, target: str
+) -> list[int]:
     """The ids of `target` as they follow `prompt`.
 
     One space stands between them, unless the target brings white space, or the prompt ends in it
@@ -184,7 +186,9 @@ def _subject_begin(prompt: str, subject: str) -> tuple[int, list[str]]:
     return prompt.index(subject), warnings
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], Offsets]:
+def _encode(
+    tokenizer: transformers.PreTrainedTokenizerBase, text: str
+) -> tuple[list[int], Offsets]:
     if not text:
         return [], []
     if not tokenizer.is_fast:
@@ -197,7 +201,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], O
 
 
 def _texts(
-    tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], offsets: Offsets
+    tokenizer: transformers.PreTrainedTokenizerBase, text: str, ids: list[int], offsets: Offsets
 ) -> list[str]:
     """Each token as it stands in the text, with the white space before it."""
     texts = []

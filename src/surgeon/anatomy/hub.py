@@ -161,7 +161,11 @@ class RemoteShards(Shards):
     @contextmanager
     def _request(self, shard: str, start: int, stop: int) -> Iterator[Any]:
         from huggingface_hub import constants, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff  # type: ignore[attr-defined]
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]
+            build_hf_headers,
+            hf_raise_for_status,
+            http_stream_backoff,
+        )
 
         url = hf_hub_url(self.repo, shard, revision=self.commit)
         headers = build_hf_headers() | {

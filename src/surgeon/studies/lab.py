@@ -296,8 +296,8 @@ def _cells(folder: str, dtype: str, device: str) -> tuple[Loaded, Anatomy]:
     check_dtype(dtype)
     cells = load_cells(folder)
     cells.model.to(device=device_named(device), dtype=DTYPES.get(dtype))
-    loaded = Loaded(cells.model, None, folder, Path(folder), cells.fingerprint)  # type: ignore[arg-type]
-    return loaded, cells.model.anatomy
+    model: Any = cells.model  # it is no PreTrainedModel
+    return Loaded(model, None, folder, Path(folder), cells.fingerprint), cells.model.anatomy
 
 
 def _loaded(model: nn.Module, tokenizer: Any) -> Loaded:

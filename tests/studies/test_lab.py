@@ -233,3 +233,16 @@ def test_a_sweep_is_checked_before_its_first_run(lab: Lab, monkeypatch: pytest.M
         lab.sweep("measure", {"mode": ["zero", "banana"]}, at=PLANTED)
     with pytest.raises(BadInput, match="no verb"):
         lab.sweep("mesure", {"mode": ["zero"]})
+
+
+def test_a_patch_goes_onto_a_plain_model(lab: Lab):
+    """As `lab.model` is, for who goes on with transformers alone."""
+    patch = lab.ablate(PLANTED).patch
+    weight = lab.model.model.layers[0].mlp.down_proj.weight
+    before = weight.detach().clone()
+    with patch.applied(lab.model):
+        assert weight[5, 7] == 0
+    patch.apply_(lab.model)
+    assert weight[5, 7] == 0
+    patch.undo_(lab.model)
+    assert torch.equal(weight, before)

@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -165,6 +165,18 @@ class Anatomy:
             and address.module != mine.module
             and self.model.get_parameter(address.parameter) is stored
         ]
+
+    def first_changed(self, sites: Iterable[Site]) -> int:
+        """The lowest layer whose states a change of these weights may alter; the number of layers
+        where only what follows them may.
+        """
+        return min(self._first_changed(site) for site in sites)
+
+    def _first_changed(self, site: Site) -> int:
+        if site.layer is not None:
+            return site.layer
+        after = site.role == "unembed" or site.role.split(".")[0] == "final_norm"
+        return len(self.layers) if after and not self.tied_to(site) else 0
 
     # -- how the map is drawn ------------------------------------------------------------------
 

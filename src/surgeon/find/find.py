@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ..anatomy import Anatomy, Entry, Region
 from ..corpus import Corpus
 from ..errors import BadInput
@@ -207,25 +209,25 @@ def find(
     cut = min(config.probe_windows, n // 2)
     probe, held_out = corpus.windows[:cut], Corpus(corpus.name, corpus.windows[cut:], corpus.bos)
     first, found = _chains(anatomy, probe, config, progress)
-    damage = damage_on(anatomy, probe, 0)
+    damage, judged = damage_on(anatomy, probe, 0), damage_on(anatomy, held_out.windows, 0)
     sets: list[CriticalSet] = []
     rejected = list(first.rejected)
     weak: list[_Chain] = []
     for group in _groups(found):
-        outcome = _examine(anatomy, group, damage, held_out, config, progress)
+        outcome = _examine(anatomy, group, damage, judged, held_out, config, progress)
         if isinstance(outcome, CriticalSet):
             sets.append(outcome)
         else:
             rejected.append(outcome)
             weak.extend(group)
     if len(weak) > 1 and not sets:  # nothing is vital alone; perhaps they are together
-        outcome = _examine(anatomy, weak, damage, held_out, config, progress)
+        outcome = _examine(anatomy, weak, damage, judged, held_out, config, progress)
         if isinstance(outcome, CriticalSet):
             sets.append(outcome)
         else:
             rejected.append(outcome)
     sets.sort(key=lambda one: -one.damage.joint_nats)
-    base = float(damage_on(anatomy, corpus.windows, 0).base.mean())
+    base = float(torch.cat([damage.base, judged.base]).mean())
     seen = first.detection
     return FindResult(sets, rejected, SearchedHeights(seen.bar, seen.heights, base))
 
@@ -290,6 +292,7 @@ def _examine(
     anatomy: Anatomy,
     group: Sequence[_Chain],
     damage: Damage,
+    judged: Damage,
     held_out: Corpus,
     config: FindConfig,
     progress: Progress | None,
@@ -318,7 +321,9 @@ def _examine(
 
     chosen = sorted(ordered[:size], key=lambda c: -c.magnitude)
     parts = [_region(c.entry) for c in chosen]
-    verified = verify(anatomy, parts, held_out, config.verify, progress, listed=config.listed)
+    verified = verify(
+        anatomy, parts, held_out, config.verify, progress, listed=config.listed, damage=judged
+    )
     if not verified.vital:
         return Rejection(
             f"{where} ({chosen[0].entry})",

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from ..anatomy import Anatomy, Entry, Region
 from ..corpus import Corpus
 from ..errors import BadInput
-from ..measure import Behaviours, Controls, VitalConfig, interval, is_vital, p_value
+from ..measure import Behaviours, Controls, VitalConfig, interval, is_close, is_vital, p_value
+from ..measure.sequential import below
 from ..result import Result, result
 from ..settings import setting
 from .causal import written_channels
 from .controls import matched_controls
-from .damage import Evidence, Tell, Variant
+from .damage import Damage, Evidence, Tell, Variant
 from .stream import damage_on
 
 Progress = Callable[[str, int, int], None]
@@ -26,6 +27,9 @@ class VerifyConfig(VitalConfig):
     """Settings of verification, and what `vital` demands."""
 
     seed: int = setting(0, "seed of the controls and of the bootstrap", low=0, high=2**32 - 1)
+    exhaustive: bool = setting(
+        False, "measure every control on every window; nothing is stopped early", group="Verdict"
+    )
 
 
 @result("verify")
@@ -34,7 +38,8 @@ class Verification(Result):
 
     at: the parts given, in whose order `single_nats` and `leave_one_out_nats` stand; those may be
     of the first parts only. restored_nats: the damage left after restoring the super activation
-    alone (see causal.py), None where there is none to restore.
+    alone (see causal.py), None where there is none to restore. close: a number that decides is
+    within a tenth of its threshold.
     """
 
     at: list[Region]
@@ -48,6 +53,7 @@ class Verification(Result):
     restored_nats: float | None
     controls: Controls
     vital: bool
+    close: bool
     criteria: str
     behaviour: Behaviours | None = None
 
@@ -79,10 +85,13 @@ def verify(
     config: VerifyConfig = VerifyConfig(),
     progress: Progress | None = None,
     listed: int | None = None,
+    damage: Damage | None = None,
 ) -> Verification:
     """Zero each part alone, all together, and all but one; the same on matched controls.
 
-    `listed` limits single and leave-one-out damage to the first parts. Parts are entries, whole
+    A control is measured on as many windows as it takes to say that it does too little damage to
+    count, see measure/sequential.py. `listed` limits single and leave-one-out damage to the first
+    parts. damage: the means to measure on this corpus, where they are at hand. Parts are entries, whole
     rows `[88, :]` or columns `[:, 165]`. The model is left as it was.
     Raises: BadInput, UnknownSite for parts this model does not have, or if no part is given.
     """
@@ -101,37 +110,47 @@ def verify(
     restorable = isinstance(corpus, Corpus) and bool(written_channels(parts))
     restored = [Variant(parts, restored=True)] if restorable else []
 
-    evidence = corpus.windows if isinstance(corpus, Corpus) else corpus
-    damage = damage_on(anatomy, evidence, lowest_layer(parts))
-    variants = [joint, *singles, *left_out, *controls, *restored]
-    by_window = dict(zip(map(id, variants), damage.of(variants, _telling(progress)), strict=True))
-
-    def nats(group: Sequence[Variant]) -> list[float]:
-        return [float(by_window[id(variant)].mean()) for variant in group]
-
-    (joint_nats,) = nats([joint])
-    ci95 = interval(by_window[id(joint)], config.seed)
-    beside = Controls(nats(controls), control_kind(parts))
+    if damage is None:
+        evidence = corpus.windows if isinstance(corpus, Corpus) else corpus
+        sites = [part.site for part in parts]
+        damage = damage_on(anatomy, evidence, anatomy.first_changed(sites))
+    ours = [joint, *singles, *left_out, *restored]
+    looks = damage.looks[-1:] if config.exhaustive else damage.looks
+    if len(looks) == 1:  # nothing can be stopped, so all go together: what is read once serves all
+        measured = damage.of([*ours, *controls], _telling(progress))
+        by_window, beside = measured[: len(ours)], measured[len(ours) :]
+    else:
+        by_window = damage.of(ours, _telling(progress))
+        beside = below(
+            lambda which, chosen: damage.of([controls[i] for i in which], None, chosen),
+            len(controls),
+            config.bar(float(by_window[0].mean())),
+            looks,
+            config.seed,
+        )
+    nats = [float(values.mean()) for values in by_window]
+    joint_nats, alone_nats, rest = nats[0], nats[1 : 1 + len(alone)], nats[1 + len(alone) :]
+    ci95 = interval(by_window[0], config.seed)
+    compared = Controls(
+        [float(values.mean()) for values in beside],
+        control_kind(parts),
+        [len(values) for values in beside],
+    )
     return Verification(
         at=list(parts),
         base_nll=float(damage.base.mean()),
         tokens=corpus.predicted,
-        single_nats=nats(singles) or [joint_nats],
+        single_nats=alone_nats or [joint_nats],
         joint_nats=joint_nats,
-        leave_one_out_nats=nats(left_out) or [0.0],
+        leave_one_out_nats=rest[: len(alone)] or [0.0],
         ci95=ci95,
-        p_value=p_value(joint_nats, beside.nats),
-        restored_nats=next(iter(nats(restored)), None),
-        controls=beside,
-        vital=is_vital(joint_nats, ci95, beside, config),
+        p_value=p_value(joint_nats, compared.nats),
+        restored_nats=rest[-1] if restored else None,
+        controls=compared,
+        vital=is_vital(joint_nats, ci95, compared, config),
+        close=is_close(joint_nats, compared, config),
         criteria=config.criteria,
     )
-
-
-def lowest_layer(parts: Sequence[Region]) -> int:
-    """The lowest layer that parts lie in; 0 where one lies outside the layers."""
-    layers = [part.site.layer for part in parts]
-    return 0 if None in layers else min(layer for layer in layers if layer is not None)
 
 
 def _telling(progress: Progress | None) -> Tell | None:

@@ -32,7 +32,7 @@ from .scorecard import (
     with_neighbours,
 )
 from .tasks import task_accuracy
-from .verdict import Controls, VitalConfig, is_vital, p_value
+from .verdict import Controls, VitalConfig, is_close, is_vital, p_value
 
 __all__ = [
     "STOP_WORDS",
@@ -60,6 +60,7 @@ __all__ = [
     "examine",
     "generate",
     "interval",
+    "is_close",
     "is_vital",
     "loop_rate",
     "mean_nll",

@@ -52,7 +52,7 @@ def require_causal(model: nn.Module) -> None:
         )
 
 
-def _nll_sum(logits: Tensor, ids: Tensor) -> Float64[Tensor, " batch"]:
+def nll_sums(logits: Tensor, ids: Tensor) -> Float64[Tensor, " batch"]:
     """Sum over the predicted tokens of each window."""
     targets = ids[:, 1:].to(logits.device)
     losses = F.cross_entropy(
@@ -64,7 +64,7 @@ def _nll_sum(logits: Tensor, ids: Tensor) -> Float64[Tensor, " batch"]:
 @torch.no_grad()
 def window_nll(model: nn.Module, windows: Int64[Tensor, "n window"]) -> Float64[Tensor, " n"]:
     """Mean NLL of each window, in nats per token. Float32 logits, float64 sums."""
-    sums = torch.cat([_nll_sum(logits_of(model, ids), ids) for ids in batches(windows)])
+    sums = torch.cat([nll_sums(logits_of(model, ids), ids) for ids in batches(windows)])
     return sums / (windows.shape[1] - 1)
 
 
@@ -109,8 +109,8 @@ class ResumedNLL:
         sums = []
         for ids, entry in zip(batches(self.windows), self.entries, strict=True):
             if entry is None:
-                sums.append(_nll_sum(logits_of(self.model, ids), ids))
+                sums.append(nll_sums(logits_of(self.model, ids), ids))
             else:
                 with resume(self.layers, entry):
-                    sums.append(_nll_sum(logits_of(self.model, ids), ids))
+                    sums.append(nll_sums(logits_of(self.model, ids), ids))
         return torch.cat(sums) / (self.windows.shape[1] - 1)

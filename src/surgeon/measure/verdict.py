@@ -41,6 +41,10 @@ class VitalConfig:
             " over windows above 0"
         )
 
+    def bar(self, joint_nats: float) -> float:
+        """The damage that every control must stay below beside this joint damage."""
+        return joint_nats / max(self.min_ratio, 1.0)
+
     def is_large(self, nats: float) -> bool:
         """Whether a damage is large enough to be vital; it is not yet, for that."""
         return nats >= self.min_nats
@@ -48,10 +52,14 @@ class VitalConfig:
 
 @record
 class Controls:
-    """Damage of the matched control sets, in nats per token, and how they were matched."""
+    """Damage of the matched control sets, in nats per token, and how they were matched.
+
+    windows: on how many windows each was measured; not given where each was on all.
+    """
 
     nats: list[float]
     matched: str
+    windows: list[int] | None = None
 
     @derived
     def n(self) -> int:
@@ -80,3 +88,9 @@ def is_vital(
     large = config.is_large(joint_nats)
     beside_controls = joint_nats >= config.min_ratio * max(controls.max_nats, 0.0)
     return significant and large and beside_controls
+
+
+def is_close(joint_nats: float, controls: Controls, config: VitalConfig) -> bool:
+    """Whether the damage is within a tenth of one of the thresholds that decide."""
+    thresholds = [config.min_nats, config.min_ratio * max(controls.max_nats, 0.0)]
+    return any(0.9 * bar <= joint_nats <= 1.1 * bar for bar in thresholds if bar > 0)

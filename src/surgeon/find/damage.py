@@ -153,7 +153,7 @@ def zeroed(anatomy: Anatomy, regions: Sequence[Region]) -> Iterator[None]:
             view = anatomy.view(region.site)
             rows, cols = map(torch.tensor, region.rows_cols(view.shape))
             kept.append((view, rows, cols, view.get(rows, cols)))
-            view.set_(rows, cols, torch.zeros(len(rows)))
+            view.set_(rows, cols, torch.full((len(rows),), anatomy.stored_zero(region.site)))
         yield
     finally:
         for view, rows, cols, values in reversed(kept):

@@ -91,8 +91,8 @@ def verify(
 
     A control is measured on as many windows as it takes to say that it does too little damage to
     count, see measure/sequential.py. `listed` limits single and leave-one-out damage to the first
-    parts. damage: the means to measure on this corpus, where they are at hand. Parts are entries, whole
-    rows `[88, :]` or columns `[:, 165]`. The model is left as it was.
+    parts. damage: the means to measure on this corpus, where they are at hand. Parts are entries,
+    whole rows `[88, :]` or columns `[:, 165]`. The model is left as it was.
     Raises: BadInput, UnknownSite for parts this model does not have, or if no part is given.
     """
     if not parts:

@@ -22,6 +22,7 @@ from .patch import Patch
 MODES = {
     "zero": "0",
     "mean": "the mean of its matrix",
+    "median": "the median of its matrix",
     "scale:F": "F times itself",
     "flip": "its negative",
     "spread:N": (
@@ -60,7 +61,11 @@ def ablate(anatomy: Anatomy, regions: Sequence[Region | Entry | str], mode: str 
     for site, mask in named.items():
         old = anatomy.view(site).read().cpu()
         weight = old.to(wide(old.dtype))
-        after = _replaced(site, weight, mask, name, number)
+        zero = anatomy.stored_zero(site)  # a norm may store its scale less one
+        if zero == 0:
+            after = _replaced(site, weight, mask, name, number)
+        else:
+            after = _replaced(site, weight - zero, mask, name, number) + zero
         # untouched entries are taken from `old`: a NaN may not survive float32 and back
         matrices[site] = torch.where(differ(after, weight), after.to(old.dtype), old)
     return Patch.from_matrix(anatomy, matrices, {"operation": "ablate", "mode": mode}, named)
@@ -143,6 +148,8 @@ def _replaced(
     """The matrix with the entries under `mask` replaced."""
     if mode == "mean":
         return torch.where(mask, weight.mean(), weight)
+    if mode == "median":
+        return torch.where(mask, weight.median(), weight)
     if mode == "scale":
         return torch.where(mask, weight * number, weight)
     if mode == "flip":
@@ -166,7 +173,7 @@ def _replaced(
 def _parse(mode: str) -> tuple[str, float]:
     """The name of a mode and its number, which is 0 where it has none."""
     name, _, text = mode.partition(":")
-    if mode in ("zero", "mean", "flip"):
+    if mode in ("zero", "mean", "median", "flip"):
         return mode, 0.0
     try:
         number = float(text) if name == "scale" else float(int(text))

@@ -17,6 +17,7 @@ from surgeon.errors import BadInput
 from surgeon.find import DetectConfig, FindConfig, VerifyConfig, detect, find, stream, verify
 from surgeon.find.damage import Variant
 from surgeon.find.stream import damage_on
+from surgeon.measure import mean_nll
 
 WINDOWS = torch.randint(3, 99, (6, 24), generator=torch.Generator().manual_seed(0))
 CORPUS = Corpus("random", WINDOWS, bos=False)
@@ -76,6 +77,16 @@ def test_a_vital_entry_is_found_streamed(tmp_path):
         result.to_json(),
         find(Anatomy.of(load_model(folder).model), CORPUS, FindConfig(probe_windows=2)).to_json(),
     )
+
+
+@pytest.mark.parametrize("min_height", [4.0, 1e6])
+def test_the_base_is_of_all_windows(min_height, tmp_path):
+    """Also where it was measured in two parts: on the probe, and with a verification."""
+    loaded = load_model(vital(tmp_path)[0])
+    config = FindConfig(DetectConfig(min_height=min_height), probe_windows=2)
+    result = find(Anatomy.of(loaded.model), CORPUS, config)
+    assert (result.verdict == "found") == (min_height == 4.0)
+    assert result.detection.base_nll == pytest.approx(mean_nll(loaded.model, WINDOWS), rel=1e-6)
 
 
 def vital(folder):

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 from torch import Tensor
 
-from ..anatomy import Anatomy, Region, StreamedAnatomy, WeightView
-from ..measure.intact import IntactRun
-from ..measure.sequential import looks_at
+from ..anatomy import Anatomy, Region, StreamedAnatomy
+from ..patch import ablate
 from .causal import restored_nll
 
-Tell = Callable[[int, int], None]  # steps done, of how many
+Count = Callable[[int, int], None]  # is told the steps done, of how many
 NLL = Callable[[], Float64[Tensor, " n"]]  # of each window or cell, of the model as it is now
 
 
@@ -44,117 +42,60 @@ class Variant:
 
 
 class Damage(ABC):
-    """Damage of variants of the model on fixed windows (or cells), in nats per token (or value).
-
-    looks: after how many windows a comparison may be looked at, the last being all: where some of
-    the windows cost less than all, it can be stopped when it is decided.
-    """
+    """Damage of variants of the model on fixed windows (or cells), in nats per token (or value)."""
 
     @property
     @abstractmethod
     def base(self) -> Float64[Tensor, " n"]:
         """NLL of the intact model, of each window."""
 
-    @property
-    def looks(self) -> list[int]:
-        return [len(self.base)]
-
     @abstractmethod
     def of(
-        self,
-        variants: Sequence[Variant],
-        tell: Tell | None = None,
-        chosen: Int64[Tensor, " k"] | None = None,
-    ) -> list[Float64[Tensor, " k"]]:
-        """Damage of each variant, of each of the chosen windows; of all where none are chosen."""
+        self, variants: Sequence[Variant], count: Count | None = None
+    ) -> list[Float64[Tensor, " n"]]:
+        """Damage of each variant, of each window."""
 
     def __call__(self, regions: Sequence[Region]) -> Float64[Tensor, " n"]:
         """Damage of each window with all of `regions` zeroed together."""
         return self.of([Variant(regions)])[0]
 
 
-class DamageOfEvidence(Damage):
-    """One variant after another, on evidence that is no text."""
+class DamageInMemory(Damage):
+    """One variant after another.
 
-    def __init__(self, anatomy: Anatomy, nll: NLL) -> None:
-        self.anatomy, self._nll, self._base = anatomy, nll, nll()
+    windows: what `nll` scores where that is text; only variants that are `restored` need them.
+    """
+
+    def __init__(self, anatomy: Anatomy, nll: NLL, windows: Tensor | None = None) -> None:
+        self.anatomy, self.windows, self._nll = anatomy, windows, nll
+        self._base = nll()
 
     @property
     def base(self) -> Float64[Tensor, " n"]:
         return self._base
 
     def of(
-        self,
-        variants: Sequence[Variant],
-        tell: Tell | None = None,
-        chosen: Int64[Tensor, " k"] | None = None,
-    ) -> list[Float64[Tensor, " k"]]:
-        everywhere = slice(None) if chosen is None else chosen
+        self, variants: Sequence[Variant], count: Count | None = None
+    ) -> list[Float64[Tensor, " n"]]:
         damages = []
         for number, variant in enumerate(variants, 1):
-            with zeroed(self.anatomy, variant.zeroed):
-                damages.append((self._nll() - self._base)[everywhere])
-            if tell:
-                tell(number, len(variants))
+            damages.append(self._one(variant) - self._base)
+            if count:
+                count(number, len(variants))
         return damages
 
-
-class DamageInMemory(Damage):
-    """One variant after another, each from the first layer that it changes."""
-
-    def __init__(self, anatomy: Anatomy, windows: Int64[Tensor, "n window"]) -> None:
-        self.anatomy, self.windows = anatomy, windows
-        self._run = IntactRun(anatomy.model, anatomy.layers, windows)
-
-    @property
-    def base(self) -> Float64[Tensor, " n"]:
-        return self._run.nll
-
-    @property
-    def looks(self) -> list[int]:
-        return looks_at(len(self.windows))
-
-    def of(
-        self,
-        variants: Sequence[Variant],
-        tell: Tell | None = None,
-        chosen: Int64[Tensor, " k"] | None = None,
-    ) -> list[Float64[Tensor, " k"]]:
-        chosen = torch.arange(len(self.windows)) if chosen is None else chosen
-        damages = []
-        for number, variant in enumerate(variants, 1):
-            damages.append(self._one(variant, chosen) - self.base[chosen])
-            if tell:
-                tell(number, len(variants))
-        return damages
-
-    def _one(self, variant: Variant, chosen: Int64[Tensor, " k"]) -> Float64[Tensor, " k"]:
+    def _one(self, variant: Variant) -> Float64[Tensor, " n"]:
         if variant.restored:
-            return restored_nll(self.anatomy, variant.zeroed, self.windows[chosen])
-        lowest = self.anatomy.first_changed(region.site for region in variant.zeroed)
+            assert self.windows is not None
+            return restored_nll(self.anatomy, variant.zeroed, self.windows)
         with zeroed(self.anatomy, variant.zeroed):
-            return self._run.changed(lowest, chosen)
+            return self._nll()
 
 
-@contextmanager
-def zeroed(anatomy: Anatomy, regions: Sequence[Region]) -> Iterator[None]:
-    """Within the block all of `regions` are zero, also in a streamed model.
-
-    No patch is made, since nothing is to be kept: the entries are read, zeroed and written back,
-    bit for bit. A tied weight is zero in both of its places.
+def zeroed(anatomy: Anatomy, regions: Sequence[Region]) -> AbstractContextManager[None]:
+    """Within the block all of `regions` are zero, also in a streamed model; nothing changes where
+    there are none.
     """
     if isinstance(anatomy, StreamedAnatomy):
-        with anatomy.zeroed(regions):
-            yield
-        return
-    kept: list[tuple[WeightView, Tensor, Tensor, Tensor]] = []
-    try:
-        for region in regions:
-            view = anatomy.view(region.site)
-            rows, cols = map(torch.tensor, region.rows_cols(view.shape))
-            kept.append((view, rows, cols, view.get(rows, cols)))
-            view.set_(rows, cols, torch.full((len(rows),), anatomy.stored_zero(region.site)))
-        yield
-    finally:
-        for view, rows, cols, values in reversed(kept):
-            view.set_(rows, cols, values)
+        return anatomy.zeroed(regions)
+    return ablate(anatomy, regions).applied(anatomy) if regions else nullcontext()

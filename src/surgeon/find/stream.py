@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 from torch import Tensor
 
 from ..anatomy import Anatomy, Site, StreamedAnatomy
-from ..measure.likelihood import batches, require_causal, window_nll
+from ..measure.likelihood import ResumedNLL, batches, require_causal, window_nll
 from ..tap import (
     LayerCall,
     LayerInput,
@@ -36,7 +36,7 @@ from ..tap import (
     returns_tuple,
 )
 from .causal import written_channels
-from .damage import Damage, DamageInMemory, DamageOfEvidence, Evidence, Tell, Variant
+from .damage import Count, Damage, DamageInMemory, Evidence, Variant
 
 STATE_BYTES = 1 << 30  # of hidden states carried at a time; more variants go in several passes
 
@@ -53,12 +53,12 @@ def damage_on(anatomy: Anatomy, judged_on: Tensor | Evidence, lowest_layer: int)
     Raises: BadInput for windows and a model that does not predict the next token.
     """
     if not isinstance(judged_on, Tensor):
-        within = min(lowest_layer, len(anatomy.layers) - 1)
-        return DamageOfEvidence(anatomy, judged_on.nll(within))
+        return DamageInMemory(anatomy, judged_on.nll(lowest_layer))
     require_causal(anatomy.model)
     if isinstance(anatomy, StreamedAnatomy):
         return DamageStreamed(anatomy, judged_on, lowest_layer)
-    return DamageInMemory(anatomy, judged_on)
+    nll = ResumedNLL(anatomy.model, anatomy.layers, lowest_layer, judged_on)
+    return DamageInMemory(anatomy, nll, judged_on)
 
 
 class DamageStreamed(Damage):
@@ -90,31 +90,24 @@ class DamageStreamed(Damage):
         return self._base
 
     def of(
-        self,
-        variants: Sequence[Variant],
-        tell: Tell | None = None,
-        chosen: Int64[Tensor, " k"] | None = None,
-    ) -> list[Float64[Tensor, " k"]]:
-        """tell: called after every block, with the blocks done.
-
-        All windows are run, whichever are chosen: reading the blocks is what takes the time.
-        """
+        self, variants: Sequence[Variant], count: Count | None = None
+    ) -> list[Float64[Tensor, " n"]]:
+        """count: called after every block, with the blocks done."""
         size = sum(s.nbytes for s in self._entering[0])
         many = max(1, STATE_BYTES // size)
         groups = [variants[i : i + many] for i in range(0, len(variants), many)]
-        found: list[Tensor] = []
+        losses: list[Tensor] = []
         for number, group in enumerate(groups):
 
-            def told(done: int, depth: int, number: int = number) -> None:
-                if tell:
-                    tell(number * depth + done, len(groups) * depth)
+            def blocks(done: int, depth: int, number: int = number) -> None:
+                if count:
+                    count(number * depth + done, len(groups) * depth)
 
-            found += self._pass(group, told)
-        everywhere = slice(None) if chosen is None else chosen
-        return [(nll - self.base)[everywhere] for nll in found]
+            losses += self._pass(group, blocks)
+        return [nll - self.base for nll in losses]
 
     @torch.no_grad()
-    def _pass(self, variants: Sequence[Variant], tell: Tell | None) -> list[Tensor]:
+    def _pass(self, variants: Sequence[Variant], count: Count | None) -> list[Tensor]:
         """NLL (n,) of each variant; of the intact model too, if that is not known yet."""
         runs = [_Run(variant) for variant in variants]
         channels = sorted({channel for run in runs for channel in run.channels})
@@ -134,8 +127,8 @@ class DamageStreamed(Damage):
                     written_here = [channel for channel in channels if _layer(channel[0]) == index]
                     intact = self._intact(index, entering, written_here, clean)
                 self._variants_through(index, runs, entering, clean)
-            if tell:
-                tell(index + 1, last + 1)
+            if count:
+                count(index + 1, last + 1)
         with self.anatomy.holding(None):
             if self._base is None:
                 self._base = self._nll(intact)
@@ -169,12 +162,12 @@ class DamageStreamed(Damage):
     def _broken(self, index: int, run: _Run, clean: Peaks) -> States:
         """One layer of a variant."""
         mine = [r for r in run.variant.zeroed if r.site.layer == index]
-        held = [(c, clean[c]) for c in run.channels if _layer(c[0]) == index]
+        restored = [(c, clean[c]) for c in run.channels if _layer(c[0]) == index]
         after = []
         with self.anatomy.zeroed(mine) if mine else nullcontext():
             for number, (calls, h) in enumerate(zip(self.calls, run.states, strict=True)):
                 with Tap() as tap:
-                    for (site, row), peaks in held:
+                    for (site, row), peaks in restored:
                         tap.on_output(self.anatomy.module(site), _restored(row, peaks[number]))
                     after.append(calls[index](self.layers[index], h))
         return after
@@ -183,12 +176,12 @@ class DamageStreamed(Damage):
         """NLL (n,) of each window, one after another: the logits of a batch can be larger than a
         block.
         """
-        found = []
+        losses = []
         for ids, batch in zip(self.ids, states, strict=True):
             for window, h in zip(torch.split(ids, 1), torch.split(batch, 1), strict=True):
                 with resume(self.layers, LayerInput(len(self.layers), h, self.as_tuple)):
-                    found.append(window_nll(self.anatomy.model, window))
-        return torch.cat(found)
+                    losses.append(window_nll(self.anatomy.model, window))
+        return torch.cat(losses)
 
 
 class _Run:

@@ -12,16 +12,21 @@
 # shortest prefix that does. That prefix is the set; it is verified beside matched controls on
 # windows that neither detection nor this choice has seen. If nothing is vital alone, all groups
 # together are tried once.
+#
+# That is the published search, of `mlp.down` alone. Then everything else is looked at, see
+# elsewhere.py, and what stands out there and is not part of a set already is verified likewise.
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import ceil
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
-from ..anatomy import Anatomy, Entry, Region, Site
+from ..anatomy import Anatomy, Entry, Region, Site, StreamedAnatomy
 from ..corpus import Corpus
 from ..errors import BadInput
 from ..measure import Controls
@@ -30,9 +35,12 @@ from ..result import Result, derived, record, result
 from ..settings import nested, setting
 from .damage import Damage, Variant, zeroed
 from .detect import Candidate, Contribution, DetectConfig, Detection, Heights, Rejection, detect
+from .elsewhere import Suspect, explained, suspects
 from .experts import ExpertProfile
 from .stream import damage_on
-from .verify import VerifyConfig, verify
+from .verify import Verification, VerifyConfig, entries_of, verify
+
+CHOICE_TOKENS = 512  # on which the entries of a set are chosen
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,18 @@ class FindConfig:
     cover: float = setting(
         0.8, "share of the effect that the smallest set must keep", low=0, high=1, group="Search"
     )
+    only: str = setting(
+        "everything",
+        "where to look: everything, or mlp.down alone, as published",
+        choices=("everything", "mlp.down"),
+    )
+    measured: int = setting(
+        24,
+        "of scales, entries, rows and columns each, how many are measured that the first-order map"
+        " names",
+        low=1,
+        group="Search",
+    )
     listed: int = setting(
         16,
         "entries, strongest first, whose single and leave-one-out damage is measured",
@@ -66,7 +86,8 @@ class FindConfig:
 class CriticalEntry:
     """One entry of a critical set.
 
-    share: of what its channel receives from its layer. rank_abs: its rank by |w| in its matrix, 1
+    share: of what its channel receives from its layer; in a set that no channel names, of the sum
+    of its squared weights. rank_abs: its rank by |w| in its matrix, 1
     for the largest.
     """
 
@@ -116,27 +137,26 @@ class SetDamage:
 class CriticalSet:
     """Entries that are vital together.
 
-    channels: the residual channels that they write; heights: of each, by layer. agreement: in what
-    share of the windows the first is high.
+    parts: the set as regions. channels: the residual channels that they write, where the set was
+    named by them; heights: of each, by layer. agreement: in what share of the windows the first is
+    high. windows_used: of the joint damage.
     """
 
+    parts: list[Region]
     channels: list[int]
     heights: list[list[float]]
-    agreement: float
+    agreement: float | None
     entries: list[CriticalEntry]
     damage: SetDamage
     controls: Controls
     vital: bool
+    close: bool
     criteria: str
+    windows_used: int
 
     @derived
     def geometry(self) -> str:
         return geometry([one.entry for one in self.entries])
-
-    @derived
-    def parts(self) -> list[Region]:
-        """The set as regions."""
-        return [_region(one.entry) for one in self.entries]
 
 
 @record
@@ -217,6 +237,9 @@ def find(
             weak += group
     if len(weak) > 1 and not examiner.sets:  # nothing is vital alone; perhaps they are together
         examiner.accepts(weak)
+    # the first-order map goes backward through the model, which a streamed one cannot
+    if config.only == "everything" and not isinstance(anatomy, StreamedAnatomy):
+        examiner.look_elsewhere()
     sets = sorted(examiner.sets, key=lambda one: -one.damage.joint_nats)
     bar, heights = first.detection.bar, first.detection.heights
     searched = SearchedHeights(bar, heights, examiner.base_nll())
@@ -293,9 +316,13 @@ class _Examiner:
         self.anatomy, self.probe, self.held_out = anatomy, probe, held_out
         self.config, self.progress = config, progress
         self.damage = damage_on(anatomy, probe, 0)
+        self.judged = damage_on(anatomy, held_out.windows, 0)
+        # what the choice of entries is made on, where some windows cost less than all
+        most = max(self.damage.looks[0], ceil(CHOICE_TOKENS / probe.shape[1]))
+        few = len(probe) if len(self.damage.looks) == 1 else min(most, len(probe))
+        self.few = torch.arange(few)
         self.sets: list[CriticalSet] = []
         self.rejected: list[Rejection] = []
-        self._held_out_nll: float | None = None  # of the intact model, once a verification took it
 
     def accepts(self, group: Sequence[_Chain]) -> bool:
         """Whether the group holds a critical set, which is kept; else the reason is."""
@@ -308,19 +335,14 @@ class _Examiner:
 
     def base_nll(self) -> float:
         """Of the intact model on all windows."""
-        if self._held_out_nll is None:  # in one pass, which for a streamed model reads all of it
-            both = torch.cat([self.probe, self.held_out.windows])
-            return float(damage_on(self.anatomy, both, 0).base.mean())
-        n, n_held_out = len(self.probe), len(self.held_out.windows)
-        total = float(self.damage.base.sum()) + n_held_out * self._held_out_nll
-        return total / (n + n_held_out)
+        return float(torch.cat([self.damage.base, self.judged.base]).mean())
 
     def _examine(self, group: Sequence[_Chain]) -> CriticalSet | Rejection:
         """The smallest prefix of the group's entries that covers the effect, verified; or why it is
         no critical set.
         """
         verifying = self.config.verify
-        ordered = _writers(group, self.damage, self.config.cover)
+        ordered = _writers(group, self.damage, self.few, self.config.cover)
         first = group[0].first
         where = ", ".join(f"L{chain.first.layer} channel {chain.first.channel}" for chain in group)
         height = max(chain.first.height for chain in group)
@@ -328,8 +350,11 @@ class _Examiner:
             why = "no entry contributes a measurable share of the channel's write"
             return Rejection(where, why, height=height, entries=0)
 
-        curve = _Curve(self.damage, ordered)
-        size, full = curve.smallest(self.config.cover)
+        curve = _Curve(self.damage, ordered, self.few)
+        size, full = len(ordered), max(curve.at(1, min(16, len(ordered)), len(ordered)))
+        if verifying.is_large(2 * full):  # on few windows; what is far too small is left at that
+            size = curve.smallest(self.config.cover)
+            full = max(curve.whole(size), curve.whole(len(ordered)))
         if not verifying.is_large(full):
             return Rejection(
                 f"{where} ({ordered[0].entry})",
@@ -341,43 +366,107 @@ class _Examiner:
 
         chosen = sorted(ordered[:size], key=lambda c: -c.magnitude)
         parts = [_region(c.entry) for c in chosen]
-        verified = verify(
-            self.anatomy, parts, self.held_out, verifying, self.progress, self.config.listed
-        )
-        self._held_out_nll = verified.base_nll
+        verified = self._verify(parts)
         if not verified.vital:
-            return Rejection(
-                f"{where} ({chosen[0].entry})",
-                "the damage does not stand out from its matched controls",
-                height=height,
-                entries=len(ordered),
-                joint_nats=verified.joint_nats,
-                control_max_nats=verified.controls.max_nats,
-                control_median_nats=verified.controls.median_nats,
-            )
-        return CriticalSet(
+            rejection = _not_above_controls(f"{where} ({chosen[0].entry})", verified)
+            return replace(rejection, height=height, entries=len(ordered))
+        return _critical_set(
+            verified,
+            [_critical_entry(self.anatomy, c.entry, c.share) for c in chosen],
+            full_nats=full,
+            full_size=len(ordered),
             channels=[chain.first.channel for chain in group],
             heights=[chain.first.heights for chain in group],
             agreement=first.agreement,
-            entries=[_critical_entry(self.anatomy, c) for c in chosen],
-            damage=SetDamage(
-                joint_nats=verified.joint_nats,
-                single_nats=verified.single_nats,
-                leave_one_out_nats=verified.leave_one_out_nats,
-                ci95=verified.ci95,
-                p_value=verified.p_value,
-                restored_nats=verified.restored_nats,
-                tokens=verified.tokens,
-                full_nats=full,
-                full_size=len(ordered),
-            ),
-            controls=verified.controls,
-            vital=verified.vital,
-            criteria=verified.criteria,
+        )
+
+    def look_elsewhere(self) -> None:
+        """What is vital and writes no channel that stays high."""
+        config = self.config
+        named = suspects(
+            self.anatomy,
+            self.probe,
+            self.damage,
+            config.measured,
+            config.verify.min_nats,
+            config.cover,
+            self.progress,
+        )
+        for one in named:
+            if any(self._explains(known, one) for known in self.sets):
+                continue
+            verified = self._verify([one.part])
+            if verified.vital:
+                entries = _entries_of_part(self.anatomy, one.part)
+                self.sets.append(
+                    _critical_set(verified, entries, full_nats=one.nats, full_size=len(entries))
+                )
+            else:
+                self.rejected.append(_not_above_controls(str(one.part), verified))
+
+    def _explains(self, known: CriticalSet, suspect: Suspect) -> bool:
+        entries = [one.entry for one in known.entries]
+        return explained(suspect, entries, known.damage.full_nats, self.config.cover)
+
+    def _verify(self, parts: Sequence[Region]) -> Verification:
+        return verify(
+            self.anatomy,
+            parts,
+            self.held_out,
+            self.config.verify,
+            self.progress,
+            self.config.listed,
+            self.judged,
         )
 
 
-def _writers(group: Sequence[_Chain], damage: Damage, cover: float) -> list[Contribution]:
+def _critical_set(
+    verified: Verification,
+    entries: list[CriticalEntry],
+    full_nats: float,
+    full_size: int,
+    channels: Sequence[int] = (),
+    heights: Sequence[list[float]] = (),
+    agreement: float | None = None,
+) -> CriticalSet:
+    return CriticalSet(
+        parts=verified.at,
+        channels=list(channels),
+        heights=list(heights),
+        agreement=agreement,
+        entries=entries,
+        damage=SetDamage(
+            joint_nats=verified.joint_nats,
+            single_nats=verified.single_nats,
+            leave_one_out_nats=verified.leave_one_out_nats,
+            ci95=verified.ci95,
+            p_value=verified.p_value,
+            restored_nats=verified.restored_nats,
+            tokens=verified.tokens,
+            full_nats=full_nats,
+            full_size=full_size,
+        ),
+        controls=verified.controls,
+        vital=verified.vital,
+        close=verified.close,
+        criteria=verified.criteria,
+        windows_used=verified.windows,
+    )
+
+
+def _not_above_controls(where: str, verified: Verification) -> Rejection:
+    return Rejection(
+        where,
+        "the damage does not stand out from its matched controls",
+        joint_nats=verified.joint_nats,
+        control_max_nats=verified.controls.max_nats,
+        control_median_nats=verified.controls.median_nats,
+    )
+
+
+def _writers(
+    group: Sequence[_Chain], damage: Damage, few: Int64[Tensor, " k"], cover: float
+) -> list[Contribution]:
     """The entries of the fewest layers that cover the effect of all that write these channels,
     largest contribution first.
     """
@@ -390,7 +479,9 @@ def _writers(group: Sequence[_Chain], damage: Damage, cover: float) -> list[Cont
         return upto[-1]
     nats = [
         float(d.mean())
-        for d in damage.of([Variant([_region(c.entry) for c in entries]) for entries in upto])
+        for d in damage.of(
+            [Variant([_region(c.entry) for c in entries]) for entries in upto], chosen=few
+        )
     ]
     return next(
         entries
@@ -401,36 +492,42 @@ def _writers(group: Sequence[_Chain], damage: Damage, cover: float) -> list[Cont
 
 
 class _Curve:
-    """Damage of the first k entries, each k measured once."""
+    """Damage of the first k entries on a few windows, each k measured once."""
 
-    def __init__(self, damage: Damage, ordered: Sequence[Contribution]) -> None:
-        self.damage, self.ordered = damage, ordered
+    def __init__(
+        self, damage: Damage, ordered: Sequence[Contribution], few: Int64[Tensor, " k"]
+    ) -> None:
+        self.damage, self.few = damage, few
+        self.regions = [_region(c.entry) for c in ordered]
+        n = len(ordered)
+        self.sizes = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
         self.known: dict[int, float] = {}
 
     def at(self, *sizes: int) -> list[float]:
         unknown = [k for k in dict.fromkeys(sizes) if k not in self.known]
-        variants = [Variant([_region(c.entry) for c in self.ordered[:k]]) for k in unknown]
-        self.known |= {
-            k: float(d.mean()) for k, d in zip(unknown, self.damage.of(variants), strict=True)
-        }
+        variants = [Variant(self.regions[:k]) for k in unknown]
+        damages = self.damage.of(variants, chosen=self.few)
+        self.known |= {k: float(d.mean()) for k, d in zip(unknown, damages, strict=True)}
         return [self.known[k] for k in sizes]
 
-    def smallest(self, cover: float) -> tuple[int, float]:
-        """The smallest k that keeps `cover` of the largest damage on the curve, and that damage; by
-        doubling, then bisection.
+    def whole(self, size: int) -> float:
+        """Damage of the first entries on all windows."""
+        return float(self.damage(self.regions[:size]).mean())
+
+    def smallest(self, cover: float) -> int:
+        """The smallest k that keeps `cover` of the largest damage on the curve; by doubling, then
+        bisection.
         """
-        n = len(self.ordered)
-        sizes = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
-        nats = self.at(*sizes)
+        nats = self.at(*self.sizes)
         full = max(nats)
         enough = min(cover * full, full)  # full itself where zeroing does the model good
-        high = next(k for k, loss in zip(sizes, nats, strict=True) if loss >= enough)
-        low = max((k for k in sizes if k < high), default=0)
+        high = next(k for k, loss in zip(self.sizes, nats, strict=True) if loss >= enough)
+        low = max((k for k in self.sizes if k < high), default=0)
         # to a sixteenth: the last entries of a long prefix tell little, and each step is a pass
         while high - low > max(1, high // 16):
             middle = (low + high) // 2
             low, high = (low, middle) if self.at(middle)[0] >= enough else (middle, high)
-        return high, full
+        return high
 
 
 def geometry(entries: Sequence[Entry]) -> str:
@@ -446,9 +543,27 @@ def _region(entry: Entry) -> Region:
     return Region(entry.site, entry.row, entry.col)
 
 
-def _critical_entry(anatomy: Anatomy, contribution: Contribution) -> CriticalEntry:
-    entry = contribution.entry
+def _critical_entry(anatomy: Anatomy, entry: Entry, share: float) -> CriticalEntry:
     matrix = anatomy.view(entry.site).read()
     value = matrix[entry.row, entry.col]
     rank = int((matrix.abs() > value.abs()).sum()) + 1
-    return CriticalEntry(entry, float(value), contribution.share, rank)
+    return CriticalEntry(entry, float(value), share, rank)
+
+
+def _entries_of_part(anatomy: Anatomy, part: Region) -> list[CriticalEntry]:
+    """Every entry of the region, the largest first."""
+    size = anatomy.view(part.site).read().detach().float().abs()
+    ordered = size.flatten().sort().values
+    entries = entries_of(anatomy, part)
+    mine = torch.tensor([[e.row, e.col] for e in entries]).T
+    squares = size.cpu()[mine[0], mine[1]] ** 2
+    below = torch.searchsorted(ordered, size[mine[0], mine[1]], right=True)
+    values = anatomy.view(part.site).get(mine[0], mine[1]).float()
+    shares = (squares / squares.sum().clamp_min(1e-30)).tolist()
+    known = [
+        CriticalEntry(e, value, share, len(ordered) - under + 1)
+        for e, value, share, under in zip(
+            entries, values.tolist(), shares, below.tolist(), strict=True
+        )
+    ]
+    return sorted(known, key=lambda one: one.rank_abs)

@@ -61,7 +61,8 @@ def first_order(anatomy: Anatomy, windows: Int64[Tensor, "n window"], most: int)
     with _gradients(anatomy, keep):
         logits = logits_of(anatomy.model, windows)[:, :-1].float()
         targets = windows[:, 1:].to(logits.device)
-        F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
     return [
         one
         for kind in KINDS
@@ -114,7 +115,9 @@ def _gradients(anatomy: Anatomy, keep: Callable[..., None]) -> Iterator[None]:
             p.grad = None
         for name, parameter in ours:
             parameter.requires_grad_(True)
-            handles.append(parameter.register_post_accumulate_grad_hook(partial(hand_over, name)))
+            handed = partial(hand_over, name)
+            handle = parameter.register_post_accumulate_grad_hook(handed)  # type: ignore[no-untyped-call]
+            handles.append(handle)
         with torch.enable_grad():
             yield
     finally:

@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from ..anatomy import Anatomy, Site, StreamedAnatomy
-from ..measure.likelihood import ResumedNLL, batches, require_causal, window_nll
+from ..measure.likelihood import batches, require_causal, window_nll
 from ..tap import (
     LayerCall,
     LayerInput,
@@ -36,7 +36,7 @@ from ..tap import (
     returns_tuple,
 )
 from .causal import written_channels
-from .damage import Count, Damage, DamageInMemory, Evidence, Variant
+from .damage import Count, Damage, DamageInMemory, DamageOfEvidence, Evidence, Variant
 
 STATE_BYTES = 1 << 30  # of hidden states carried at a time; more variants go in several passes
 
@@ -53,12 +53,12 @@ def damage_on(anatomy: Anatomy, judged_on: Tensor | Evidence, lowest_layer: int)
     Raises: BadInput for windows and a model that does not predict the next token.
     """
     if not isinstance(judged_on, Tensor):
-        return DamageInMemory(anatomy, judged_on.nll(lowest_layer))
+        within = min(lowest_layer, len(anatomy.layers) - 1)
+        return DamageOfEvidence(anatomy, judged_on.nll(within))
     require_causal(anatomy.model)
     if isinstance(anatomy, StreamedAnatomy):
         return DamageStreamed(anatomy, judged_on, lowest_layer)
-    nll = ResumedNLL(anatomy.model, anatomy.layers, lowest_layer, judged_on)
-    return DamageInMemory(anatomy, nll, judged_on)
+    return DamageInMemory(anatomy, judged_on)
 
 
 class DamageStreamed(Damage):
@@ -90,9 +90,15 @@ class DamageStreamed(Damage):
         return self._base
 
     def of(
-        self, variants: Sequence[Variant], count: Count | None = None
-    ) -> list[Float64[Tensor, " n"]]:
-        """count: called after every block, with the blocks done."""
+        self,
+        variants: Sequence[Variant],
+        count: Count | None = None,
+        chosen: Int64[Tensor, " k"] | None = None,
+    ) -> list[Float64[Tensor, " k"]]:
+        """count: called after every block, with the blocks done.
+
+        All windows are run, whichever are chosen: reading the blocks is what takes the time.
+        """
         size = sum(s.nbytes for s in self._entering[0])
         many = max(1, STATE_BYTES // size)
         groups = [variants[i : i + many] for i in range(0, len(variants), many)]
@@ -104,7 +110,8 @@ class DamageStreamed(Damage):
                     count(number * depth + done, len(groups) * depth)
 
             losses += self._pass(group, blocks)
-        return [nll - self.base for nll in losses]
+        everywhere = slice(None) if chosen is None else chosen
+        return [(nll - self.base)[everywhere] for nll in losses]
 
     @torch.no_grad()
     def _pass(self, variants: Sequence[Variant], count: Count | None) -> list[Tensor]:

@@ -8,12 +8,15 @@ for all of them, and what lies below the lowest part is not computed again (stre
 the same operation on other weights of the same matrices, matched in size and laid out alike
 (controls.py). The damage of each variant is known window by window: the bootstrap draws windows,
 and the verdict (measure/verdict.py) asks for a large damage, far above the worst control.
+
+Where some windows cost less than all, a control is measured on as many as it takes to say that it
+does too little damage to count (measure/sequential.py); mostly two to four do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 
@@ -23,7 +26,8 @@ from torch import Tensor
 from ..anatomy import Anatomy, Entry, Region
 from ..corpus import Corpus
 from ..errors import BadInput
-from ..measure import Behaviours, Controls, VitalConfig, interval, is_vital, p_value
+from ..measure import Behaviours, Controls, VitalConfig, interval, is_close, is_vital, p_value
+from ..measure.sequential import below
 from ..progress import Tell, silent
 from ..result import Result, result
 from ..settings import setting
@@ -38,6 +42,9 @@ class VerifyConfig(VitalConfig):
     """Settings of verification, and what `vital` demands."""
 
     seed: int = setting(0, "seed of the controls and of the bootstrap", low=0, high=2**32 - 1)
+    exhaustive: bool = setting(
+        False, "measure every control on every window; nothing is stopped early", group="Verdict"
+    )
 
 
 @result("verify")
@@ -46,12 +53,14 @@ class Verification(Result):
 
     at: the parts given, in whose order `single_nats` and `leave_one_out_nats` stand; those may be
     of the first parts only. restored_nats: the damage left after restoring the super activation
-    alone (see causal.py), None where there is none to restore.
+    alone (see causal.py), None where there is none to restore. close: a number that decides is
+    within a tenth of its threshold.
     """
 
     at: list[Region]
     base_nll: float
     tokens: int
+    windows: int
     single_nats: list[float]
     joint_nats: float
     leave_one_out_nats: list[float]
@@ -60,6 +69,7 @@ class Verification(Result):
     restored_nats: float | None
     controls: Controls
     vital: bool
+    close: bool
     criteria: str
     behaviour: Behaviours | None = None
 
@@ -91,11 +101,13 @@ def verify(
     config: VerifyConfig = VerifyConfig(),
     progress: Tell = silent,
     listed: int | None = None,
+    damage: Damage | None = None,
 ) -> Verification:
     """Zero each part alone, all together, and all but one; the same on matched controls.
 
-    `listed` limits single and leave-one-out damage to the first parts. Parts are entries, whole
-    rows `[88, :]` or columns `[:, 165]`. The model is left as it was.
+    `listed` limits single and leave-one-out damage to the first parts. damage: the means to measure
+    on this corpus, where they are at hand. Parts are entries, whole rows `[88, :]` or columns
+    `[:, 165]`. The model is left as it was.
     Raises: BadInput, UnknownSite for parts this model does not have, or if no part is given.
     """
     if not parts:
@@ -116,18 +128,21 @@ def verify(
         "restored": [Variant(parts, restored=True)] if restorable else [],
     }
 
-    evidence = corpus.windows if isinstance(corpus, Corpus) else corpus
-    damage = damage_on(anatomy, evidence, lowest_layer(parts))
-    by_window = _measured(damage, variants, progress)
+    if damage is None:
+        evidence = corpus.windows if isinstance(corpus, Corpus) else corpus
+        damage = damage_on(anatomy, evidence, anatomy.first_changed(p.site for p in parts))
+    by_window = _measured(damage, variants, config, progress)
     nats = {name: [float(one.mean()) for one in each] for name, each in by_window.items()}
 
     (joint_nats,) = nats["joint"]
     ci95 = interval(by_window["joint"][0], config.seed)
-    controls = Controls(nats["control"], control_kind(parts))
+    windows = [len(one) for one in by_window["control"]]
+    controls = Controls(nats["control"], control_kind(parts), windows)
     return Verification(
         at=list(parts),
         base_nll=float(damage.base.mean()),
         tokens=corpus.predicted,
+        windows=len(damage.base),
         single_nats=nats["single"] or [joint_nats],
         joint_nats=joint_nats,
         leave_one_out_nats=nats["left out"] or [0.0],
@@ -136,23 +151,36 @@ def verify(
         restored_nats=next(iter(nats["restored"]), None),
         controls=controls,
         vital=is_vital(joint_nats, ci95, controls, config),
+        close=is_close(joint_nats, controls, config),
         criteria=config.criteria,
     )
 
 
 def _measured(
-    damage: Damage, variants: Mapping[str, Sequence[Variant]], progress: Tell
-) -> dict[str, list[Float64[Tensor, " n"]]]:
-    """The damage of each variant, by window, under the names of the variants."""
-    together = [variant for group in variants.values() for variant in group]
-    damages = iter(damage.of(together, partial(progress, "verify")))
-    return {name: list(islice(damages, len(group))) for name, group in variants.items()}
-
-
-def lowest_layer(parts: Sequence[Region]) -> int:
-    """The lowest layer that parts lie in; 0 where one lies outside the layers."""
-    layers = [part.site.layer for part in parts]
-    return 0 if None in layers else min(layer for layer in layers if layer is not None)
+    damage: Damage,
+    variants: Mapping[str, Sequence[Variant]],
+    config: VerifyConfig,
+    progress: Tell,
+) -> dict[str, list[Float64[Tensor, " k"]]]:
+    """The damage of each variant, by window, under the names of the variants; of controls perhaps
+    on some of the windows.
+    """
+    count = partial(progress, "verify")
+    if config.exhaustive or len(damage.looks) == 1:
+        together = [variant for group in variants.values() for variant in group]
+        damages = iter(damage.of(together, count))
+        return {name: list(islice(damages, len(group))) for name, group in variants.items()}
+    others = {name: group for name, group in variants.items() if name != "control"}
+    by_window = _measured(damage, others, replace(config, exhaustive=True), progress)
+    controls = variants["control"]
+    by_window["control"] = below(
+        lambda which, chosen: damage.of([controls[i] for i in which], count, chosen),
+        len(controls),
+        config.bar(float(by_window["joint"][0].mean())),
+        damage.looks,
+        config.seed,
+    )
+    return by_window
 
 
 def entries_of(anatomy: Anatomy, part: Region) -> list[Entry]:

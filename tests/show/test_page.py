@@ -66,6 +66,25 @@ SECTIONS = {
         "What it writes",
     ],
     "recipe conditioning": ["What conditions an edit"],
+    "cells train": ["Training"],
+    "cells screen": [
+        "The screen",
+        "Candidates pruned one by one",
+        "Damage by cell type",
+        "Cell types from the embeddings",
+        "The screen's own controls",
+    ],
+    "cells map": [
+        "Genes by damage",
+        "Damage and difficulty",
+        "Cells by damage",
+        "Damage by cell type",
+        "Pathways beside the equal-damage null",
+        "Heads and MLP blocks",
+        "By condition",
+    ],
+    "cells sentences": ["Cells as sentences"],
+    "cells geneformer": ["Damage beside its controls"],
 }
 # what a page has no picture of
 ELSEWHERE = {"sweep", "sweep table", "apply", "undo", "export", "index", "index verify"}

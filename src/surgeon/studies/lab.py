@@ -240,6 +240,10 @@ class Lab(Desk):
         """What few bits cost, with the critical weights held out; a `QuantizeResult`."""
         return self.run("quantize", bits, **settings)
 
+    def cells_geneformer(self, data: Any = None, **settings: Any) -> Any:
+        """What a Geneformer loses without given weights; a `GeneformerDamage`."""
+        return self.run("cells geneformer", data, **settings)
+
     def sites(self) -> Any:
         """Every addressable weight matrix; a `SiteList`."""
         return self.run("sites")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from types import SimpleNamespace
 
+import numpy as np
 import pandas
 import torch
+from scipy.sparse import csr_matrix
 from torch.nn.functional import cross_entropy
 
-from surgeon.cells import Stage
+from surgeon.cells import Expression, Stage
 from surgeon.cells.checkpoint import LoadReport
 from surgeon.cells.likelihood import fit_marginal, masks
 from surgeon.cells.model import CellConfig, ScGPT
@@ -18,6 +21,17 @@ from surgeon.cells.tokenise import Batch
 
 GENES = [f"G{i}" for i in range(24)]
 TYPES = ("even", "odd")
+VOCAB = {"<cls>": 0, **{gene: i + 1 for i, gene in enumerate(GENES)}, "<pad>": 25}
+
+
+def expression_of(
+    values: object, genes: Sequence[str] | None = None, kind: str = "counts"
+) -> Expression:
+    """Expression data of these values (cell, gene)."""
+    matrix = csr_matrix(np.asarray(values, dtype=np.float32))
+    n, width = matrix.shape
+    names = genes or [f"G{i}" for i in range(width)]
+    return Expression(matrix, [*names], [f"c{i}" for i in range(n)], "X", kind)
 
 
 def cells(n: int, seed: int) -> tuple[Batch, list[str]]:

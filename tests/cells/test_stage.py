@@ -9,14 +9,13 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from cells_tiny import GENES, tiny
+from cells_tiny import GENES, VOCAB, tiny
 
 from surgeon.cells import Stage, TokenConfig, fit_marginal, save_cells, tokenise
 from surgeon.cells.data import expression
 from surgeon.cells.stage import StageConfig, column, open_stage
 from surgeon.errors import BadInput
 
-VOCAB = {"<cls>": 0, **{gene: i + 1 for i, gene in enumerate(GENES)}, "<pad>": 25}
 NAMES = [f"c{i}" for i in range(40)]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.sparse import csr_matrix
+from cells_tiny import expression_of
 
 from surgeon.cells import (
     Expression,
@@ -71,37 +71,29 @@ def test_the_figures_are_those_of_the_held_out_cells(checkpoint: Path, forty: Ex
     )
 
 
+LEARNS = TrainConfig(
+    layers=2,
+    d_model=24,
+    heads=2,
+    d_mlp=32,
+    steps=80,
+    look_every=20,
+    batch=32,
+    genes=24,
+    warmup=10,
+)
+
+
 def structured(cells: int = 240, genes: int = 24) -> Expression:
     """Two cell types, each with half of the genes: what one gene does tells the others."""
     random = np.random.default_rng(0)
     kind = random.random(cells) < 0.5
     rate = np.where((np.arange(genes) < genes // 2)[None] == kind[:, None], 4.0, 0.1)
-    counts = random.poisson(rate).astype(np.float32)
-    return Expression(
-        csr_matrix(counts),
-        [f"G{i}" for i in range(genes)],
-        [f"c{i}" for i in range(cells)],
-        "X",
-        "counts",
-    )
+    return expression_of(random.poisson(rate))
 
 
 def test_structure_is_learned_and_beats_the_baseline():
-    made = train(
-        structured(),
-        TrainConfig(
-            layers=2,
-            d_model=24,
-            heads=2,
-            d_mlp=32,
-            steps=80,
-            look_every=20,
-            batch=32,
-            genes=24,
-            warmup=10,
-        ),
-    )
-    figures = made.figures
+    figures = train(structured(), LEARNS).figures
     assert figures.lead_nats > 0.3
     assert figures.lead_ci95[0] > 0.2
     assert abs(figures.nll - figures.train_nll) < 0.15
@@ -110,21 +102,8 @@ def test_structure_is_learned_and_beats_the_baseline():
 
 def test_noise_is_not_learned():
     random = np.random.default_rng(1)
-    counts = csr_matrix(random.poisson(1.0, (150, 20)).astype(np.float32))
-    noise = Expression(
-        counts, [f"G{i}" for i in range(20)], [f"c{i}" for i in range(150)], "X", "counts"
-    )
-    small = TrainConfig(
-        layers=1,
-        d_model=16,
-        heads=2,
-        d_mlp=16,
-        steps=60,
-        look_every=20,
-        batch=32,
-        genes=20,
-        warmup=10,
-    )
+    noise = expression_of(random.poisson(1.0, (150, 20)))
+    small = replace(LEARNS, layers=1, d_model=16, d_mlp=16, steps=60, genes=20)
     # bins are quantiles of the cell, so a few counts of it tell a little of the others; nothing
     # like what structure gives
     assert train(noise, small).figures.lead_nats < 0.1

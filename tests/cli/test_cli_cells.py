@@ -12,7 +12,7 @@ import anndata
 import numpy as np
 import pandas
 import pytest
-from cells_tiny import GENES, tiny
+from cells_tiny import GENES, VOCAB, tiny
 from tiny import tiny_model
 
 import surgeon as package
@@ -30,8 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     types from twelve donors.
     """
     place = tmp_path_factory.mktemp("cells")
-    vocab = {"<cls>": 0, **{gene: i + 1 for i, gene in enumerate(GENES)}, "<pad>": 25}
-    save_cells(place / "model", tiny().model, vocab, TokenConfig(include_zeros=True))
+    save_cells(place / "model", tiny().model, VOCAB, TokenConfig(include_zeros=True))
     random = np.random.default_rng(0)
     odd = np.arange(60) % 2
     high = (np.arange(24) % 2)[None] == odd[:, None]
@@ -152,6 +151,7 @@ def test_map_in_words(surgeon: Any, place: Path):
         (("--plant", "--at", "L0.mlp.down[0, 0]"), 2, "give one of them"),
         (("--at", "L9.mlp.down[0, 0]"), 2, "has 2 layers"),
         (("--gmt", "none.gmt"), 2, "cannot be read"),
+        (("--write-h5ad", "nowhere/out.h5ad"), 2, "there is no folder"),
         (("--least", "0"), 2, "--least is 0; it must be at least 1"),
     ],
 )

@@ -63,6 +63,7 @@ def imported(words: list[str], status: int) -> tuple[set[str], str]:
         (["--version"], 0, ("torch", "transformers", "numpy", "rich")),
         (["banana"], 2, ("torch", "transformers", "numpy")),
         ([], 2, ("torch", "transformers", "numpy")),
+        (["cells"], 0, ("torch", "transformers", "numpy")),
         (["verify"], 2, LOADERS),
         (["verify", "M", "--at", "x", "--banana"], 2, LOADERS),
         (["find", "--help"], 0, LOADERS),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float64
@@ -191,10 +192,8 @@ def map_damage(
     stories: dict[str, Story] = {}
     nats = float(cells.mean())
     if sets is not None:
-        found = {
-            name: enrich(names, one, sets, config.enrich, config.seed)
-            for name, one in scores.items()
-        }
+        test = partial(enrich, names, sets=sets, config=config.enrich, seed=config.seed)
+        found = {name: test(one) for name, one in scores.items()}
         if config.null and nats <= 0:
             raise SurgeonError(
                 f"the damage is {nats:+.4g} nats, so no weight of equal damage can be looked for;"
@@ -203,8 +202,7 @@ def map_damage(
         null = equal_damage(nll, nats, config.null, config.seed, tell)
         chance = [ranked(e.values) for e in null]
         for name, pathways in found.items():
-            others = [enrich(names, one[name], sets, config.enrich, config.seed) for one in chance]
-            stories[name] = _story(pathways, others)
+            stories[name] = _story(pathways, [test(one[name]) for one in chance])
     numbers = (t.tolist() for t in (scores["raw"], difficulty, scores["residual"]))
     genes = [Gene(*row) for row in zip(names, *numbers, counts, strict=True)]
     weights = [NullWeight(one.region, one.factor, one.nats) for one in null]

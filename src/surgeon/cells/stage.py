@@ -55,6 +55,9 @@ class StageConfig:
     type: str | None = setting(
         None, "column of obs with the cell type, or a usual one", metavar="COL"
     )
+    write_h5ad: str | None = setting(
+        None, "write a copy of DATA with the damage per gene and cell", metavar="F"
+    )
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -145,8 +148,13 @@ def open_stage(config: StageConfig, seed: int = 0) -> Stage:
     at random. The baseline is the one trained beside the model, or else fitted on the cells that
     are left.
     Raises: BadInput, BadCheckpoint as `load_cells`, `read_cells`, `expression` and `tokenise`;
-    BadInput for a column that is not there.
+    BadInput for a column that is not there, or no place for ‹write_h5ad›.
     """
+    if config.write_h5ad is not None and not Path(config.write_h5ad).parent.is_dir():
+        raise BadInput(
+            f"there is no folder to write {config.write_h5ad} into; make it, or choose another"
+            " place."
+        )
     loaded, adata = load_cells(config.folder), read_cells(config.data)
     trained_on = loaded.training.get("source", "auto")
     values = expression(adata, trained_on if config.source == "auto" else config.source)

@@ -12,7 +12,7 @@ from ..cells.planted import plant
 from ..cells.stage import StageConfig, open_stage
 from ..errors import BadInput
 from ..settings import nested, setting
-from .cells_screen import WRITE_HELP, worst_candidate
+from .cells_screen import worst_candidate
 from .desk import Desk
 from .naming import regions_of
 
@@ -34,7 +34,6 @@ class Settings(StageConfig):
         None, "gene sets: name, description, genes, tab-separated", metavar="FILE"
     )
     map: MapConfig = nested(MapConfig)
-    write_h5ad: str | None = setting(None, WRITE_HELP, metavar="F")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,10 +55,8 @@ def run(desk: Desk, settings: Settings) -> CellMap:
         parts = [worst_candidate(stage, tell=desk.tell)]
     result = map_damage(stage, parts, sets, settings.map, desk.tell)
     settings = replace(settings, at=[str(part) for part in parts])
-    provenance = replace(
-        desk.provenance(settings, model=settings.folder), fingerprint=stage.fingerprint
-    )
-    result = replace(result, planted=planted, provenance=provenance)
+    about = desk.provenance(settings, model=settings.folder, fingerprint=stage.fingerprint)
+    result = replace(result, planted=planted, provenance=about)
     if settings.write_h5ad is not None:
         _write(result, stage.adata, settings.write_h5ad)
     return result

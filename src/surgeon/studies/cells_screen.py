@@ -33,7 +33,6 @@ from ..settings import check_values, nested, setting
 from .desk import Desk
 
 LEAST_CELLS = 8
-WRITE_HELP = "write a copy of DATA with the damage per gene and cell"
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,6 @@ class Settings(StageConfig):
     """
 
     screen: ScreenConfig = nested(ScreenConfig)
-    write_h5ad: str | None = setting(None, WRITE_HELP, metavar="F")
 
 
 @record
@@ -196,10 +194,8 @@ class CellScreen(Result):
 
 def run(desk: Desk, settings: Settings) -> CellScreen:
     stage = open_stage(settings, settings.screen.seed)
-    provenance = replace(
-        desk.provenance(settings, model=settings.folder), fingerprint=stage.fingerprint
-    )
-    result = replace(screen(stage, settings.screen, desk.tell), provenance=provenance)
+    about = desk.provenance(settings, model=settings.folder, fingerprint=stage.fingerprint)
+    result = replace(screen(stage, settings.screen, desk.tell), provenance=about)
     if settings.write_h5ad is not None:
         per_gene, per_cell = ({"damage": d} for d in (result.worst.by_gene, result.worst.by_cell))
         write_back(stage.adata, settings.write_h5ad, per_gene, per_cell, result.to_json())

@@ -140,13 +140,13 @@ _ALL = (
     ),
     Study(
         "cells screen",
-        "Is there a weight that a model of cells cannot live without?",
+        "Screen a model of cells for weights it cannot live without.",
         opens="",
         positional=("folder", "data"),
     ),
     Study(
         "cells map",
-        "What falls with given weights: genes, cells, pathways.",
+        "Map what falls with given weights: genes, cells, pathways.",
         opens="",
         positional=("folder", "data"),
     ),

@@ -5,6 +5,7 @@ documents, reports, columns, checkpoints and texts.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tiny import tiny_model
 
 import surgeon as package
 from surgeon.cells import TokenConfig, load_cells, save_cells
+from surgeon.cells.planted import plant
 from surgeon.result import Result
 from surgeon.studies.registry import read_result
 
@@ -140,6 +142,16 @@ def test_map_in_words(surgeon: Any, place: Path):
     assert "correlation with intact NLL" in text
     assert "condition early" in text
     assert "heads and blocks" in text
+
+
+def test_a_planted_weight_is_mapped(surgeon: Any, place: Path, monkeypatch: pytest.MonkeyPatch):
+    # no weight of this model costs 0.25 nats on these cells
+    monkeypatch.setattr("surgeon.studies.cells_map.plant", partial(plant, nats=0.01))
+    at = (place / "model", place / "cells.h5ad")
+    status, text, err = surgeon("cells", "map", *at, *words(SMALL), "--plant", "--no-components")
+    assert (status, err) == (0, "")
+    assert "The weight was planted in a copy" in text
+    assert "heads and blocks" not in text
 
 
 @pytest.mark.parametrize(

@@ -198,17 +198,15 @@ def enrich(
         Pathway(
             name,
             len(kept[name]),
-            es=float(row["ES"]),
-            nes=float(row["NES"]),
-            p=max(float(row["NOM p-val"]), least),
-            fdr=max(float(row["FDR q-val"]), least),
+            es=float(ranked.at[name, "ES"]),
+            nes=float(ranked.at[name, "NES"]),
+            p=max(float(ranked.at[name, "NOM p-val"]), least),
+            fdr=max(float(ranked.at[name, "FDR q-val"]), least),
             over_overlap=overlap[name],
             over_p=p,
             over_fdr=fdr,
-            leading=[g for g in str(row["Lead_genes"]).split(";") if g],
+            leading=[g for g in str(ranked.at[name, "Lead_genes"]).split(";") if g],
         )
-        for name, row, p, fdr in zip(
-            kept, (ranked.loc[name] for name in kept), over_p, over_fdr, strict=True
-        )
+        for name, p, fdr in zip(kept, over_p, over_fdr, strict=True)
     ]
     return sorted(found, key=lambda pathway: (-pathway.nes, pathway.name))

@@ -160,16 +160,9 @@ def train(
     marginal = best_marginal(fitted, *validation, len(vocab), tokens.n_bins)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        shape = CellConfig(
-            n_tokens=len(vocab),
-            d_model=config.d_model,
-            n_heads=config.heads,
-            d_mlp=config.d_mlp,
-            n_layers=config.layers,
-            pad_id=vocab["<pad>"],
-            dropout=config.dropout,
-            categorical=True,
-        )
+        sizes = (config.d_model, config.heads, config.d_mlp, config.layers)
+        pad, dropout = vocab["<pad>"], config.dropout
+        shape = CellConfig(len(vocab), *sizes, pad_id=pad, dropout=dropout, categorical=True)
         model = ScGPT(shape)
         _begin_(model, fitted, marginal)
         batches = _batches(parts["train"], vocab, tokens, config)

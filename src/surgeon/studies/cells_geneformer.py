@@ -88,14 +88,15 @@ def run(lab: Lab, settings: Settings) -> GeneformerDamage:
     evidence = partial(MaskedNLL, lab.anatomy, read=rank_nll, keep=False)
     if settings.at:
         parts = regions_of(lab, settings.at)
+        settings = replace(settings, at=[str(part) for part in parts])
     else:
         cut = len(chosen) // 4
         parts = [_worst(lab, evidence(batch.of(slice(cut)), masked[:1, :cut]))]
         batch, masked = batch.of(slice(cut, len(chosen))), masked[:, cut:]
     rules, judging = replace(settings.rules, seed=seed), evidence(batch, masked)
     said = verify(lab.anatomy, parts, judging, rules, lab.tell, listed=0)
-    about = lab.provenance(replace(settings, at=[str(part) for part in parts]))
-    return GeneformerDamage(**{**vars(said), "provenance": about}, cells=len(batch.cell_names))
+    figures = {**vars(said), "provenance": lab.provenance(settings)}
+    return GeneformerDamage(**figures, cells=len(batch.cell_names))
 
 
 def _worst(lab: Lab, nll: MaskedNLL) -> Region:

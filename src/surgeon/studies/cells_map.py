@@ -45,16 +45,18 @@ def run(desk: Desk, settings: Settings) -> CellMap:
     sets = None if settings.gmt is None else read_gmt(settings.gmt)
     seed, planted = settings.map.seed, None
     stage = open_stage(settings, seed)
+    for column in filter(None, (settings.map.condition, settings.map.donor)):
+        stage.column(column)  # refused before the long part
     if settings.plant:
         copy, planted = plant(stage.model, stage.batch, stage.masked, seed=seed)
         stage = replace(stage, model=copy)
         parts = [planted.address]
     elif settings.at:
         parts = regions_of(stage.model.anatomy, settings.at)
+        settings = replace(settings, at=[str(part) for part in parts])
     else:
         parts = [worst_candidate(stage, tell=desk.tell)]
     result = map_damage(stage, parts, sets, settings.map, desk.tell)
-    settings = replace(settings, at=[str(part) for part in parts])
     about = desk.provenance(settings, model=settings.folder, fingerprint=stage.fingerprint)
     result = replace(result, planted=planted, provenance=about)
     if settings.write_h5ad is not None:

@@ -34,7 +34,10 @@ def train_headline(result: CellTraining) -> Headline:
 def train_pictures(result: CellTraining) -> Iterator[Picture]:
     """The looks at the validation cells, beside the baseline."""
     model = "the model, on the validation cells"
-    rows: list[Row] = [{"x": x, "y": y, "series": model} for x, y in result.validation_curve]
+    rows: list[Row] = [
+        {"x": step, "y": nll - result.baseline_nll, "series": model}
+        for step, nll in result.validation_curve
+    ]
     yield Picture(
         "Training",
         f"NLL {result.nll:.3f} nats per masked value, the gene-marginal baseline"
@@ -46,8 +49,8 @@ def train_pictures(result: CellTraining) -> Iterator[Picture]:
             rows,
             {model: "patched"},
             "step",
-            "NLL, nats per masked value",
-            result.baseline_nll,
+            "NLL less that of the baseline, nats",
+            0.0,
             "gene-marginal baseline",
         ),
         table=Table(("step", "NLL"), result.validation_curve),

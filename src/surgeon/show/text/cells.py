@@ -102,6 +102,11 @@ def print_map(result: CellMap) -> None:
         f"{model_shown(result.provenance)} without {shown(without)}:"
         f" {_damage(result.damage.nats, result.damage.ci95)} per masked value"
     )
+    if result.planted is not None:
+        out.print(
+            "The weight was planted in a copy of the model, whose states differ from the model's by"
+            f" at most {result.planted.max_abs_difference:.1g}."
+        )
     genes = _ranked((gene.gene, gene.nats) for gene in result.genes)
     out.print(
         f"genes ({len(result.genes)} scored): {genes}; correlation with intact NLL"

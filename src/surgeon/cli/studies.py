@@ -64,12 +64,13 @@ def family_of(word: str, summary: str) -> click.Command:
     branches = branches_of(word)
 
     @click.pass_context
-    def run(context: click.Context, other: str | None) -> None:
-        if other is not None:
-            context.fail(f"No such command '{word} {other}'{nearest(f'{word} {other}', branches)}")
+    def run(context: click.Context, command: str | None) -> None:
+        if command is not None:
+            name = f"{word} {command}"
+            context.fail(f"No such command {name!r}{nearest(name, branches)}")
         click.echo(context.get_help())
 
-    rest = click.Argument(["other"], required=False, metavar="COMMAND")
+    rest = click.Argument(["command"], required=False)
     return GroupedCommand(word, params=[rest], callback=run, help=summary, branches=branches)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from made_cells import cell_results
+
 from surgeon.anatomy import Entry, Region, Site
 from surgeon.edit import FactForecast, LayerForecast, Preflight, Radar, Step, Touched
 from surgeon.find import (
@@ -92,6 +94,7 @@ def made_results(text: str = "text") -> dict[str, Result]:
         Exported(text, text, text, 4, [text], provenance=provenance(text, "export")),
         Index(text, [published_weight(text)], provenance=provenance(text, "index")),
         index_check(text),
+        *cell_results(text, provenance, controls(text)),
     )
     return {one.kind: one for one in made}
 

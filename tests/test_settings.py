@@ -215,7 +215,9 @@ def test_every_setting_of_a_verb_is_declared_whole(verb: str):
         text = one.declaration.help
         assert text, one.name
         assert not text.endswith("."), one.name
-    spellings = [flag(one) for one in declared] + ["--json", "--folder"]
+    arguments = STUDIES[verb].positional
+    options = [flag(one) for one in declared if one.name not in arguments]
+    spellings = [*options, "--json", "--folder"]
     assert len({*spellings}) == len(spellings)
     defaults = {one.name: one.default for one in declared if not one.required}
     entry = "L0.mlp.down[0, 0]"

@@ -19,7 +19,9 @@ MOST_ENTRIES = 3
 def print_find(result: FindResult) -> None:
     """Sets with their damage beside the controls, then what was rejected and why."""
     seen = result.detection
-    out.print(f"{_model(result.provenance)}: NLL {seen.base_nll:.3f} on {_text(result.provenance)}")
+    out.print(
+        f"{model_shown(result.provenance)}: NLL {seen.base_nll:.3f} on {_text(result.provenance)}"
+    )
     if result.verdict == "none":
         tallest = max(range(len(seen.heights)), key=lambda i: seen.heights[i])
         out.print(
@@ -48,20 +50,20 @@ def _print_set(number: int, one: CriticalSet) -> None:
             f"  peak restored       {damage.restored_nats:+.3f} nats are left after restoring the"
             " super activation alone"
         )
-    out.print(f"  controls            {_controls(one.controls)}")
+    out.print(f"  controls            {controls_shown(one.controls)}")
     channels = ", ".join(map(str, one.channels))
     out.print(
         f"  the whole channel   {damage.full_nats:+.3f} nats for all {damage.full_size} entries"
         f" that write channel {channels}, on the probe windows"
     )
-    _print_verdict(one.vital, one.criteria)
+    print_verdict(one.vital, one.criteria)
 
 
 def print_detection(result: Detection) -> None:
     """What detection alone saw."""
     out.print(
-        f"{_model(result.provenance)}: {len(result.candidates)} candidates; no damage was measured"
-        f" (the bar is {result.detection.bar:.1f})"
+        f"{model_shown(result.provenance)}: {len(result.candidates)} candidates; no damage was"
+        f" measured (the bar is {result.detection.bar:.1f})"
     )
     for candidate in result.candidates:
         strongest = candidate.contributions[0]
@@ -76,7 +78,7 @@ def print_detection(result: Detection) -> None:
 def print_verify(result: Verification) -> None:
     """Damage of each part, of all together, and of the controls."""
     out.print(
-        f"{_model(result.provenance)}: NLL {result.base_nll:.4f} on {_text(result.provenance)}"
+        f"{model_shown(result.provenance)}: NLL {result.base_nll:.4f} on {_text(result.provenance)}"
     )
     table = Table("zeroed", "alone", "all but this", box=None, header_style="bold")
     each = zip(result.at, result.single_nats, result.leave_one_out_nats, strict=False)
@@ -96,8 +98,8 @@ def print_verify(result: Verification) -> None:
             f"peak restored  {result.restored_nats:+.4f} nats are left after restoring the super"
             " activation alone"
         )
-    out.print(f"controls       {_controls(result.controls)}")
-    _print_verdict(result.vital, result.criteria)
+    out.print(f"controls       {controls_shown(result.controls)}")
+    print_verdict(result.vital, result.criteria)
     if result.behaviour is not None:
         _print_behaviours(result.behaviour)
 
@@ -141,19 +143,19 @@ def _print_rejected(rejected: Sequence[Rejection]) -> None:
         out.print(f"rejected {escape(f'{one.entry}: {one.reason}')} ({', '.join(known)})")
 
 
-def _print_verdict(vital: bool, criteria: str) -> None:
+def print_verdict(vital: bool, criteria: str) -> None:
     verdict = "vital" if vital else "not vital"
     out.print(f"Verdict: [bold]{verdict}[/bold]. The rule: {escape(criteria)}.")
 
 
-def _controls(controls: Controls) -> str:
+def controls_shown(controls: Controls) -> str:
     return (
         f"{controls.median_nats:+.4f} median, {controls.max_nats:+.4f} worst of {controls.n}"
         f" ({escape(controls.matched)})"
     )
 
 
-def _model(about: Provenance) -> str:
+def model_shown(about: Provenance) -> str:
     return f"[bold]{shown(about.model)}[/bold]"
 
 

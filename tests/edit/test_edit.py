@@ -336,8 +336,11 @@ def test_text_that_the_model_writes(patient: Patient) -> None:
         (FACTS[:1], {"rounds": 0}, BadInput, "at least 1"),
         (FACTS[:1], {"weight": 0.0}, BadInput, "above 0"),
         (FACTS[:1], {"value_clamp": 0.0}, BadInput, "above 0"),
-        (FACTS[:1], {"value_stop": 1.0}, BadInput, "no probability gets there"),
+        (FACTS[:1], {"value_stop": 1.0}, BadInput, "value_stop is 1; it must be below 1"),
+        (FACTS[:1], {"value_lr": 0.0}, BadInput, "value_lr is 0; it must be above 0"),
         (FACTS[:1], {"ft_lr": 0.0}, BadInput, "above 0"),
+        (FACTS[:1], {"ft_stop": 1.0}, BadInput, "below 1"),
+        (FACTS[:1], {"energy": 1.0}, BadInput, "below 1"),
         ([FACTS[0], replace(FACTS[0], target="Oslo")], {}, Refused, "at once"),
     ],
 )

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+import transformers
 from jaxtyping import Int64
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from ..corpus import prompt_ids
 from ..result import record
@@ -35,7 +35,7 @@ class Behaviour:
 @torch.no_grad()
 def generate(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     prompts: Sequence[str],
     new_tokens: int = 40,
     bos: str = "auto",
@@ -83,7 +83,7 @@ class Behaviours:
 @torch.no_grad()
 def behaviour_state(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     windows: Int64[Tensor, "n window"],
     prompts: Sequence[str],
     stop_words: Sequence[str] = STOP_WORDS,
@@ -126,7 +126,7 @@ def loop_rate(tokens: Sequence[int]) -> float:
 
 
 def stop_word_ids(
-    tokenizer: PreTrainedTokenizerBase, words: Sequence[str] = STOP_WORDS
+    tokenizer: transformers.PreTrainedTokenizerBase, words: Sequence[str] = STOP_WORDS
 ) -> list[int]:
     """The ids of the words that are one token, with and without a leading space."""
     forms = [form for word in words for form in (word, f" {word}")]

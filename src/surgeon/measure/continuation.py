@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
+import transformers
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from ..corpus import prompt_ids
 from ..errors import BadInput
@@ -20,7 +20,10 @@ Ids = list[int]
 
 
 def continuations(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], bos: str = "auto"
+    model: nn.Module,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    bos: str = "auto",
 ) -> list[tuple[Float[Tensor, " tokens"], bool]]:
     """For each (prompt, continuation), the log-probability of each token of the continuation.
 
@@ -51,7 +54,10 @@ def continuations(
 
 
 def next_tokens(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], bos: str = "auto"
+    model: nn.Module,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    bos: str = "auto",
 ) -> list[tuple[str, float]]:
     """For each prompt, the most likely next token and its probability."""
     rows = [prompt_ids(tokenizer, prompt, bos)[0].tolist() for prompt in prompts]

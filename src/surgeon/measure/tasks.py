@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from ..errors import BadInput, MissingExtra
 
 
 def task_accuracy(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     tasks: Sequence[str],
     limit: int | None = None,
 ) -> dict[str, float]:

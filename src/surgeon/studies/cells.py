@@ -32,6 +32,7 @@ from ..errors import BadInput
 from ..find import VerifyConfig, verify
 from ..measure import Controls
 from ..patch import injured
+from ..progress import silent
 from ..result import Result, result
 from ..settings import setting
 
@@ -254,7 +255,7 @@ class _Bench:
 
     def verify(self, parts: list[Region]) -> Verified:
         nll, demands = self.nll, self.config.demands(self.lead)
-        verification = verify(nll.anatomy, parts, nll, demands, self.progress, listed=0)
+        verification = verify(nll.anatomy, parts, nll, demands, self.progress or silent, 0)
         values = nll.damage(parts)
         cells = by_cell(values)
         names, means, _ = by_gene(values, nll.batch, self.config.least)

@@ -16,6 +16,7 @@ from ..cells.geneformer import Dictionary, rank_nll, rank_tokens
 from ..cells.likelihood import MaskedNLL, Progress, masks
 from ..errors import BadInput
 from ..find import VerifyConfig, verify
+from ..progress import silent
 from ..settings import setting
 from .cells import control_figures
 
@@ -84,7 +85,7 @@ def geneformer(
         parts = [prune(nll, candidates(nll, anatomy.downs(), each=1), progress)[0].region]
         batch, masked = batch.of(slice(cut, len(chosen))), masked[:, cut:]
     rules = VerifyConfig(seed=config.seed)
-    verification = verify(anatomy, parts, evidence(batch, masked), rules, progress, listed=0)
+    verification = verify(anatomy, parts, evidence(batch, masked), rules, progress or silent, 0)
     return GeneformerDamage(
         [str(part) for part in parts],
         base_nll=verification.base_nll,

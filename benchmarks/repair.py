@@ -88,10 +88,10 @@ def main() -> None:
     anatomy = Anatomy.of(loaded.model)
     text = heldout_text() if options.text is None else read_text(options.text)
     corpus = load_corpus(loaded.tokenizer, text, "text", 256, 200)
-    found = find(anatomy, Corpus(corpus.name, corpus.windows[:24], corpus.bos)).sets[0]
-    injury = ablate(anatomy, [c.entry for c in found.entries[: options.entries]])
+    critical = find(anatomy, Corpus(corpus.name, corpus.windows[:24], corpus.bos)).sets[0]
+    injury = ablate(anatomy, [c.entry for c in critical.entries[: options.entries]])
     print(
-        f"{options.model}: {options.entries} strongest entries of the vital {found.geometry},"
+        f"{options.model}: {options.entries} strongest entries of the vital {critical.geometry},"
         f" {len(corpus.windows)} windows",
         flush=True,
     )

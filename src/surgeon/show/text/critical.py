@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.markup import escape
 from rich.table import Table
 
 from ...find import CriticalSet, Detection, ExpertProfile, FindResult, Rejection, Verification
@@ -18,15 +17,14 @@ MOST_ENTRIES = 3
 
 def print_find(result: FindResult) -> None:
     """Sets with their damage beside the controls, then what was rejected and why."""
-    seen = result.detection
-    out.print(
-        f"{model_shown(result.provenance)}: NLL {seen.base_nll:.3f} on {_text(result.provenance)}"
-    )
+    searched = result.detection
+    model, text = model_shown(result.provenance), _text(result.provenance)
+    out.print(f"{model}: NLL {searched.base_nll:.3f} on {text}")
     if result.verdict == "none":
-        tallest = max(range(len(seen.heights)), key=lambda i: seen.heights[i])
+        tallest = max(range(len(searched.heights)), key=lambda i: searched.heights[i])
         out.print(
-            f"None found: the tallest channel is {seen.heights[tallest]:.1f} times the median"
-            f" (layer {tallest}; the bar is {seen.bar:.1f})."
+            f"None found: the tallest channel is {searched.heights[tallest]:.1f} times the median"
+            f" (layer {tallest}; the bar is {searched.bar:.1f})."
         )
     for number, one in enumerate(result.sets, 1):
         _print_set(number, one)
@@ -37,9 +35,9 @@ def print_find(result: FindResult) -> None:
 def _print_set(number: int, one: CriticalSet) -> None:
     names = [str(entry.entry) for entry in one.entries]
     more = f" and {len(names) - MOST_ENTRIES} more" if len(names) > MOST_ENTRIES else ""
-    shown = escape(", ".join(names[:MOST_ENTRIES]) + more)
+    listed = ", ".join(names[:MOST_ENTRIES]) + more
     damage, (low, high) = one.damage, one.damage.ci95
-    out.print(f"set {number}: [bold]{one.geometry}[/bold] of {len(names)}: {shown}")
+    out.print(f"set {number}: [bold]{one.geometry}[/bold] of {len(names)}: {shown(listed)}")
     out.print(
         f"  zeroed together     [bold]{damage.joint_nats:+.3f} nats[/bold] per token  (95%"
         f" {low:+.3f} to {high:+.3f}, {damage.tokens} tokens)"
@@ -69,7 +67,7 @@ def print_detection(result: Detection) -> None:
         strongest = candidate.contributions[0]
         out.print(
             f"  L{candidate.layer} channel {candidate.channel}, {candidate.height:.1f} times the"
-            f" median: strongest {escape(str(strongest.entry))}, {strongest.share:.0%} of its write"
+            f" median: strongest {shown(str(strongest.entry))}, {strongest.share:.0%} of its write"
         )
     _print_rejected(result.rejected)
     _print_experts(result.experts)
@@ -83,7 +81,7 @@ def print_verify(result: Verification) -> None:
     table = Table("zeroed", "alone", "all but this", box=None, header_style="bold")
     each = zip(result.at, result.single_nats, result.leave_one_out_nats, strict=False)
     for part, alone, rest in each:
-        table.add_row(escape(str(part)), f"{alone:+.4f}", f"{rest:+.4f}")
+        table.add_row(shown(str(part)), f"{alone:+.4f}", f"{rest:+.4f}")
     unlisted = len(result.at) - len(result.single_nats)
     if unlisted > 0:
         table.add_row(f"and {unlisted} more")
@@ -140,18 +138,18 @@ def _print_rejected(rejected: Sequence[Rejection]) -> None:
             "worst control in nats": one.control_max_nats,
         }
         known = [f"{name} {value:.3g}" for name, value in numbers.items() if value is not None]
-        out.print(f"rejected {escape(f'{one.entry}: {one.reason}')} ({', '.join(known)})")
+        out.print(f"rejected {shown(f'{one.entry}: {one.reason}')} ({', '.join(known)})")
 
 
 def print_verdict(vital: bool, criteria: str) -> None:
     verdict = "vital" if vital else "not vital"
-    out.print(f"Verdict: [bold]{verdict}[/bold]. The rule: {escape(criteria)}.")
+    out.print(f"Verdict: [bold]{verdict}[/bold]. The rule: {shown(criteria)}.")
 
 
 def controls_shown(controls: Controls) -> str:
     return (
         f"{controls.median_nats:+.4f} median, {controls.max_nats:+.4f} worst of {controls.n}"
-        f" ({escape(controls.matched)})"
+        f" ({shown(controls.matched)})"
     )
 
 

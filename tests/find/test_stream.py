@@ -117,10 +117,10 @@ def test_verification_is_one_reading(model_type, tmp_path):
     read = []
     load = anatomy._load_
     anatomy._load_ = lambda part: (read.append(part), load(part))[1]
-    got = verify(anatomy, [anatomy.region(n) for n in names], CORPUS)
+    verified = verify(anatomy, [anatomy.region(n) for n in names], CORPUS)
     want = verify(other, [other.region(n) for n in names], CORPUS)
-    assert same(got.to_json(), want.to_json())
-    assert (got.restored_nats is None) == (model_type == "mixtral")
+    assert same(verified.to_json(), want.to_json())
+    assert (verified.restored_nats is None) == (model_type == "mixtral")
     head = [p for p in anatomy._parts if "layers" not in p]
     # the first block a second time: a trial run of two tokens tells how layers return their states
     assert read == [anatomy._parts[0], *anatomy._parts[:3], *head]
@@ -162,12 +162,12 @@ def test_layers_limits_the_search_and_what_is_read(model_type, tmp_path):
     read = []
     load = anatomy._load_
     anatomy._load_ = lambda part: (read.append(part), load(part))[1]
-    seen = detect(anatomy, WINDOWS, limited)
+    detection = detect(anatomy, WINDOWS, limited)
     assert set(read) == {anatomy._parts[0]}
-    assert str(seen.candidates[0].contributions[0].entry) == entry
+    assert str(detection.candidates[0].contributions[0].entry) == entry
     loaded = Anatomy.of(load_model(folder).model)
-    assert same(seen.to_json(), detect(loaded, WINDOWS, limited).to_json())
-    assert seen.candidates[0].heights == pytest.approx(
+    assert same(detection.to_json(), detect(loaded, WINDOWS, limited).to_json())
+    assert detection.candidates[0].heights == pytest.approx(
         detect(loaded, WINDOWS, config).candidates[0].heights[:1]
     )
     above = detect(loaded, WINDOWS, DetectConfig(min_height=1.5, persistence=0.0, layers=(1, 3)))
@@ -205,7 +205,7 @@ def test_a_checkpoint_larger_than_the_memory_it_may_use(tmp_path):
     if "no memory cgroup" in done.stderr:
         pytest.skip("no memory cgroup can be made here")
     assert done.returncode == 0, done.stderr
-    got = json.loads(done.stdout)
-    assert got["checkpoint_gb"] * 1e9 > 1.3 * got["limit_bytes"]
-    assert got["peak_rss_mib"] << 20 < got["limit_bytes"]
-    assert (got["verdict"], got["found"]) == ("found", ["L1.mlp.down[210, 777]"])
+    report = json.loads(done.stdout)
+    assert report["checkpoint_gb"] * 1e9 > 1.3 * report["limit_bytes"]
+    assert report["peak_rss_mib"] << 20 < report["limit_bytes"]
+    assert (report["verdict"], report["found"]) == ("found", ["L1.mlp.down[210, 777]"])

@@ -240,6 +240,10 @@ class Lab(Desk):
         """What few bits cost, with the critical weights held out; a `QuantizeResult`."""
         return self.run("quantize", bits, **settings)
 
+    def cells_geneformer(self, data: Any = None, **settings: Any) -> Any:
+        """What a Geneformer loses without given weights; a `GeneformerDamage`."""
+        return self.run("cells geneformer", data, **settings)
+
     def sweep(self, verb: str, grid: Mapping[str, Sequence[Any]], **settings: Any) -> Any:
         """The verb with every combination of the values in `grid`, as in
         `lab.sweep("quantize", {"bits": [4, 8]}, windows=4)`; a `SweepTable`.

@@ -40,7 +40,8 @@ from .experts import ExpertProfile
 from .stream import damage_on
 from .verify import Verification, VerifyConfig, entries_of, verify
 
-CHOICE_TOKENS = 512  # on which the entries of a set are chosen
+CHOICE_TOKENS = 256  # on which the entries of a set are chosen
+MOST_DROPPED = 16  # entries of a set of which each is tried whether it is needed
 
 
 @dataclass(frozen=True)
@@ -351,10 +352,11 @@ class _Examiner:
             return Rejection(where, why, height=height, entries=0)
 
         curve = _Curve(self.damage, ordered, self.few)
-        size, full = len(ordered), max(curve.at(1, min(16, len(ordered)), len(ordered)))
+        several = list(range(len(ordered)))
+        full = max(curve.at(1, min(16, len(ordered)), len(ordered)))
         if verifying.is_large(2 * full):  # on few windows; what is far too small is left at that
-            size = curve.smallest(self.config.cover)
-            full = max(curve.whole(size), curve.whole(len(ordered)))
+            several = curve.smallest(self.config.cover)
+            full = max(curve.whole(several), curve.whole(range(len(ordered))))
         if not verifying.is_large(full):
             return Rejection(
                 f"{where} ({ordered[0].entry})",
@@ -364,7 +366,7 @@ class _Examiner:
                 joint_nats=full,
             )
 
-        chosen = sorted(ordered[:size], key=lambda c: -c.magnitude)
+        chosen = [ordered[k] for k in several]
         parts = [_region(c.entry) for c in chosen]
         verified = self._verify(parts)
         if not verified.vital:
@@ -417,6 +419,7 @@ class _Examiner:
             self.progress,
             self.config.listed,
             self.judged,
+            self.few,
         )
 
 
@@ -499,8 +502,6 @@ class _Curve:
     ) -> None:
         self.damage, self.few = damage, few
         self.regions = [_region(c.entry) for c in ordered]
-        n = len(ordered)
-        self.sizes = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
         self.known: dict[int, float] = {}
 
     def at(self, *sizes: int) -> list[float]:
@@ -510,24 +511,41 @@ class _Curve:
         self.known |= {k: float(d.mean()) for k, d in zip(unknown, damages, strict=True)}
         return [self.known[k] for k in sizes]
 
-    def whole(self, size: int) -> float:
-        """Damage of the first entries on all windows."""
-        return float(self.damage(self.regions[:size]).mean())
+    def whole(self, chosen: Sequence[int]) -> float:
+        """Damage of these entries on all windows."""
+        return float(self.damage([self.regions[k] for k in chosen]).mean())
 
-    def smallest(self, cover: float) -> int:
-        """The smallest k that keeps `cover` of the largest damage on the curve; by doubling, then
-        bisection.
+    def smallest(self, cover: float) -> list[int]:
+        """Few entries that keep `cover` of the damage of all: the shortest prefix that does, by
+        doubling, then bisection, less what it does as well without.
         """
-        nats = self.at(*self.sizes)
-        full = max(nats)
+        (full,) = self.at(len(self.regions))
+        high = 1
+        while high < len(self.regions) and self.at(high)[0] < min(cover * full, full):
+            high = min(2 * high, len(self.regions))
+        low = high // 2
+        full = max(full, *self.known.values())  # less than all may do more
         enough = min(cover * full, full)  # full itself where zeroing does the model good
-        high = next(k for k, loss in zip(self.sizes, nats, strict=True) if loss >= enough)
-        low = max((k for k in self.sizes if k < high), default=0)
         # to a sixteenth: the last entries of a long prefix tell little, and each step is a pass
         while high - low > max(1, high // 16):
             middle = (low + high) // 2
             low, high = (low, middle) if self.at(middle)[0] >= enough else (middle, high)
-        return high
+        return self._needed(list(range(high)), enough)
+
+    def _needed(self, chosen: list[int], enough: float) -> list[int]:
+        """The entries less those that the rest does as well without, the least needed first.
+
+        Of a long set none is dropped: its entries each do little, and each step is a pass.
+        """
+        while 1 < len(chosen) <= MOST_DROPPED:
+            rests = [[k for k in chosen if k != left_out] for left_out in chosen]
+            variants = [Variant([self.regions[k] for k in rest]) for rest in rests]
+            damages = self.damage.of(variants, chosen=self.few)
+            nats, best = max((float(d.mean()), n) for n, d in enumerate(damages))
+            if nats < enough:
+                break
+            chosen = rests[best]
+        return chosen
 
 
 def geometry(entries: Sequence[Entry]) -> str:

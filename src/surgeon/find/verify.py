@@ -16,11 +16,11 @@ does too little damage to count (measure/sequential.py); mostly two to four do.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from ..anatomy import Anatomy, Entry, Region
@@ -102,12 +102,14 @@ def verify(
     progress: Tell = silent,
     listed: int | None = None,
     damage: Damage | None = None,
+    aside_on: Int64[Tensor, " k"] | None = None,
 ) -> Verification:
     """Zero each part alone, all together, and all but one; the same on matched controls.
 
     `listed` limits single and leave-one-out damage to the first parts. damage: the means to measure
-    on this corpus, where they are at hand. Parts are entries, whole rows `[88, :]` or columns
-    `[:, 165]`. The model is left as it was.
+    on this corpus, where they are at hand. aside_on: the windows on which what decides nothing is
+    measured, that is the parts alone, all but one, and restored; not given: all. Parts are entries,
+    whole rows `[88, :]` or columns `[:, 165]`. The model is left as it was.
     Raises: BadInput, UnknownSite for parts this model does not have, or if no part is given.
     """
     if not parts:
@@ -131,7 +133,7 @@ def verify(
     if damage is None:
         evidence = corpus.windows if isinstance(corpus, Corpus) else corpus
         damage = damage_on(anatomy, evidence, anatomy.first_changed(p.site for p in parts))
-    by_window = _measured(damage, variants, config, progress)
+    by_window = _measured(damage, variants, config, aside_on, progress)
     nats = {name: [float(one.mean()) for one in each] for name, each in by_window.items()}
 
     (joint_nats,) = nats["joint"]
@@ -160,6 +162,7 @@ def _measured(
     damage: Damage,
     variants: Mapping[str, Sequence[Variant]],
     config: VerifyConfig,
+    aside_on: Int64[Tensor, " k"] | None,
     progress: Tell,
 ) -> dict[str, list[Float64[Tensor, " k"]]]:
     """The damage of each variant, by window, under the names of the variants; of controls perhaps
@@ -170,8 +173,11 @@ def _measured(
         together = [variant for group in variants.values() for variant in group]
         damages = iter(damage.of(together, count))
         return {name: list(islice(damages, len(group))) for name, group in variants.items()}
-    others = {name: group for name, group in variants.items() if name != "control"}
-    by_window = _measured(damage, others, replace(config, exhaustive=True), progress)
+    by_window = {
+        name: damage.of(group, count, None if name == "joint" else aside_on)
+        for name, group in variants.items()
+        if name != "control"
+    }
     controls = variants["control"]
     by_window["control"] = below(
         lambda which, chosen: damage.of([controls[i] for i in which], count, chosen),

@@ -41,11 +41,10 @@ from .view import WeightView
 def open_stream(
     name: str, dtype: str = "auto", device: str = "auto", whole: bool = True
 ) -> tuple[Loaded, StreamedAnatomy]:
-    """Open MODEL (`patient`, a folder, or a Hub id) without reading its layers. The fingerprint is
-    "" unless `whole`.
+    """Open MODEL (`patient`, a folder, or a Hub id) without reading its layers.
 
-    Of a local folder the fingerprint takes reading every byte once. On the Hub only the bytes that
-    are read are fetched.
+    The fingerprint is the anatomy's to tell, see there for `whole`, and "" here. On the Hub only
+    the bytes that are read are fetched.
     Raises: BadInput, BadCheckpoint; UnknownArchitecture outside the table of architectures,
     PackedWeight for quantized weights.
     """
@@ -66,28 +65,29 @@ def open_stream(
         )
     number = DTYPES.get(dtype) or getattr(config, "dtype", None) or shards.dtype()
     model = _skeleton(name, config, number, where)
-    anatomy = StreamedAnatomy(model, TABLE[kind], shards, where)
-    fingerprint = shards.fingerprint() if whole else None
-    return (
-        Loaded(model, load_tokenizer(shards.folder), name, shards.folder, fingerprint or ""),
-        anatomy,
-    )
+    anatomy = StreamedAnatomy(model, TABLE[kind], shards, where, whole)
+    return Loaded(model, load_tokenizer(shards.folder), name, shards.folder, ""), anatomy
 
 
 class StreamedAnatomy(Anatomy):
     """The map of a streamed model. `view` gives the weights of a part that is held, else a copy
     from the checkpoint to read.
 
-    model: on the meta device, but for its buffers. tell: called with (part, of how many) before a
-    part is read.
+    model: on the meta device, but for its buffers. whole: whether it may have a fingerprint, which
+    takes every byte of a local folder. tell: called with (part, of how many) before a part is read.
     Raises: BadCheckpoint if the shards lack a weight of it.
     """
 
     def __init__(
-        self, model: nn.Module, layout: Layout, shards: Shards, device: torch.device
+        self,
+        model: nn.Module,
+        layout: Layout,
+        shards: Shards,
+        device: torch.device,
+        whole: bool = True,
     ) -> None:
         super().__init__(model, layout, "table")
-        self.shards, self.device = shards, device
+        self.shards, self.device, self.whole = shards, device, whole
         self.names = TensorNames(self, shards.stored)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         if wrong := sorted(n for n, p in parameters.items() if not self._stored(n, p)):
@@ -109,6 +109,10 @@ class StreamedAnatomy(Anatomy):
     @property
     def depth(self) -> int:
         return len(self.layers)
+
+    def fingerprint(self) -> str | None:
+        """Of the checkpoint; None unless `whole`. What was read through is not read again."""
+        return self.shards.fingerprint() if self.whole else None
 
     @contextmanager
     def holding(self, layer: int | None) -> Iterator[None]:

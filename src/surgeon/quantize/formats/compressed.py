@@ -43,7 +43,7 @@ def export_compressed(plan: ExportPlan) -> Reports:
             f"{asked} cannot be loaded from compressed-tensors; use symmetric channel or group:N,"
             " or ‹export› sidecar."
         )
-    source = Source(plan.folder, plan.config)
+    source = plan.source
     divided(source, grid, _KIND)
     modules = linear_layers(source, plan, _KIND, experts=True)
     critical = critical_modules(plan, modules, source)

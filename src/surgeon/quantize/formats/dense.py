@@ -4,7 +4,6 @@ its code means, for any loader.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from ...anatomy.folder import overwrite
@@ -21,7 +20,7 @@ def export_dense(plan: ExportPlan) -> Reports:
 
     def write_shard(source: Source, shard: str, output: Path, tell: Done) -> Reports:
         # names, shapes and dtypes stay, so the file does too, but for the numbers
-        shutil.copyfile(source.folder / shard, output)
+        source.shards.copy(shard, output)
         critical = by_site(source.anatomy, plan.critical)
         reports: Reports = {}
         for name in source.shards.within(shard):

@@ -38,7 +38,7 @@ def export_sidecar(plan: ExportPlan) -> Reports:
     Raises: as `write_folder`; BadCheckpoint if the quantized matrices are stored in several dtypes.
     """
 
-    source = Source(plan.folder, plan.config)
+    source = plan.source
     packed = [name for name in source.sites if covered(source, name)]
     dtypes = {PLAIN[source.shards.stored[name].dtype] for name in packed}
     if len(dtypes) != 1:

@@ -53,7 +53,7 @@ def export_torchao(plan: ExportPlan) -> Reports:
             f"blocks of {grid.block} cannot be loaded by torchao; use channel or group:N, or"
             " ‹export› sidecar."
         )
-    source = Source(plan.folder, plan.config)
+    source = plan.source
     divided(source, grid, _KIND)
     modules = linear_layers(source, plan, _KIND)
     dtypes = {PLAIN[source.shards.stored[name].dtype] for name in modules}

@@ -6,7 +6,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ...quantize import QuantizeConfig, RoundedWeights, Row, TensorTypes
-from ...studies.quantize import Base, QuantizeResult, Written
+from ...studies.quantize import Base, QuantizeResult
+from ...studies.quantized_folder import Written
 from ..console import out, print_table
 from .activations import print_activations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,6 +104,11 @@ def tiny_model(
             elif name.endswith("bias"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
     return model.requires_grad_(False)
+
+
+def saved(model: PreTrainedModel, folder: Path) -> str:
+    model.save_pretrained(folder)
+    return str(folder)
 
 
 def planted(row: int = 5, col: int = 7) -> Anatomy:

@@ -132,12 +132,12 @@ def settings_of(config: type | Any) -> list[Setting]:
 
     Those of nested classes follow in their place. Raises: TypeError if two have one name.
     """
-    found = list(_walk(config, (), ""))
-    names = [one.name for one in found]
+    declared = list(_walk(config, (), ""))
+    names = [one.name for one in declared]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise TypeError(f"{config} has two settings called {', '.join(twice)}")
-    return found
+    return declared
 
 
 def configured(config: Any, given: Mapping[str, Any], kind: str = "") -> Any:
@@ -163,6 +163,7 @@ def configured(config: Any, given: Mapping[str, Any], kind: str = "") -> Any:
 
 def _with_presets(known: Mapping[str, Setting], given: Mapping[str, Any]) -> Mapping[str, Any]:
     preset: dict[str, Any] = {}
+    # what is given by name goes before what a preset says
     for name, value in given.items():
         if value and name in known:
             preset |= known[name].declaration.preset
@@ -192,7 +193,7 @@ def _check_range(one: Setting, value: Any) -> None:
         return
     if declared.choices and value not in declared.choices:
         raise BadInput(f"‹{one.name}› {value} is not known; use {', '.join(declared.choices)}.")
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if not isinstance(value, int | float) or isinstance(value, bool):  # a bool is an int, too
         return
     if not isfinite(value):
         raise BadInput(f"‹{one.name}› is {value}; it must be a finite number.")

@@ -207,7 +207,7 @@ class Anatomy:
                 yield from _norm_sites(None, f"norm.{path}", path, module)
 
     def _walk_layer(self, index: int, layer: nn.Module) -> Iterator[tuple[Site, Address]]:
-        found = False
+        has_down = False
         prefix = f"{self.layers_path}.{index}"
         for role, location in self.layout.roles.items():
             path, _, part = location.partition("/")
@@ -217,7 +217,7 @@ class Anatomy:
                 continue
             transposed = isinstance(module, Conv1D) or path in self.layout.transposed
             rows = _rows(part, weight.shape[1 if transposed else 0], self.config)
-            found = found or role == "mlp.down"
+            has_down = has_down or role == "mlp.down"
             yield (
                 Site(index, role),
                 Address(
@@ -233,7 +233,7 @@ class Anatomy:
                 continue
             transposed = self.layout.expert_orientation == "in_out"
             rows = _rows(part, fused.shape[2 if transposed else 1], self.config)
-            found = found or role == "mlp.down"
+            has_down = has_down or role == "mlp.down"
             for expert in range(fused.shape[0]):
                 yield (
                     Site(index, role, expert),
@@ -241,7 +241,7 @@ class Anatomy:
                         f"{prefix}.{path}", f"{prefix}.{owner}", Packing(expert, transposed, rows)
                     ),
                 )
-        if not found:
+        if not has_down:
             raise UnknownArchitecture(
                 f"layer {index} of this {type(self.model).__name__} has no MLP output projection"
                 " where the layout says"
@@ -347,10 +347,10 @@ def _submodule(root: nn.Module, path: str) -> nn.Module | None:
 
 
 def _call(model: nn.Module, method: str) -> nn.Module | None:
-    """transformers raises NotImplementedError from these on models that have no such part."""
+    """The part of the model that the method gives; None where it has none."""
     try:
         return getattr(model, method)() if hasattr(model, method) else None
-    except NotImplementedError:
+    except NotImplementedError:  # what transformers raises here of a model without such a part
         return None
 
 

@@ -1,10 +1,16 @@
 """A model larger than memory: the embedding and the norms are there, every other part is read when
 it runs and dropped after it.
 
-The model is an ordinary transformers model, built from its configuration on the meta device. Each
-decoder layer, and the output head where it is not the embedding, reads its own weights just before
-it runs. So everything that only runs the model works on it unchanged, at the price of reading the
-checkpoint once for every forward pass.
+How this works. The model is an ordinary transformers model, built from its configuration on the
+meta device. Each decoder layer, and the output head where it is not the embedding, is a part: its
+`forward` is replaced by one that puts the part's weights in their slots, runs, and puts the empty
+parameters back. So everything that only runs the model works on it unchanged, at the price of
+reading the checkpoint once for every forward pass. `holding` keeps a part in memory for a block,
+so that several passes over one layer read it once; it counts, since blocks can be nested.
+
+A weight that is read anew for every pass cannot be changed in place. `zeroed` therefore keeps a
+list of regions and zeroes them in whatever is held and whatever is read; any other write is
+refused, by a view that is a copy.
 """
 
 from __future__ import annotations
@@ -185,7 +191,7 @@ class StreamedAnatomy(Anatomy):
                 self._drop_(part)
 
     def _load_(self, part: str) -> None:
-        self._last = None
+        self._last = None  # what `view` read last; the part itself is in memory from now on
         if self.tell:
             self.tell(self._parts.index(part) + 1, len(self._parts))
         try:
@@ -219,17 +225,16 @@ class StreamedAnatomy(Anatomy):
         """Those of `regions` that lie in weights in memory, one triple a site: (view, rows,
         cols).
         """
-        found = []
+        live: list[tuple[WeightView, Tensor, Tensor]] = []
         for site in dict.fromkeys(r.site for r in regions):
             address = self.addresses[self.resolve(site)]
-            live = self.model.get_parameter(address.parameter)
-            if not live.is_meta:
-                view = WeightView(site, live, address.packing)
-                found += [
-                    (view, rows, cols)
-                    for rows, cols in _places([r for r in regions if r.site == site], view)
-                ]
-        return found
+            weight = self.model.get_parameter(address.parameter)
+            if weight.is_meta:
+                continue
+            view = WeightView(site, weight, address.packing)
+            here = [r for r in regions if r.site == site]
+            live += [(view, rows, cols) for rows, cols in _places(here, view)]
+        return live
 
     # -- building ------------------------------------------------------------------------------
 
@@ -250,12 +255,12 @@ class StreamedAnatomy(Anatomy):
         """The parameters of a part: name, owner, name within the owner, and what stands there while
         the part is not held.
         """
-        found = []
+        slots = []
         for name, empty in parameters.items():
             if name.startswith(f"{part}."):
                 owner, _, leaf = name.rpartition(".")
-                found.append((name, self.model.get_submodule(owner), leaf, empty))
-        return found
+                slots.append((name, self.model.get_submodule(owner), leaf, empty))
+        return slots
 
     def _load_outside(self, parameters: dict[str, nn.Parameter]) -> None:
         """Read what is outside the streamed parts; a tied weight once, for all its names."""
@@ -278,6 +283,7 @@ class StreamedAnatomy(Anatomy):
             with self._holding(part):
                 return forward(*args, **kwargs)
 
+        # on the instance: what nn.Module does around `forward`, hooks above all, stays as it is
         module.__dict__["forward"] = run
 
 
@@ -310,6 +316,7 @@ def _skeleton(
     model = unloaded(name, config, dtype)
     model.eval()  # type: ignore[no-untyped-call]
     model.requires_grad_(False)
+    # some architectures keep parts, like a router, in float32 whatever the dtype
     plan = model._get_dtype_plan(dtype)
     for path, parameter in model.named_parameters():
         wanted = next((d for part, d in plan.items() if part in path.split(".")), None)

@@ -102,6 +102,7 @@ def pareto(rows: Iterable[Row]) -> list[Row]:
 
     From few bits to many.
     """
+    # from few bits to many a row is on the front if it is better than all before it
     known = [(row.bits_per_weight, row.nll, row) for row in rows if row.nll is not None]
     front: list[Row] = []
     least = float("inf")
@@ -122,6 +123,7 @@ def _judge(
     progress: Tell,
 ) -> Iterator[Judged]:
     """Each of the ways to quantize, held against one reference."""
+    # one at a time, so that no more than one rounded copy of the model is in memory
     for done, config in enumerate(configs):
         ready = prepare(anatomy, config, critical, mean_squares)
         measured = reference.compare(ready.applied)
@@ -256,6 +258,7 @@ def activation_table(
     Raises: as `places`, `prepare` and `smoothing`.
     """
     ways = treatments(config) if ways is None else ways
+    # rounded once for all ways that have the same weights, since only the activations differ
     plain = None if weights is None else prepare(anatomy, weights, critical)
     kinds = [kind for kind in SMOOTHED if any(way.smooth == kind for way in ways)]
     smooth = {

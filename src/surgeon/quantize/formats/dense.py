@@ -1,5 +1,9 @@
 """Export as plain safetensors in the checkpoint's own dtype ("fake quant"): every weight is what
 its code means, for any loader.
+
+How this works. A shard is copied byte by byte, and each quantized matrix is then written over its
+own bytes in the copy, rounded to the dtype that is stored there. So names, order, metadata and all
+that is not quantized stay as they are, and a fused tensor needs no care: a view writes its rows.
 """
 
 from __future__ import annotations

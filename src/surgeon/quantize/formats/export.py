@@ -1,9 +1,9 @@
 """Quantize a checkpoint folder shard by shard: what an export is given, and how it writes.
 
-One tensor is in memory at a time, whatever the size of the model. An export is one function of an
-`ExportPlan`; the formats differ in what they make of a shard, and in what they add to the folder in
-the end, and `write_folder` does the rest: it looks before it writes, goes through the shards,
-copies the other files of the source, and records what was done.
+How this works. One tensor is in memory at a time, whatever the size of the model. An export is one
+function of an `ExportPlan`; the formats differ in what they make of a shard, and in what they add
+to the folder in the end, and `write_folder` does the rest: it looks before it writes, goes through
+the shards, copies the other files of the source, and records what was done.
 
 The work goes on in `.TARGET.part` beside the target, see `files.writing_folder`. Its manifest holds
 a hash of all settings, and, for each finished shard, what was done to its matrices. After an
@@ -179,6 +179,7 @@ def _write_shards(
 
     for shard in source.shards.files:
         if shard not in shards:
+            # the manifest after the shard: what it names is whole
             reports = write_shard(source, shard, part / shard, tell)
             shards[shard] = as_json(reports)
             _write_json(part / MANIFEST, manifest)
@@ -219,7 +220,7 @@ def _opened(part: Path, settings: str) -> dict[str, Any]:
         if manifest["settings"] == settings and whole:
             return manifest
     except (OSError, ValueError, KeyError, TypeError):
-        pass
+        pass  # none yet, or one that was cut off: begin anew
     shutil.rmtree(part)
     part.mkdir()
     manifest = {"settings": settings, "shards": {}}

@@ -57,7 +57,7 @@ def one_by_one(
     """
     anatomy = preparation.anatomy
     site = dense_down(anatomy, layer)
-    intact = anatomy.view(site).read().clone()
+    intact = anatomy.view(site).read().clone()  # patches of earlier facts will lie on the matrix
     patches: list[Patch] = []
     changes: list[Factors] = []
     facts: list[FactForecast] = []
@@ -168,6 +168,7 @@ def _within_null_space(
     moments = preparation.moments(layer)
     basis = null_basis(moments.covariance, energy)
     constraints, owner = _constraints(keys)
+    # the mean diagonal of the covariance, so that it grows and shrinks with the model's keys
     ridge = moments.mean_square / moments.d_mlp
     lost = projection_loss(torch.stack([k.mean(0) for k in keys]), basis)
     return null_space_change(constraints, missing[owner], basis, ridge), lost

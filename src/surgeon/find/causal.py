@@ -15,7 +15,7 @@ from ..anatomy import Anatomy, Region, Site
 from ..measure.likelihood import batches, window_nll
 from ..patch import ablate, record_channel, restored_channel
 
-MAX_CHANNELS = 8
+MAX_CHANNELS = 8  # parts that write more have no one activation that could be put back
 
 
 def written_channels(parts: Sequence[Region]) -> list[tuple[Site, int]]:

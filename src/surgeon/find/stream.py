@@ -73,6 +73,7 @@ class DamageStreamed(Damage):
     def __init__(self, anatomy: StreamedAnatomy, windows: Tensor, lowest_layer: int) -> None:
         self.anatomy, self.lowest_layer, self.layers = anatomy, lowest_layer, anatomy.layers
         self.ids = [ids.to(self.anatomy.device) for ids in batches(windows)]
+        # two tokens of one window tell how the layers return their states
         self.as_tuple = returns_tuple(anatomy.model, self.layers, input_ids=self.ids[0][:1, :2])
         skeletons = [
             layer_calls(anatomy.model, self.layers, self.as_tuple, input_ids=ids)

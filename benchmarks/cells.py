@@ -34,6 +34,7 @@ from surgeon.cells import (
     save_cells,
     train,
 )
+from surgeon.show.text import print_result
 
 
 @contextmanager
@@ -50,17 +51,7 @@ def training(steps: int | None) -> None:
     config = TrainConfig() if steps is None else replace(TrainConfig(), steps=steps)
     with timed("training"):
         made = train(expression(read_cells("pbmc68k_reduced")), config)
-    d = made.to_json()
-    low, high = d["lead_ci95"]
-    print(
-        f"NLL {d['nll']:.4f}, gene-marginal baseline {d['baseline_nll']:.4f}, lead"
-        f" {d['lead_nats']:.4f} (95% {low:.4f} to {high:.4f})"
-    )
-    print(
-        f"on the fitted cells {d['train_nll']:.4f}; step {d['best_step']} of {d['steps']};"
-        f" {d['parameters']} parameters; {d['cells']}"
-    )
-    print("error in bins:", {k: round(v, 3) for k, v in d["rms_error_bins"].items()})
+    print_result(made.figures)
 
 
 def whole_human(cells: int) -> None:
@@ -92,11 +83,7 @@ def whole_human(cells: int) -> None:
             model.state_dict().values(), loaded.model.state_dict().values(), strict=True
         )
     )
-    r = loaded.report
-    print(
-        f"matched {r['matched']}, unmatched {len(r['unmatched'])}, renamed {r['renamed']};"
-        f" bit-identical: {same}"
-    )
+    print(f"{loaded.report}; bit-identical: {same}")
     for pos in (256, 1200):
         genes = torch.randint(shape.pad_id, (cells, pos))
         genes[:, 0] = vocab["<cls>"]

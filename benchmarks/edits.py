@@ -137,7 +137,7 @@ class Remembered:
     """
 
     def __init__(self) -> None:
-        self.real, self.found = EDIT.optimise, {}
+        self.real, self.values = EDIT.optimise, {}
         self.saved = 0.0
 
     def __call__(
@@ -153,16 +153,16 @@ class Remembered:
             return self.real(anatomy, requests, layer, config, where, progress)
         for request in requests:
             key = (request.bare.ids, tuple(request.targets[0]), layer, config, where)
-            if key not in self.found:
+            if key not in self.values:
                 start = time.perf_counter()
-                self.found[key] = (
+                self.values[key] = (
                     self.real(anatomy, [request], layer, config, where, progress),
                     time.perf_counter() - start,
                 )
             else:
-                self.saved += self.found[key][1]
+                self.saved += self.values[key][1]
         known = [
-            self.found[r.bare.ids, tuple(r.targets[0]), layer, config, where][0] for r in requests
+            self.values[r.bare.ids, tuple(r.targets[0]), layer, config, where][0] for r in requests
         ]
         return Values(
             *(
@@ -207,12 +207,12 @@ def single(
     EDIT.optimise.saved = 0.0
     for fact in facts:
         before = examine(anatomy.model, tokenizer, [fact], corpus=corpus, config=LIGHT)
-        made = edit(preparation, [fact], EditConfig(method=method))
-        seconds += made.seconds
-        with made.patch.applied(anatomy):
+        one_edit = edit(preparation, [fact], EditConfig(method=method))
+        seconds += one_edit.seconds
+        with one_edit.patch.applied(anatomy):
             after = examine(anatomy.model, tokenizer, [fact], corpus=corpus, config=LIGHT)
         edited.append(scored(before, after))
-        flight, card = made.preflight, edited[-1].card
+        flight, card = one_edit.preflight, edited[-1].card
         known, kept = float(card.neighbours_known_before), float(card.neighbours_kept)
         nll = edited[-1].nll_change
         points.append([flight.relative_damage, flight.update_norm_ratio, known, kept, nll])
@@ -233,11 +233,11 @@ def batch(
     anatomy, tokenizer = preparation.anatomy, preparation.tokenizer
     before = examine(anatomy.model, tokenizer, facts, corpus=corpus, config=LIGHT)
     EDIT.optimise.saved = 0.0
-    made = edit(preparation, facts, EditConfig(method=method))
-    with made.patch.applied(anatomy):
+    edits = edit(preparation, facts, EditConfig(method=method))
+    with edits.patch.applied(anatomy):
         after = examine(anatomy.model, tokenizer, facts, corpus=corpus, config=LIGHT)
-    damage = [one.relative_damage for one in made.preflight.layers]
-    seconds = made.seconds + EDIT.optimise.saved
+    damage = [one.relative_damage for one in edits.preflight.layers]
+    seconds = edits.seconds + EDIT.optimise.saved
     return summary([scored(before, after)], seconds, len(facts), {"relative_damage": damage})
 
 
@@ -310,32 +310,32 @@ def main() -> None:
     layer = 1 if len(anatomy.layers) > 2 else 0
     start = time.perf_counter()
     preparation.gather([layer])
-    found: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "model": options.model,
         "facts": len(facts),
         "single": {},
         "batch": {},
         "points": {},
     }
-    found["covariance_seconds"] = time.perf_counter() - start
-    found["value_seconds"] = value_costs(preparation, facts[:8], layer)
-    found["tokens_per_second"] = covariance_cost(
+    measured["covariance_seconds"] = time.perf_counter() - start
+    measured["value_seconds"] = value_costs(preparation, facts[:8], layer)
+    measured["tokens_per_second"] = covariance_cost(
         anatomy, preparation._windows(20 * anatomy.view(dense_down(anatomy, layer)).shape[1]), layer
     )
-    found["single"]["in context"] = in_context(anatomy, tokenizer, facts, corpus)
-    print(json.dumps(found, indent=1), flush=True)
+    measured["single"]["in context"] = in_context(anatomy, tokenizer, facts, corpus)
+    print(json.dumps(measured, indent=1), flush=True)
     EDIT.optimise = Remembered()
     for method in options.methods.split(","):
-        found["single"][method], found["points"][method] = single(
+        measured["single"][method], measured["points"][method] = single(
             preparation, facts, method, corpus
         )
-        print("single", method, json.dumps(found["single"][method]), flush=True)
+        print("single", method, json.dumps(measured["single"][method]), flush=True)
     for method in [] if options.no_batch else options.methods.split(","):
         if method in ("rome", "emmet", "memit", "alphaedit", "ft"):
-            found["batch"][method] = batch(preparation, facts, method, corpus)
-            print("batch", method, json.dumps(found["batch"][method]), flush=True)
+            measured["batch"][method] = batch(preparation, facts, method, corpus)
+            print("batch", method, json.dumps(measured["batch"][method]), flush=True)
     if options.out is not None:
-        options.out.write_text(json.dumps(found) + "\n")
+        options.out.write_text(json.dumps(measured) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@ injury in one process.
 
     python benchmarks/repair.py MODEL [--text FILE] [--entries N]
 
-The injury is the N strongest entries of the set that `find` returns; the injured entries stay out.
-The plain procedure runs the intact and the broken model whole at every step (AdamW, the row,
-constant rate, batch 2, length 128) and is given two rates: the reference's 1e-3 and the one that
-`distil` takes. All are judged on the same windows, which none has seen.
+The injury is the N strongest entries of the set that `find` returns that lie in the row of the
+strongest, since the plain procedure knows one row; the injured entries stay out. It runs the intact
+and the broken model whole at every step (AdamW, the row, constant rate, batch 2, length 128) and is
+given two rates: the reference's 1e-3 and the one that `distil` takes. All are judged on the same
+windows, which none has seen.
 """
 
 from __future__ import annotations
@@ -88,11 +89,13 @@ def main() -> None:
     anatomy = Anatomy.of(loaded.model)
     text = heldout_text() if options.text is None else read_text(options.text)
     corpus = load_corpus(loaded.tokenizer, text, "text", 256, 200)
-    found = find(anatomy, Corpus(corpus.name, corpus.windows[:24], corpus.bos)).sets[0]
-    injury = ablate(anatomy, [c.entry for c in found.entries[: options.entries]])
+    critical = find(anatomy, Corpus(corpus.name, corpus.windows[:24], corpus.bos)).sets[0]
+    first = critical.entries[0].entry
+    in_row = [c.entry for c in critical.entries if (c.entry.site, c.row) == (first.site, first.row)]
+    injury = ablate(anatomy, in_row[: options.entries])
     print(
-        f"{options.model}: {options.entries} strongest entries of the vital {found.geometry},"
-        f" {len(corpus.windows)} windows",
+        f"{options.model}: {len(in_row[: options.entries])} strongest entries of row {first.row} of"
+        f" {first.site}, from a vital {critical.geometry}; {len(corpus.windows)} windows",
         flush=True,
     )
     for method in ("graft", "distil", "graft+distil"):

@@ -54,16 +54,16 @@ def facts_of(name: str) -> list[Fact]:
 def known_facts(
     anatomy: Anatomy, tokenizer: PreTrainedTokenizerBase, facts: list[Fact], n: int
 ) -> list[Fact]:
-    found: list[Fact] = []
+    known: list[Fact] = []
     for fact in facts:
         ids = torch.tensor([tokenizer(fact.text).input_ids])
         with torch.no_grad():
             says = int(anatomy.model(ids).logits[0, -1].argmax())
         if says == tokenizer(f" {fact.true}", add_special_tokens=False).input_ids[0]:
-            found.append(fact)
-        if len(found) == n:
+            known.append(fact)
+        if len(known) == n:
             break
-    return found
+    return known
 
 
 @torch.no_grad()
@@ -104,9 +104,9 @@ def one_pass_a_site(anatomy: Anatomy, one: Trace) -> dict[str, Tensor]:
         y[:, at] = source[0, at]
         return y
 
-    found = {}
+    effects = {}
     for kind in KINDS:
-        found[kind] = torch.zeros(len(layers), n, config.samples)
+        effects[kind] = torch.zeros(len(layers), n, config.samples)
         for layer in range(len(layers)):
             low, high = (
                 (layer, layer + 1)
@@ -119,12 +119,12 @@ def one_pass_a_site(anatomy: Anatomy, one: Trace) -> dict[str, Tensor]:
                     for i in range(max(0, low), min(len(layers), high)):
                         tap.on_output(modules[kind][i], partial(put, source=clean[kind, i], at=at))
                     logits = tap.run(anatomy.model, input_ids=ids, use_cache=False).logits[:, -1]
-                found[kind][layer, at] = logits.float().softmax(-1)[:, answer]
-    return found
+                effects[kind][layer, at] = logits.float().softmax(-1)[:, answer]
+    return effects
 
 
-def _keep(found: dict[tuple[str, int], Tensor], key: tuple[str, int], y: Tensor) -> None:
-    found[key] = y.clone()
+def _keep(outputs: dict[tuple[str, int], Tensor], key: tuple[str, int], y: Tensor) -> None:
+    outputs[key] = y.clone()
 
 
 def shown(mean: float | None, ci95: tuple[float, float] | None) -> str:

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
+from types import SimpleNamespace
 
+import numpy as np
+import pandas
 import torch
-from torch import Tensor
+from scipy.sparse import csr_matrix
 from torch.nn.functional import cross_entropy
 
+from surgeon.cells import Expression, Stage
+from surgeon.cells.checkpoint import LoadReport
 from surgeon.cells.likelihood import fit_marginal, masks
 from surgeon.cells.model import CellConfig, ScGPT
+from surgeon.cells.stage import StageRecord
 from surgeon.cells.tokenise import Batch
 
 GENES = [f"G{i}" for i in range(24)]
 TYPES = ("even", "odd")
+VOCAB = {"<cls>": 0, **{gene: i + 1 for i, gene in enumerate(GENES)}, "<pad>": 25}
 
 
-@dataclass(frozen=True)
-class Tiny:
-    """The model, cells it was not trained on, masks, the gene-marginal baseline of the masked
-    values, and the type of each cell.
-    """
-
-    model: ScGPT
-    batch: Batch
-    masked: Tensor
-    baseline: Tensor
-    types: list[str]
+def expression_of(
+    values: object, genes: Sequence[str] | None = None, kind: str = "counts"
+) -> Expression:
+    """Expression data of these values (cell, gene)."""
+    matrix = csr_matrix(np.asarray(values, dtype=np.float32))
+    n, width = matrix.shape
+    names = genes or [f"G{i}" for i in range(width)]
+    return Expression(matrix, [*names], [f"c{i}" for i in range(n)], "X", kind)
 
 
 def cells(n: int, seed: int) -> tuple[Batch, list[str]]:
@@ -53,8 +57,11 @@ def cells(n: int, seed: int) -> tuple[Batch, list[str]]:
 
 
 @cache
-def tiny() -> Tiny:
-    """The same objects for all tests: nothing may change the model."""
+def tiny() -> Stage:
+    """The model and cells it was not trained on, in `obs` with their type and one of six donors.
+
+    The same objects for all tests: nothing may change the model.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = ScGPT(CellConfig(26, 32, 2, 24, 2, pad_id=25, dropout=0.0, categorical=True))
@@ -73,4 +80,8 @@ def tiny() -> Tiny:
     batch, types = cells(36, 2)
     masked = masks(batch, 0.3, 2, 99)
     baseline = fit_marginal(train, 26, 51).nll(batch, masked)
-    return Tiny(model, batch, masked, baseline, types)
+    donors = [f"d{i % 6}" for i in range(36)]  # even cells have the donors 0, 2, 4
+    obs = pandas.DataFrame({"type": types, "donor": donors, "one": "d0"}, index=batch.cell_names)
+    record = StageRecord(LoadReport("m", 9, [], 0), "categorical", "made", "X", True, "type")
+    adata = SimpleNamespace(obs=obs, obsm={})
+    return Stage(model, batch, masked, baseline, types, adata, record, "0" * 64)

@@ -4,8 +4,29 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from made_cells import cell_results
+
 from surgeon.anatomy import Entry, Region, Site
 from surgeon.edit import FactForecast, LayerForecast, Preflight, Radar, Step, Touched
+from surgeon.explain import (
+    Channel,
+    ChannelState,
+    ChannelTrace,
+    Continuations,
+    Curve,
+    CurvePoint,
+    EntryChange,
+    Explanation,
+    Geometry,
+    Influence,
+    Line,
+    SideBySide,
+    Sink,
+    Stratum,
+    TokenRow,
+    WordGroup,
+)
+from surgeon.explain import Written as WrittenTexts
 from surgeon.find import (
     Candidate,
     CriticalSet,
@@ -29,6 +50,7 @@ from surgeon.measure import (
     Scorecard,
     ScoredFact,
     Share,
+    ThreeStates,
 )
 from surgeon.measure.scorecard import Says
 from surgeon.quantize import (
@@ -43,9 +65,19 @@ from surgeon.quantize import (
     SmoothedCount,
     TensorTypes,
 )
+from surgeon.repair import (
+    ControlRepair,
+    Divergence,
+    GraftChoice,
+    Look,
+    RepairResult,
+    WindowCounts,
+)
+from surgeon.repair import HeldOut as HeldOutText
 from surgeon.result import CorpusRecord, Provenance, Result
 from surgeon.studies.ablate import Injury
 from surgeon.studies.apply import Applied
+from surgeon.studies.demo import Demo, State
 from surgeon.studies.edit import EditResult
 from surgeon.studies.edit_layers import LayerRanking, LayerTrial
 from surgeon.studies.edit_many import EditsResult
@@ -67,11 +99,14 @@ from surgeon.trace import Corruption, LayerEffect, RestoredSite, TraceAverage, T
 from surgeon.trace.result import AverageIntervals, TraceIntervals
 
 DOWN = Site(0, "mlp.down")
+STATES = ("base", "broken", "patched")
+NLL = ThreeStates(0.7, 1.4, 0.8)
+BAND = {"q05": -0.1, "q50": 0.0, "q95": 0.1}
 
 
 def made_results(text: str = "text") -> dict[str, Result]:
     """Results by kind; names of models, files, prompts, reasons and commands are `text`."""
-    made = (
+    results = (
         find_result(text),
         detection(text),
         verification(text),
@@ -84,6 +119,9 @@ def made_results(text: str = "text") -> dict[str, Result]:
         trace_result(text),
         trace_average(text),
         quantize_result(text),
+        repair_result(text),
+        explanation(text),
+        demo(text),
         repair_recipe(text),
         edits_recipe(text),
         conditioning(text),
@@ -94,8 +132,9 @@ def made_results(text: str = "text") -> dict[str, Result]:
         Exported(text, text, text, 4, [text], provenance=provenance(text, "export")),
         Index(text, [published_weight(text)], provenance=provenance(text, "index")),
         index_check(text),
+        *cell_results(text, provenance, controls(text)),
     )
-    return {one.kind: one for one in made}
+    return {one.kind: one for one in results}
 
 
 def provenance(text: str, verb: str) -> Provenance:
@@ -306,12 +345,149 @@ def trace_average(text: str = "text") -> TraceAverage:
     )
 
 
-def repair_recipe(text: str = "text") -> RepairRecipe:
-    from show.healing_results import a_repair  # which takes an edit from here
+def repair_result(text: str = "text") -> RepairResult:
+    return RepairResult(
+        method="graft+distil",
+        target_rows={"L0.mlp.down": [3]},
+        windows=WindowCounts(8, 2, 2),
+        nll=NLL,
+        kl=Divergence(0.7, 0.1),
+        control=ControlRepair(0.05, 1.365, {}),
+        held_out=HeldOutText(text, True, NLL),
+        recovered_fitted=0.9,
+        delta_norm=1.0,
+        row_norm=2.0,
+        cosine_to_row=0.1,
+        patch_bytes=5576,
+        seconds=1.0,
+        steps=50,
+        kept_step=25,
+        curve=[
+            Look(0, 0.2, 1.0, 0.5),
+            Look(25, 0.1, 0.8, 0.85),
+            Look(50, 0.11, 0.81, 0.84),
+        ],
+        graft={"L0.mlp.down": GraftChoice(1.0, 0.01, 0.8)},
+        provenance=provenance(text, "repair"),
+    )
 
+
+def word_group(text: str = "text", p_corrected: float = 0.29) -> WordGroup:
+    return WordGroup(
+        name=text,
+        tokens=30,
+        words=4,
+        mean_kl=1.7,
+        others_kl=1.3,
+        same_documents_kl=1.5,
+        documents_nats=0.1,
+        excess_kl=0.05,
+        null=BAND,
+        null_naive={"q05": 0.9, "q50": 1.0, "q95": 1.1},
+        null_document=None,
+        p_naive=0.008,
+        p_within=p_corrected,
+        p_document=None,
+        p_corrected=p_corrected,
+        in_top=0.4,
+        in_text=0.25,
+        in_one_document=1.0,
+        document=text,
+    )
+
+
+def explanation(
+    text: str = "text",
+    story: WordGroup | None = None,
+    tokens: dict[str, list[object]] | None = None,
+) -> Explanation:
+    line = Line(
+        region=Region(DOWN, 3, None),
+        norms={"base": 2.0, "broken": 1.0, "delta": 1.5, "merged": 2.1},
+        cosines={"delta_base": 0.1, "delta_broken": 0.0, "merged_base": 0.9, "broken_base": 0.5},
+        participation=3.5,
+        entropy=4.0,
+        changed=8,
+        top=[EntryChange(Entry(DOWN, 3, 5), 1.0, 0.0, 0.5, 0.5, 1)],
+        ablated=[],
+        injured=0,
+    )
+    points = [
+        CurvePoint(1, 0.3, 0.01, (0.0, 0.02), 0.4),
+        CurvePoint(2, 0.8, None, None, None),
+    ]
+    channel = ChannelState([1.0], [1.0], [1.0], [600.0, 300.0, 310.0], 600.0, 0.14)
+    naive = {"q05": 0.9, "q50": 1.0, "q95": 1.1}
+    stratum = Stratum(text, 100, 1.2, 1.0, 0.05, BAND, naive, 0.2, 0.4)
+    row = TokenRow(
+        window=0,
+        position=1,
+        token_id=2,
+        token=text,
+        word=text,
+        context=text,
+        document=0,
+        title=text,
+        word_count=1,
+        token_count=1,
+        kl_broken=5.0,
+        nll_base=0.1,
+        nll_broken=5.1,
+    )
+    return Explanation(
+        patches=[f"{text}.safetensors"],
+        geometry=Geometry([line], 1),
+        topk_curve=Curve(NLL, 500, points),
+        no_topk_curve=None,
+        channel=ChannelTrace(
+            [Channel(3, DOWN, 1, dict.fromkeys(STATES, channel))],
+            None,
+            Sink({state: [0.5, 0.1] for state in STATES}, 0.02, 2),
+            None,
+        ),
+        influence=Influence(
+            mean_kl={"broken": 0.7},
+            documents_rule=text,
+            documents_seen=3,
+            top=[row],
+            top_by_document={text: 1},
+            permutations=199,
+            groups=[word_group(text) if story is None else story],
+            documents=[stratum, stratum],
+            frequencies=[stratum],
+        ),
+        behaviour=SideBySide(
+            dict.fromkeys(STATES, WrittenTexts(0.1, 0.2, 0.3, 0.4)),
+            [Continuations(text, text, text, text)],
+        ),
+        tokens=tokens,
+        provenance=provenance(text, "explain"),
+    )
+
+
+def demo(text: str = "text") -> Demo:
+    states = [
+        State("intact", 0.7, 331, True, [f"a b {text}"]),
+        State("without the set", 1.5, 300, False, [f"a c {text}"]),
+        State("put back", 0.7, 331, True, [f"a b {text}"]),
+    ]
+    return Demo(
+        find=find_result(text),
+        repair=repair_result(text),
+        no_repair=None,
+        edit=edit_result(text),
+        no_edit=None,
+        facts=331,
+        prompts=[text],
+        states=states,
+        provenance=provenance(text, "demo"),
+    )
+
+
+def repair_recipe(text: str = "text") -> RepairRecipe:
     figures = [Figure(text, 0.9, 0.8)]
     about = provenance(text, "run")
-    return RepairRecipe(f"{text}, repaired", figures, a_repair(text), provenance=about)
+    return RepairRecipe(f"{text}, repaired", figures, repair_result(text), provenance=about)
 
 
 def edits_recipe(text: str = "text") -> EditsRecipe:

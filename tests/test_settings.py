@@ -90,6 +90,18 @@ def test_what_is_given_goes_to_its_place():
     assert configured(Outer, values_of(config)) == config
 
 
+def test_ends_that_are_left_out():
+    @dataclass(frozen=True)
+    class Open:
+        share: float = setting(0.5, "a share", above=0, below=1)
+
+    assert configured(Open, {"share": 0.999}).share == 0.999
+    for share, said in ((0, "is 0; it must be above 0."), (1, "is 1; it must be below 1.")):
+        with pytest.raises(BadInput) as raised:
+            configured(Open, {"share": share})
+        assert str(raised.value) == f"share {said}"
+
+
 def test_two_settings_of_one_name_are_a_mistake():
     @dataclass(frozen=True)
     class Twice:
@@ -215,7 +227,9 @@ def test_every_setting_of_a_verb_is_declared_whole(verb: str):
         text = one.declaration.help
         assert text, one.name
         assert not text.endswith("."), one.name
-    spellings = [flag(one) for one in declared] + ["--json", "--folder"]
+    arguments = STUDIES[verb].positional
+    options = [flag(one) for one in declared if one.name not in arguments]
+    spellings = [*options, "--json", "--folder"]
     assert len({*spellings}) == len(spellings)
     defaults = {one.name: one.default for one in declared if not one.required}
     entry = "L0.mlp.down[0, 0]"

@@ -32,7 +32,8 @@ _PREFIX, _WITHOUT = "prefix", "without"
 class Declaration:
     """What is known of a setting besides its name, type and default.
 
-    choices: the values it can have. low, high: its range, both included. metavar: a word for its
+    choices: the values it can have. low, high: its range, both included; above, below: the same,
+    neither included. metavar: a word for its
     value in the help. group: the heading it stands under in the help; "" for the handful that
     people need first. short: a one-letter option. spelled: its name on the command line, where that
     is not its own. parse: makes a value of a text. is_file: it names a file, or several.
@@ -45,6 +46,8 @@ class Declaration:
     choices: tuple[str, ...] = ()
     low: float | int | None = None
     high: float | int | None = None
+    above: float | int | None = None
+    below: float | int | None = None
     metavar: str | None = None
     group: str = ""
     short: str | None = None
@@ -63,6 +66,8 @@ def setting(
     choices: Iterable[str] = (),
     low: float | int | None = None,
     high: float | int | None = None,
+    above: float | int | None = None,
+    below: float | int | None = None,
     metavar: str | None = None,
     group: str = "",
     short: str | None = None,
@@ -87,6 +92,8 @@ def setting(
         tuple(choices),
         low,
         high,
+        above,
+        below,
         metavar,
         group,
         short,
@@ -201,6 +208,10 @@ def _check_range(one: Setting, value: Any) -> None:
         raise BadInput(f"‹{one.name}› is {value:g}; it must be at least {declared.low:g}.")
     if declared.high is not None and not value <= declared.high:
         raise BadInput(f"‹{one.name}› is {value:g}; it must be at most {declared.high:g}.")
+    if declared.above is not None and not value > declared.above:
+        raise BadInput(f"‹{one.name}› is {value:g}; it must be above {declared.above:g}.")
+    if declared.below is not None and not value < declared.below:
+        raise BadInput(f"‹{one.name}› is {value:g}; it must be below {declared.below:g}.")
 
 
 def values_of(config: Any) -> dict[str, Any]:

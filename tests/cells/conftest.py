@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from surgeon.cells import Expression, TrainConfig, expression, read_cells, save_cells, train
+from surgeon.cells import Expression, TrainConfig, expression, read_cells, train
 
 TINY = TrainConfig(
     layers=2,
@@ -47,6 +47,5 @@ def forty_file(pbmc: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def checkpoint(forty: Expression, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cells") / "model"
-    made = train(forty, TINY)
-    save_cells(folder, made.model, made.vocab, made.tokens, made.marginal, made.record())
+    train(forty, TINY).save(folder)
     return folder

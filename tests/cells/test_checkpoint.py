@@ -16,7 +16,7 @@ import torch
 from surgeon.anatomy import Entry
 from surgeon.audit import Watched, audit
 from surgeon.cells import CellConfig, ScGPT, load_cells, make_vocab, save_cells
-from surgeon.cells.checkpoint import require_free
+from surgeon.cells.checkpoint import LoadReport, require_free
 from surgeon.errors import BadCheckpoint, BadInput, PatchConflict
 from surgeon.patch import ablate
 from surgeon.studies.cell_patches import CellWeights, patch_cells
@@ -79,12 +79,7 @@ def test_a_published_checkpoint_loads_with_every_tensor_matched(folder: Path):
     raw = torch.load(folder / "best_model.pt", weights_only=True)
     assert "transformer_encoder.layers.1.self_attn.Wqkv.weight" in raw
     loaded = load_cells(folder)
-    assert loaded.report == {
-        "file": "best_model.pt",
-        "matched": len(raw) - len(HEADS),
-        "unmatched": HEADS,
-        "renamed": 4,
-    }
+    assert loaded.report == LoadReport("best_model.pt", len(raw) - len(HEADS), HEADS, 4)
     assert all(torch.equal(tensor, raw[name]) for name, tensor in loaded.others.items())
     for name, tensor in loaded.model.state_dict().items():
         assert torch.equal(tensor, raw[name.replace("self_attn.in_proj_", "self_attn.Wqkv.")])
@@ -103,7 +98,7 @@ def test_the_head_over_bins_is_told_from_the_tensors(tmp_path: Path):
     shape = CellConfig(**sizes, pad_id=vocab["<pad>"], categorical=True)
     save_cells(tmp_path, ScGPT(shape), vocab)
     loaded = load_cells(tmp_path)
-    assert (loaded.model.shape, loaded.report["unmatched"]) == (shape, [])
+    assert (loaded.model.shape, loaded.report.unmatched) == (shape, [])
 
 
 def test_a_folder_that_holds_a_model_is_not_free(folder: Path, tmp_path: Path):
@@ -119,7 +114,7 @@ def test_a_patched_copy_keeps_what_it_does_not_compute_with(folder: Path, tmp_pa
     )
     patch_cells(folder, [patch], tmp_path / "patched")
     broken = load_cells(tmp_path / "patched")
-    assert broken.report["unmatched"] == HEADS
+    assert broken.report.unmatched == HEADS
     assert broken.model.layers[1].linear2.weight[3, 7] == 0
     assert not broken.model.layers[0].norm2.bias.any()
     base, other = CellWeights(str(folder)), CellWeights(str(tmp_path / "patched"))
@@ -140,7 +135,7 @@ def test_unmatched_tensors_are_listed(folder: Path):
     before = load_cells(folder)
     change(folder, discriminator__weight=torch.ones(3), module__extra=torch.ones(1))
     loaded = load_cells(folder)
-    assert loaded.report["unmatched"] == sorted([*HEADS, "discriminator.weight", "module.extra"])
+    assert loaded.report.unmatched == sorted([*HEADS, "discriminator.weight", "module.extra"])
     assert loaded.fingerprint != before.fingerprint
 
 
@@ -248,15 +243,15 @@ def test_special_tokens_are_put_behind_the_genes_where_there_is_room(folder: Pat
 
 def test_a_trained_checkpoint_comes_back_from_either_file(checkpoint: Path, tmp_path: Path):
     one = load_cells(checkpoint)
-    assert one.report["file"] == "model.safetensors"
+    assert one.report.file == "model.safetensors"
     assert one.model.reading == "categorical"
     assert one.marginal is not None
     assert set(one.training["split"]) == {"train", "validation", "test"}
     copied = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     (copied / "model.safetensors").unlink()
     other = load_cells(copied)
-    assert other.report["file"] == "best_model.pt"
-    assert other.report["matched"] == one.report["matched"] == len(one.model.state_dict())
+    assert other.report.file == "best_model.pt"
+    assert other.report.matched == one.report.matched == len(one.model.state_dict())
     assert all(
         torch.equal(a, b)
         for a, b in zip(
@@ -277,6 +272,6 @@ def test_the_whole_human_shape(tmp_path: Path):
     }
     loaded = load_cells(publish(tmp_path, model, vocab))
     report = loaded.report
-    assert [report[n] for n in ("matched", "unmatched", "renamed")] == [159, HEADS, 24]
+    assert report == LoadReport("best_model.pt", 159, HEADS, 24)
     assert loaded.model.shape == shape
     assert sum(p.numel() for p in loaded.model.parameters()) == pytest.approx(50.8e6, rel=0.001)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cells_tiny import GENES, tiny
 
-from surgeon.anatomy import Region
 from surgeon.cells.enrich import EnrichConfig
 from surgeon.cells.likelihood import MaskedNLL, by_cell
-from surgeon.cells.map import Column, Map, MapConfig, map_damage
+from surgeon.cells.map import CellMap, MapConfig, map_damage
 from surgeon.cells.null import equal_damage
 from surgeon.cells.planted import plant
 from surgeon.errors import BadInput, Refused, SurgeonError
@@ -19,20 +20,10 @@ SETS = {"even genes": GENES[::2], "odd genes": GENES[1::2], "first": GENES[:8]}
 CONFIG = MapConfig(null=3, enrich=EnrichConfig(permutations=200))
 
 
-def planted_map(condition: Column | None = None, donor: Column | None = None) -> Map:
+def planted_map(config: MapConfig = CONFIG, sets: dict[str, list[str]] | None = SETS) -> CellMap:
     t = tiny()
-    made = plant(t.model, t.batch, t.masked)
-    return map_damage(
-        made.model,
-        t.batch,
-        t.masked,
-        [Region.parse(made.address)],
-        SETS,
-        t.types,
-        condition,
-        donor,
-        CONFIG,
-    )
+    model, made = plant(t.model, t.batch, t.masked)
+    return map_damage(replace(t, model=model), [made.address], sets, config)
 
 
 def test_the_null_costs_as_much_as_the_weight():
@@ -70,38 +61,20 @@ def test_residuals_do_not_correlate_with_difficulty():
 
 
 def test_donors_are_replicates_and_one_is_refused():
-    t = tiny()
-    n = len(t.batch.cell_names)
-    donors = [f"d{i % 6}" for i in range(n)]  # even cells have the donors 0, 2, 4
-    found = planted_map(("type", t.types), ("donor", donors))
+    config = replace(CONFIG, condition="type")
+    found = planted_map(replace(config, donor="donor"))
     assert found.donors is not None
     assert {k: len(v) for k, v in found.donors.means.items()} == {"even": 3, "odd": 3}
     assert found.by_condition.keys() == {"even", "odd"}
     with pytest.raises(Refused, match="at least two"):
-        planted_map(("type", t.types), ("donor", ["one"] * n))
-    without = planted_map(("type", t.types))
+        planted_map(replace(config, donor="one"))
+    without = planted_map(config)
     assert without.donors is None
     assert without.by_condition == found.by_condition
 
 
 def test_too_few_values_and_no_damage_are_refused():
-    t = tiny()
-    made = plant(t.model, t.batch, t.masked)
     with pytest.raises(BadInput, match="scored values or more"):
-        map_damage(
-            made.model,
-            t.batch,
-            t.masked,
-            [Region.parse(made.address)],
-            config=MapConfig(least=10_000),
-        )
-    assert (
-        map_damage(
-            made.model,
-            t.batch,
-            t.masked,
-            [Region.parse(made.address)],
-            config=MapConfig(components=False),
-        ).enrichment
-        == {}
-    )
+        planted_map(MapConfig(least=10_000), None)
+    bare = planted_map(MapConfig(components=False), None)
+    assert (bare.enrichment, bare.components) == ({}, [])

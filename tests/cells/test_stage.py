@@ -9,14 +9,13 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from cells_tiny import GENES, tiny
+from cells_tiny import GENES, VOCAB, tiny
 
-from surgeon.cells import TokenConfig, fit_marginal, save_cells, tokenise
+from surgeon.cells import Stage, TokenConfig, fit_marginal, save_cells, tokenise
 from surgeon.cells.data import expression
 from surgeon.cells.stage import StageConfig, column, open_stage
 from surgeon.errors import BadInput
 
-VOCAB = {"<cls>": 0, **{gene: i + 1 for i, gene in enumerate(GENES)}, "<pad>": 25}
 NAMES = [f"c{i}" for i in range(40)]
 
 
@@ -40,27 +39,31 @@ def saved(folder: Path, split: dict[str, list[str]] | None = None) -> Path:
     return folder / "model"
 
 
+def stage_of(model: Path, data: Path, seed: int = 0, **settings: int) -> Stage:
+    return open_stage(StageConfig(str(model), str(data), **settings), seed)
+
+
 def test_only_cells_held_out_of_training_are_measured_on(tmp_path: Path, data: Path):
     model = saved(tmp_path, {"test": NAMES[:6], "validation": NAMES[6:12], "train": NAMES[12:]})
-    few = open_stage(model, data, StageConfig(cells=4))
+    few = stage_of(model, data, cells=4)
     assert set(few.batch.cell_names) < set(NAMES[:6])
-    assert few.about["data"]["held_out"]
-    more = open_stage(model, data, StageConfig(cells=100))
+    assert few.record.held_out
+    more = stage_of(model, data, cells=100)
     assert set(more.batch.cell_names) == set(NAMES[:12]) - {"c7"}
 
 
 def test_without_a_split_every_usable_cell_may_be_taken_and_nothing_is_claimed(
     tmp_path: Path, data: Path
 ):
-    stage = open_stage(saved(tmp_path), data, StageConfig(cells=28))
-    assert not stage.about["data"]["held_out"]
+    stage = stage_of(saved(tmp_path), data, cells=28)
+    assert not stage.record.held_out
     assert len(stage.batch.cell_names) == 28
     assert "c7" not in stage.batch.cell_names
     assert stage.types == [{0: "a", 1: "b"}[int(name[1:]) % 2] for name in stage.batch.cell_names]
 
 
 def test_the_baseline_is_fitted_on_the_cells_that_are_not_measured(tmp_path: Path, data: Path):
-    stage = open_stage(saved(tmp_path), data, StageConfig(cells=28))
+    stage = stage_of(saved(tmp_path), data, cells=28)
     values = expression(anndata.read_h5ad(data), "X")
     rest = [
         i for i, name in enumerate(NAMES) if name not in stage.batch.cell_names and name != "c7"
@@ -72,14 +75,12 @@ def test_the_baseline_is_fitted_on_the_cells_that_are_not_measured(tmp_path: Pat
     torch.testing.assert_close(stage.baseline, expected, equal_nan=True)
     assert torch.equal(stage.baseline.isnan(), ~stage.masked)
     with pytest.raises(BadInput, match="use fewer"):
-        open_stage(tmp_path / "model", data, StageConfig(cells=100))
+        stage_of(tmp_path / "model", data, cells=100)
 
 
 def test_genes_are_cut_and_the_same_seed_gives_the_same_tokens(tmp_path: Path, data: Path):
     model = saved(tmp_path)
-    first, second = (
-        open_stage(model, data, StageConfig(cells=10, genes=5, seed=3)) for _ in range(2)
-    )
+    first, second = (stage_of(model, data, 3, cells=10, genes=5) for _ in range(2))
     assert first.batch.genes.shape == (10, 6)
     assert torch.equal(first.batch.values, second.batch.values)
     assert torch.equal(first.masked, second.masked)

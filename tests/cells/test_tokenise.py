@@ -11,17 +11,12 @@ import anndata
 import numpy as np
 import pytest
 import torch
+from cells_tiny import expression_of
 from scipy.sparse import csr_matrix
 
 from surgeon.cells import Expression, TokenConfig, expression, make_vocab, read_cells, tokenise
 from surgeon.cells.tokenise import bin_range
 from surgeon.errors import BadInput
-
-
-def made(values: list[list[float]], genes: list[str] | None = None) -> Expression:
-    matrix = csr_matrix(np.array(values, dtype=np.float32))
-    names = genes or [f"G{i}" for i in range(matrix.shape[1])]
-    return Expression(matrix, names, [f"c{i}" for i in range(matrix.shape[0])], "X", "counts")
 
 
 def test_scaled_data_fall_back_to_raw_and_are_refused_where_named(pbmc: Any):
@@ -103,7 +98,7 @@ def test_bins_are_quantiles_with_ties_spread_over_what_they_span():
         edges = np.quantile(values[values > 0], np.linspace(0, 1, 50))
         for value, low, high in zip(values, lows, highs, strict=True):
             assert (low + 1, high) == (published_range(value, edges) if value else (1, 0))
-        cells = made([values.tolist()] * 50)
+        cells = expression_of([values.tolist()] * 50)
         vocab = make_vocab(cells.gene_names)
         drawn = tokenise(cells, vocab, TokenConfig(include_zeros=True)).values[:, 1:].numpy()
         assert ((drawn > lows) | (values == 0)).all()
@@ -112,7 +107,7 @@ def test_bins_are_quantiles_with_ties_spread_over_what_they_span():
 
 
 def test_tokens_of_a_cell():
-    data = made([[1, 0, 7, 2], [0, 0, 3, 0]], ["B", "unknown", "A", "C"])
+    data = expression_of([[1, 0, 7, 2], [0, 0, 3, 0]], ["B", "unknown", "A", "C"])
     vocab = make_vocab(["A", "B", "C"])
     batch = tokenise(data, vocab)
     assert batch.genes.tolist() == [[4, 1, 0, 2], [4, 0, 3, 3]]
@@ -140,7 +135,7 @@ def test_the_same_seed_gives_the_same_tokens_and_long_cells_are_sampled(forty: E
 
 
 def test_what_cannot_be_tokenised():
-    data = made([[1, 2], [0, 0]])
+    data = expression_of([[1, 2], [0, 0]])
     with pytest.raises(BadInput, match="none of the 2 genes is in the model's vocabulary"):
         tokenise(data, make_vocab(["X"]))
     with pytest.raises(BadInput, match="c1 has no detected gene"):

@@ -47,6 +47,6 @@ def test_columns_and_document_come_back(tmp_path: Path):
 def test_other_data_and_other_places_are_refused(tmp_path: Path):
     with pytest.raises(BadInput, match="write into the data that was screened"):
         write_back(data(), tmp_path / "out.h5ad", {"damage": {"elsewhere": 1.0}}, {}, {})
-    with pytest.raises(BadInput, match="cannot be written"):
+    with pytest.raises(BadInput, match="cannot write"):
         write_back(data(), tmp_path / "no" / "out.h5ad", {"damage": {"g0": 1.0}}, {}, {})
     assert list(tmp_path.iterdir()) == []

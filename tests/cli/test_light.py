@@ -39,6 +39,7 @@ COMMANDS = [
     (["--version"], 0, ("torch", "transformers", "numpy", "rich")),
     (["banana"], 2, ("torch", "transformers", "numpy")),
     ([], 2, ("torch", "transformers", "numpy")),
+    (["cells"], 0, ("torch", "transformers", "numpy")),
     (["sweep", "table", "SWEEP"], 0, ("torch", "transformers", *LOADERS)),
     (["sweep", "table", "SWEEP", "--csv"], 0, ("torch", "transformers", *LOADERS)),
     (["sweep", "table", "--help"], 0, LOADERS),

@@ -25,8 +25,6 @@ def commands() -> Iterator[tuple[str, click.Command]]:
         command = group.get_command(click.Context(group), name)
         assert command is not None
         yield name, command
-        if isinstance(command, click.Group):
-            yield from ((f"{name} {own}", one) for own, one in command.commands.items())
 
 
 @pytest.mark.parametrize(("name", "command"), [*commands()], ids=lambda one: str(one)[:20])

@@ -48,11 +48,11 @@ def test_rome_is_the_constrained_minimum(
     problem: tuple[Tensor, Tensor, Tensor, CholeskyFactor],
 ) -> None:
     c, keys, deltas, f = problem
-    for held in (keys[:1], keys[:2]):
-        left, right = least_change(held, deltas[0], f)
+    for constraints in (keys[:1], keys[:2]):
+        left, right = least_change(constraints, deltas[0], f)
         torch.testing.assert_close(
             left @ right,
-            constrained_minimum(c, held, deltas[:1].expand(len(held), -1)),
+            constrained_minimum(c, constraints, deltas[:1].expand(len(constraints), -1)),
             rtol=1e-6,
             atol=1e-8,
         )

@@ -20,15 +20,15 @@ from surgeon.tap import Tap
 
 def recorded(anatomy: Anatomy, windows: Tensor, layer: int) -> Tensor:
     """Every key (n, pos, d_mlp), window by window, from a whole pass."""
-    found: list[Tensor] = []
+    keys: list[Tensor] = []
     for ids in windows:
         with Tap() as tap, torch.no_grad():
             tap.on_input(
                 anatomy.module(dense_down(anatomy, layer)),
-                lambda x: found.append(x.clone().double().view(1, -1, x.shape[-1])),
+                lambda x: keys.append(x.clone().double().view(1, -1, x.shape[-1])),
             )
             tap.run(anatomy.model, input_ids=ids[None], use_cache=False)
-    return torch.cat(found)
+    return torch.cat(keys)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "opt", "gemma2"])
@@ -39,8 +39,8 @@ def test_moments_are_those_of_the_keys(
     anatomy = Anatomy.of(tiny_model(kind).to(dtype))
     windows = torch.randint(3, 90, (6, 10), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr("surgeon.measure.likelihood.TOKENS_PER_BATCH", 20)
-    found = key_moments(anatomy, windows, [1, 0])
-    for layer, moments in found.items():
+    by_layer = key_moments(anatomy, windows, [1, 0])
+    for layer, moments in by_layer.items():
         keys = recorded(anatomy, windows, layer)
         rest = keys[:, 1:].flatten(0, 1)
         tolerance = (
@@ -80,13 +80,13 @@ def test_a_pass_that_was_cut_goes_on(
     monkeypatch.setattr("surgeon.measure.likelihood.TOKENS_PER_BATCH", 512)
     config = PrepareConfig(tokens=3000)
     whole = Preparation(*patient, config).moments(1)
-    seen = 0
+    calls = 0
     take = Sums.take
 
     def failing(self: Sums, batch: int, x: Tensor) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == 4:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
             raise Interrupted
         take(self, batch, x)
 

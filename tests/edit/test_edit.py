@@ -61,14 +61,14 @@ def weights(anatomy: Anatomy) -> dict[str, Tensor]:
 
 def keys_seen(anatomy: Anatomy, windows: Tensor, layer: int) -> Tensor:
     """What enters `mlp.down` (tokens, d_mlp) after position 0, in a plain pass."""
-    found: list[Tensor] = []
+    keys: list[Tensor] = []
     with Tap() as tap, torch.no_grad():
         tap.on_input(
             anatomy.module(dense_down(anatomy, layer)),
-            lambda x: found.append(x[:, 1:].flatten(0, 1).double()),
+            lambda x: keys.append(x[:, 1:].flatten(0, 1).double()),
         )
         tap.run(anatomy.model, input_ids=windows, use_cache=False)
-    return found[0]
+    return keys[0]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -78,21 +78,21 @@ def test_the_model_says_the_target_and_the_forecast_holds(
     anatomy, _ = patient
     before = weights(anatomy)
     some = FACTS if method in ("emmet", "memit", "alphaedit") else FACTS[:1]
-    made = edit(preparation, some, EditConfig(method=method, weight=20.0))
+    edited = edit(preparation, some, EditConfig(method=method, weight=20.0))
     assert all(torch.equal(p, before[n]) for n, p in anatomy.model.named_parameters())
     for fact in some:
         assert says(patient, fact.text, str(fact.target)) < 0.1
-    sites = [f.site for f in made.preflight.layers]
-    assert made.patch.sites == sites
+    sites = [f.site for f in edited.preflight.layers]
+    assert edited.patch.sites == sites
     assert len(sites) == 1
     windows = preparation._windows(preparation._wanted(0))
     usual = {s: keys_seen(anatomy, windows, int(s.layer or 0)) for s in sites}
-    with made.patch.applied(anatomy):
+    with edited.patch.applied(anatomy):
         for fact in some:
             assert says(patient, fact.text, str(fact.target)) > 0.9
         changed = {n for n, p in anatomy.model.named_parameters() if not torch.equal(p, before[n])}
         assert changed == {anatomy.addresses[s].parameter for s in sites}
-        for forecast in made.preflight.layers:
+        for forecast in edited.preflight.layers:
             old = before[anatomy.addresses[forecast.site].parameter].double()
             new = anatomy.view(forecast.site).read().double()
             assert forecast.update_norm_ratio == pytest.approx(
@@ -105,16 +105,18 @@ def test_the_model_says_the_target_and_the_forecast_holds(
             )
     assert all(torch.equal(p, before[n]) for n, p in anatomy.model.named_parameters())
     if method.startswith("rome"):
-        assert all(isinstance(d, LowRankDelta) and d.left.shape[1] == 1 for d in made.patch.deltas)
-        key = made.preflight.facts[0].key
+        assert all(
+            isinstance(d, LowRankDelta) and d.left.shape[1] == 1 for d in edited.patch.deltas
+        )
+        key = edited.preflight.facts[0].key
         # one key's edit has the least damage of all that are exact there
-        bound = made.preflight.layers[0].predicted_damage
+        bound = edited.preflight.layers[0].predicted_damage
         if method == "rome-mean":
             assert key is not None
             # the ridge is in one and not in the other
             assert key.expected_damage == pytest.approx(bound, rel=0.15)
     again = edit(preparation, some, EditConfig(method=method, weight=20.0))
-    assert again.patch.digest == made.patch.digest
+    assert again.patch.digest == edited.patch.digest
 
 
 def test_rome_holds_at_the_keys_it_was_asked_for(
@@ -201,23 +203,23 @@ def test_architectures(kind: str, dtype: torch.dtype, patient: Patient) -> None:
     )
     fact = Fact("The old {} is", "New York", "red")
     config = EditConfig(method="rome-bare", layers=(0,), rounds=1, value=ValueConfig(steps=5))
-    made = edit(preparation, [fact], config)
+    edited = edit(preparation, [fact], config)
     located = locate(tokenizer, fact.prompt, fact.subject, "no")
     request = Request.of(tokenizer, fact.prompt, fact.subject, "red", preparation.prefixes, "no")
     delta = optimise(anatomy, [request], 0, config.value).delta[0]
 
     def write() -> Tensor:
-        found: list[Tensor] = []
+        states: list[Tensor] = []
         with Tap() as tap, torch.no_grad():
             tap.on_output(
                 anatomy.module(dense_down(anatomy, 0)),
-                lambda y: found.append(by_position(y, 1)[0, located.last].float()),
+                lambda y: states.append(by_position(y, 1)[0, located.last].float()),
             )
             tap.run(anatomy.model, input_ids=torch.tensor([located.ids]), use_cache=False)
-        return found[0]
+        return states[0]
 
     before = write()
-    with made.patch.applied(anatomy):
+    with edited.patch.applied(anatomy):
         moved = write() - before
     tolerance = 0.05 if dtype == torch.bfloat16 else 1e-3
     assert float((moved - delta).norm() / delta.norm()) < tolerance
@@ -238,12 +240,12 @@ def test_several_layers_share_what_is_missing(kind: str, method: str, patient: P
     )
     facts = [Fact("The old {} is", "New York", "red"), Fact("The dog of {} is", "Anna", "big")]
     value = ValueConfig(steps=5)
-    made = edit(
+    edited = edit(
         preparation,
         facts,
         EditConfig(method=method, layers=(1, 2), value=value, weight=0.01, energy=0.6),
     )
-    assert [f.site.layer for f in made.preflight.layers] == [1, 2]
+    assert [f.site.layer for f in edited.preflight.layers] == [1, 2]
     requests = [
         Request.of(tokenizer, f.prompt, f.subject, str(f.target), preparation.prefixes, "no")
         for f in facts
@@ -252,22 +254,22 @@ def test_several_layers_share_what_is_missing(kind: str, method: str, patient: P
     batch = PromptBatch.of([r.bare for r in requests])
 
     def states() -> Tensor:
-        found: list[Tensor] = []
+        states: list[Tensor] = []
         with Tap() as tap, torch.no_grad():
             tap.on_output(
-                anatomy.layers[2], lambda y: found.append(y[torch.arange(2), batch.last].clone())
+                anatomy.layers[2], lambda y: states.append(y[torch.arange(2), batch.last].clone())
             )
             tap.run(anatomy.model, input_ids=batch.ids, use_cache=False)
-        return found[0]
+        return states[0]
 
     before = states()
     parts = []
-    for sites in ([made.patch.sites[0]], made.patch.sites):
+    for sites in ([edited.patch.sites[0]], edited.patch.sites):
         patches = [
-            Patch.low_rank(anatomy, s, *[t for d in made.patch.on(s) for t in (d.left, d.right)])
+            Patch.low_rank(anatomy, s, *[t for d in edited.patch.on(s) for t in (d.left, d.right)])
             for s in sites[:1]
         ]
-        with made.patch.applied(anatomy) if len(sites) == 2 else patches[0].applied(anatomy):
+        with edited.patch.applied(anatomy) if len(sites) == 2 else patches[0].applied(anatomy):
             parts.append(float((states() - before - delta).norm() / delta.norm()))
     assert parts[1] < parts[0] < 1
     assert parts[1] < 0.35
@@ -275,9 +277,9 @@ def test_several_layers_share_what_is_missing(kind: str, method: str, patient: P
 
 def test_several_facts_one_after_the_other(patient: Patient, preparation: Preparation) -> None:
     anatomy, _ = patient
-    made = edit(preparation, FACTS, EditConfig())
-    assert len(made.patch.deltas) == 3
-    with made.patch.applied(anatomy):
+    edited = edit(preparation, FACTS, EditConfig())
+    assert len(edited.patch.deltas) == 3
+    with edited.patch.applied(anatomy):
         for fact in FACTS:
             assert (
                 says(patient, fact.text, str(fact.target)) > 0.5
@@ -295,13 +297,13 @@ def test_radar_is_what_happens(patient: Patient, preparation: Preparation) -> No
     module = anatomy.module(dense_down(anatomy, 0))
 
     def writes() -> Tensor:
-        found: list[Tensor] = []
+        writes: list[Tensor] = []
         with Tap() as tap, torch.no_grad():
             tap.on_output(
-                module, lambda y: found.append(y[torch.arange(len(batch)), batch.last].double())
+                module, lambda y: writes.append(y[torch.arange(len(batch)), batch.last].double())
             )
             tap.run(anatomy.model, input_ids=batch.ids, use_cache=False)
-        return found[0]
+        return writes[0]
 
     before = writes()
     change = output_change(
@@ -336,8 +338,11 @@ def test_text_that_the_model_writes(patient: Patient) -> None:
         (FACTS[:1], {"rounds": 0}, BadInput, "at least 1"),
         (FACTS[:1], {"weight": 0.0}, BadInput, "above 0"),
         (FACTS[:1], {"value_clamp": 0.0}, BadInput, "above 0"),
-        (FACTS[:1], {"value_stop": 1.0}, BadInput, "no probability gets there"),
+        (FACTS[:1], {"value_stop": 1.0}, BadInput, "value_stop is 1; it must be below 1"),
+        (FACTS[:1], {"value_lr": 0.0}, BadInput, "value_lr is 0; it must be above 0"),
         (FACTS[:1], {"ft_lr": 0.0}, BadInput, "above 0"),
+        (FACTS[:1], {"ft_stop": 1.0}, BadInput, "below 1"),
+        (FACTS[:1], {"energy": 1.0}, BadInput, "below 1"),
         ([FACTS[0], replace(FACTS[0], target="Oslo")], {}, Refused, "at once"),
     ],
 )
@@ -376,10 +381,10 @@ def test_a_second_round_makes_good_what_the_edit_costs(
     fact = Fact("Everyone knows that {} is in", "Harvard University", "California")
     reached = []
     for rounds in (1, 2):
-        made = edit(preparation, [fact], EditConfig(rounds=rounds))
-        (d,) = made.patch.deltas
+        edited = edit(preparation, [fact], EditConfig(rounds=rounds))
+        (d,) = edited.patch.deltas
         assert isinstance(d, LowRankDelta)
         assert d.left.shape[1] == 1
-        with made.patch.applied(anatomy):
+        with edited.patch.applied(anatomy):
             reached.append(says(patient, fact.text, "California"))
     assert reached[0] < 0.98 <= reached[1]

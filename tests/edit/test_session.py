@@ -137,20 +137,20 @@ def test_radar_sees_what_the_model_does(
     patient: Patient, preparation: Preparation, windows: torch.Tensor, method: str
 ) -> None:
     anatomy, tokenizer = patient
-    made = edit(preparation, FACTS[:1], EditConfig(method=method))
-    seen = radar(anatomy, tokenizer, made.patch, windows, 5)
-    assert seen.keys == windows.numel()
-    assert [t.change for t in seen.touched] == sorted(
-        (t.change for t in seen.touched), reverse=True
+    edited = edit(preparation, FACTS[:1], EditConfig(method=method))
+    scan = radar(anatomy, tokenizer, edited.patch, windows, 5)
+    assert scan.keys == windows.numel()
+    assert [t.change for t in scan.touched] == sorted(
+        (t.change for t in scan.touched), reverse=True
     )
-    assert seen.largest == seen.touched[0].change
-    for touched in seen.touched:
+    assert scan.largest == scan.touched[0].change
+    for touched in scan.touched:
         ids = windows[touched.window, : touched.position + 1][None]
         with torch.no_grad():
             before = anatomy.model(ids).logits[0, -1].float().log_softmax(-1)
-            with made.patch.applied(anatomy):
+            with edited.patch.applied(anatomy):
                 after = anatomy.model(ids).logits[0, -1].float().log_softmax(-1)
         assert touched.kl == pytest.approx(float((before.exp() * (before - after)).sum()), abs=1e-4)
         assert tokenizer.decode([int(ids[0, -1])]) == touched.token
     if method == "rome":
-        assert any("France" in t.token for t in seen.touched)
+        assert any("France" in t.token for t in scan.touched)

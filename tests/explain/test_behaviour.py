@@ -10,9 +10,9 @@ def test_each_state_writes_what_the_patched_model_writes(case):
     injury = ablate(anatomy, ["L0.mlp.down[3, :]"])
     with injury.applied(anatomy):
         repair = ablate(anatomy, ["L1.mlp.down[:, 2]"])
-    found = side_by_side(anatomy, tokenizer, [injury, repair], ["the crab [b]"], 6)
+    written = side_by_side(anatomy, tokenizer, [injury, repair], ["the crab [b]"], 6)
     assert len(PROMPTS) == 10
-    prompts = [text.prompt for text in found.generations]
+    prompts = [text.prompt for text in written.generations]
     assert prompts == [*PROMPTS, "the crab [b]"]
     with injury.applied(anatomy):
         broken = generate(anatomy.model, tokenizer, prompts, 6)
@@ -20,8 +20,8 @@ def test_each_state_writes_what_the_patched_model_writes(case):
             patched = generate(anatomy.model, tokenizer, prompts, 6)
     base = generate(anatomy.model, tokenizer, prompts, 6)
     for state, plain in (("base", base), ("broken", broken), ("patched", patched)):
-        assert [getattr(text, state) for text in found.generations] == [b.text for b in plain]
-        means = found.summary[state]
+        assert [getattr(text, state) for text in written.generations] == [b.text for b in plain]
+        means = written.summary[state]
         assert means.loop_rate == sum(b.loop for b in plain) / 11
         for n, mean in ((1, means.distinct_1), (2, means.distinct_2), (3, means.distinct_3)):
             assert mean == sum(distinct(b.text.split(), n) for b in plain) / 11

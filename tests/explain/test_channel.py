@@ -28,16 +28,16 @@ def test_the_trace_is_the_residual_stream(model_type):
             hidden = model(
                 WINDOWS, output_hidden_states=True
             ).hidden_states  # the last one is after the final norm
-        found = channel.states[state]
+        traced = channel.states[state]
         for layer, h in enumerate(hidden[:-1]):
             size = h[..., 4].abs()
-            assert found.first[layer] == pytest.approx(size[:, 0].mean().item(), rel=1e-4)
-            assert found.rest[layer] == pytest.approx(size[:, 1:].mean().item(), rel=1e-4)
-            assert found.largest[layer] == pytest.approx(size.max().item(), rel=1e-4)
+            assert traced.first[layer] == pytest.approx(size[:, 0].mean().item(), rel=1e-4)
+            assert traced.rest[layer] == pytest.approx(size[:, 1:].mean().item(), rel=1e-4)
+            assert traced.largest[layer] == pytest.approx(size.max().item(), rel=1e-4)
         after = hidden[1][..., 4].abs()
-        assert found.positions == pytest.approx(after[:, :5].mean(0).tolist(), rel=1e-4)
-        assert found.peak == pytest.approx(after.amax(1).mean().item(), rel=1e-4)
-        assert found.ratio == pytest.approx(found.peak / channel.states["base"].peak)
+        assert traced.positions == pytest.approx(after[:, :5].mean(0).tolist(), rel=1e-4)
+        assert traced.peak == pytest.approx(after.amax(1).mean().item(), rel=1e-4)
+        assert traced.ratio == pytest.approx(traced.peak / channel.states["base"].peak)
     assert len(channel.states["base"].rest) == len(anatomy.layers) + 1
 
 

@@ -49,7 +49,7 @@ def test_the_json_document(capsys, folder, text, patches):
         capsys, *both, "--group", "sea=crab,fish", "--trained", f"5={patches[1]}", "--json"
     )
     assert (status, err) == (0, "")
-    found = json.loads(out)
+    document = json.loads(out)
     assert {
         "model",
         "fingerprint",
@@ -59,18 +59,18 @@ def test_the_json_document(capsys, folder, text, patches):
         "channel",
         "influence",
         "behaviour",
-    } <= set(found)
-    assert found["geometry"]["lines"][0]["region"] == "L0.mlp.down[3, :]"
-    assert found["channel"]["channels"][0]["channel"] == 3
-    assert set(found["channel"]["attention_sink"]["states"]) == {"base", "broken", "patched"}
-    assert found["influence"]["groups"][0]["name"] == "sea"
-    assert found["patches"] == [str(path) for path in patches]
-    if found["topk_curve"]:
-        assert found["topk_curve"]["points"][-1]["trained"] == pytest.approx(
-            found["topk_curve"]["points"][-1]["largest"]
+    } <= set(document)
+    assert document["geometry"]["lines"][0]["region"] == "L0.mlp.down[3, :]"
+    assert document["channel"]["channels"][0]["channel"] == 3
+    assert set(document["channel"]["attention_sink"]["states"]) == {"base", "broken", "patched"}
+    assert document["influence"]["groups"][0]["name"] == "sea"
+    assert document["patches"] == [str(path) for path in patches]
+    if document["topk_curve"]:
+        assert document["topk_curve"]["points"][-1]["trained"] == pytest.approx(
+            document["topk_curve"]["points"][-1]["largest"]
         )
     else:
-        assert "does no damage" in found["no_topk_curve"]
+        assert "does no damage" in document["no_topk_curve"]
     assert (
         surgeon(
             capsys, *both, "--group", "sea=crab,fish", "--trained", f"5={patches[1]}", "--json"
@@ -83,11 +83,11 @@ def test_one_patch_has_no_repair(capsys, folder, text, patches):
     status, out, _ = surgeon(
         capsys, folder, "--patch", patches[0], "--text", text, *SMALL, "--json"
     )
-    found = json.loads(out)
+    document = json.loads(out)
     assert status == 0
-    assert found["topk_curve"] is None
-    assert "two patches" in found["no_topk_curve"]
-    assert set(found["behaviour"]["summary"]) == {"base", "broken"}
+    assert document["topk_curve"] is None
+    assert "two patches" in document["no_topk_curve"]
+    assert set(document["behaviour"]["summary"]) == {"base", "broken"}
 
 
 def test_nothing_printed_is_obeyed(capsys, folder, text, patches, tmp_path):
@@ -135,8 +135,8 @@ def test_nothing_printed_is_obeyed(capsys, folder, text, patches, tmp_path):
 def test_refusals_are_one_sentence(capsys, folder, text, patches, arguments, status, said):
     named = [patches[int(a)] if a in ("0", "1") else a for a in arguments]
     small = SMALL[2:] if "--window" in arguments else SMALL
-    got, out, err = surgeon(capsys, folder, "--text", text, *small, *named)
-    assert (got, out) == (status, "")
+    exit_status, out, err = surgeon(capsys, folder, "--text", text, *small, *named)
+    assert (exit_status, out) == (status, "")
     assert said in err
     assert "Traceback" not in err
 
@@ -164,10 +164,10 @@ def test_the_call_gives_what_the_command_gives(capsys, folder, text, patches):
         trained={5: patches[1]},
         seed=2,
     )
-    made = ("command", "settings")
+    provenance = ("command", "settings")
     document = result.to_json()
-    assert {k: v for k, v in document.items() if k not in made} == {
-        k: v for k, v in json.loads(out).items() if k not in made
+    assert {k: v for k, v in document.items() if k not in provenance} == {
+        k: v for k, v in json.loads(out).items() if k not in provenance
     }
     read = Explanation.from_json(json.loads(json.dumps(document)))
     assert read == result

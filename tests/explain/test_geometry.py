@@ -52,10 +52,10 @@ def test_a_line_is_plain_arithmetic(anatomy):
     broken[[7, 30]] = 0
     merged = broken.clone()
     merged[cols] += 0.5 * base[cols]
-    found = geometry(
+    described = geometry(
         anatomy, [injury, repair_of(anatomy, injury, row, cols)], GeometryConfig(entries=3)
     )
-    (line,) = found.lines
+    (line,) = described.lines
     assert str(line.region) == f"{SITE}[{row}, :]"
     delta = merged - broken
     vectors = {"base": base, "broken": broken, "delta": delta, "merged": merged}
@@ -77,8 +77,8 @@ def test_a_line_is_plain_arithmetic(anatomy):
 
 
 def test_a_lone_injury_is_its_own_delta_and_a_column_is_described_as_one(anatomy):
-    found = geometry(anatomy, [ablate(anatomy, [f"{SITE}[:, 3]"])])
-    (line,) = found.lines
+    described = geometry(anatomy, [ablate(anatomy, [f"{SITE}[:, 3]"])])
+    (line,) = described.lines
     assert str(line.region) == f"{SITE}[:, 3]"
     assert line.cosines["delta_base"] == pytest.approx(-1)
     assert (line.norms["broken"], line.norms["merged"]) == (0, 0)

@@ -119,7 +119,7 @@ def test_a_planted_story_holds_and_one_of_the_document_does_not(case, monkeypatc
     by_word = noise + torch.tensor([float(w in words) for w in tokens.words])
     by_document = noise + torch.tensor([float(d == 0) for d in tokens.documents])
     injury = [ablate(anatomy, ["L0.mlp.down[3, :]"])]
-    found = {}
+    groups = {}
     for name, values in (("word", by_word), ("document", by_document)):
         monkeypatch.setattr(
             import_module("surgeon.explain.influence"),
@@ -127,15 +127,17 @@ def test_a_planted_story_holds_and_one_of_the_document_does_not(case, monkeypatc
             lambda *_, v=values: ({"broken": v}, {"base": v, "broken": v}),
         )
         ranking, _ = influence(anatomy, tokenizer, TEXT, corpus, injury, {"sea": words}, FEW)
-        (found[name],) = ranking.groups
-    assert found["word"].mean_kl - found["word"].same_documents_kl > 0.3
-    assert found["word"].p_within <= 0.05
-    assert found["word"].holds
-    assert found["document"].p_naive <= 0.05  # a bare ranking would have told the story
-    assert found["document"].p_within > 0.05
-    assert not found["document"].holds
-    assert found["document"].documents_nats > 0.1
-    assert found["document"].mean_kl == pytest.approx(found["document"].same_documents_kl, abs=0.05)
+        (groups[name],) = ranking.groups
+    assert groups["word"].mean_kl - groups["word"].same_documents_kl > 0.3
+    assert groups["word"].p_within <= 0.05
+    assert groups["word"].holds
+    assert groups["document"].p_naive <= 0.05  # a bare ranking would have told the story
+    assert groups["document"].p_within > 0.05
+    assert not groups["document"].holds
+    assert groups["document"].documents_nats > 0.1
+    assert groups["document"].mean_kl == pytest.approx(
+        groups["document"].same_documents_kl, abs=0.05
+    )
 
 
 def quantiles(values: list[float]) -> list[float]:
@@ -165,7 +167,7 @@ def test_the_bands_are_those_of_a_plain_permutation(case):
         strata: dict[object, list[tuple[int, str]]] = defaultdict(list)
         for unit in units:
             strata[stratum(unit)].append(unit)
-        found = []
+        means = []
         for _ in range(permutations):
             total = size = 0.0
             for members in strata.values():
@@ -180,8 +182,8 @@ def test_the_bands_are_those_of_a_plain_permutation(case):
                 ]
                 total += sum(chosen) - len(chosen) * sum(inside) / len(inside)
                 size += len(chosen)
-            found.append(total / size)
-        return found
+            means.append(total / size)
+        return means
 
     def frequency(unit: tuple[int, str]) -> int:
         return frequency_class(tokens.counts[units[unit][0]])

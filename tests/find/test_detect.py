@@ -50,12 +50,15 @@ def test_the_planted_entry_is_named_in_every_architecture(model_type):
     _, anatomy, site = plant(model_type)
     # a norm after the MLP (gemma2, gemma3, olmo2) holds any one channel of its output below
     # sqrt(d_model) = 5.7
-    seen = detect(anatomy, WINDOWS, DetectConfig(min_height=1.5, persistence=0.0))
-    found = [c for c in seen.candidates if c.channel == ROW]
-    assert found, seen.rejected
-    assert (found[0].layer, str(found[0].contributions[0].entry)) == (1, f"{site}[{ROW}, {COL}]")
-    assert found[0].contributions[0].share > 0.5
-    assert seen.candidates[0].channel == ROW
+    detection = detect(anatomy, WINDOWS, DetectConfig(min_height=1.5, persistence=0.0))
+    candidates = [c for c in detection.candidates if c.channel == ROW]
+    assert candidates, detection.rejected
+    assert (candidates[0].layer, str(candidates[0].contributions[0].entry)) == (
+        1,
+        f"{site}[{ROW}, {COL}]",
+    )
+    assert candidates[0].contributions[0].share > 0.5
+    assert detection.candidates[0].channel == ROW
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "gpt_oss"])
@@ -156,7 +159,7 @@ def test_verify_equals_brute_force():
             "L0.attn.out[1, 1]",
         )
     ]
-    got = verify(anatomy, parts, CORPUS)
+    verified = verify(anatomy, parts, CORPUS)
     base = mean_nll(model, WINDOWS)
 
     def without(regions):
@@ -170,14 +173,14 @@ def test_verify_equals_brute_force():
             other.view(r.site).assign_(matrix)
         return mean_nll(broken, WINDOWS) - base
 
-    assert got.base_nll == pytest.approx(base, abs=1e-6)
-    assert got.single_nats == pytest.approx([without([p]) for p in parts], abs=1e-5)
-    assert got.joint_nats == pytest.approx(without(parts), abs=1e-5)
-    assert got.leave_one_out_nats == pytest.approx(
+    assert verified.base_nll == pytest.approx(base, abs=1e-6)
+    assert verified.single_nats == pytest.approx([without([p]) for p in parts], abs=1e-5)
+    assert verified.joint_nats == pytest.approx(without(parts), abs=1e-5)
+    assert verified.leave_one_out_nats == pytest.approx(
         [without([q for q in parts if q is not p]) for p in parts], abs=1e-5
     )
-    assert got.ci95[0] <= got.joint_nats <= got.ci95[1]
-    assert len(got.controls.nats) == 20
+    assert verified.ci95[0] <= verified.joint_nats <= verified.ci95[1]
+    assert len(verified.controls.nats) == 20
 
 
 def test_vital_demands_effect_and_significance():
@@ -203,20 +206,20 @@ def test_the_causal_test_restores_the_peak_and_nothing_else():
     """
     model, anatomy, site = plant("llama")
     region = anatomy.region(f"{site}[{ROW}, {COL}]")
-    got = verify(anatomy, [region], CORPUS)
+    verified = verify(anatomy, [region], CORPUS)
     kept, broken = [], []
     for into, zero in ((kept, False), (broken, True)):
         with ablate(anatomy, [region]).applied(anatomy) if zero else nullcontext(), Tap() as tap:
             tap.on_output(anatomy.module(site), lambda y, into=into: into.append(y.clone()))
             tap.run(model, WINDOWS)
-    held = broken[0].clone()
+    restored = broken[0].clone()
     for window, position in enumerate(kept[0][..., ROW].abs().argmax(1).tolist()):
-        held[window, position, ROW] = kept[0][window, position, ROW]
+        restored[window, position, ROW] = kept[0][window, position, ROW]
     with Tap() as tap:
-        tap.on_output(anatomy.module(site), lambda _: held)
-        expected = mean_nll(model, WINDOWS) - got.base_nll
-    assert got.restored_nats == pytest.approx(expected, abs=1e-5)
-    assert abs(got.restored_nats - got.joint_nats) > 1e-3
+        tap.on_output(anatomy.module(site), lambda _: restored)
+        expected = mean_nll(model, WINDOWS) - verified.base_nll
+    assert verified.restored_nats == pytest.approx(expected, abs=1e-5)
+    assert abs(verified.restored_nats - verified.joint_nats) > 1e-3
 
 
 def test_there_is_no_causal_test_for_a_column():
@@ -287,11 +290,11 @@ def test_the_vital_row_of_a_real_model_is_found(shared):
     )
     result = find(anatomy, corpus)
     assert [s.geometry for s in result.sets] == ["row"]
-    (found,) = result.sets
-    assert {(e.entry.site.layer, e.entry.row) for e in found.entries} == {(0, 88)}
-    assert found.damage.joint_nats > 1.0
-    assert found.damage.joint_nats > 10 * found.controls.max_nats
-    assert found.agreement == 1
+    (critical,) = result.sets
+    assert {(e.entry.site.layer, e.entry.row) for e in critical.entries} == {(0, 88)}
+    assert critical.damage.joint_nats > 1.0
+    assert critical.damage.joint_nats > 10 * critical.controls.max_nats
+    assert critical.agreement == 1
 
 
 def test_a_healthy_real_model_has_none(shared):

@@ -17,6 +17,7 @@ from surgeon.errors import BadInput
 from surgeon.find import DetectConfig, FindConfig, VerifyConfig, detect, find, stream, verify
 from surgeon.find.damage import Variant
 from surgeon.find.stream import damage_on
+from surgeon.measure import mean_nll
 
 WINDOWS = torch.randint(3, 99, (6, 24), generator=torch.Generator().manual_seed(0))
 CORPUS = Corpus("random", WINDOWS, bos=False)
@@ -78,6 +79,16 @@ def test_a_vital_entry_is_found_streamed(tmp_path):
     )
 
 
+@pytest.mark.parametrize("min_height", [4.0, 1e6])
+def test_the_base_is_of_all_windows(min_height, tmp_path):
+    """Also where it was measured in two parts: on the probe, and with a verification."""
+    loaded = load_model(vital(tmp_path)[0])
+    config = FindConfig(DetectConfig(min_height=min_height), probe_windows=2)
+    result = find(Anatomy.of(loaded.model), CORPUS, config)
+    assert (result.verdict == "found") == (min_height == 4.0)
+    assert result.detection.base_nll == pytest.approx(mean_nll(loaded.model, WINDOWS), rel=1e-6)
+
+
 def vital(folder):
     model = tiny_model("llama", tie_word_embeddings=False)
     layer = model.model.layers[0].mlp
@@ -106,10 +117,10 @@ def test_verification_is_one_reading(model_type, tmp_path):
     read = []
     load = anatomy._load_
     anatomy._load_ = lambda part: (read.append(part), load(part))[1]
-    got = verify(anatomy, [anatomy.region(n) for n in names], CORPUS)
+    verified = verify(anatomy, [anatomy.region(n) for n in names], CORPUS)
     want = verify(other, [other.region(n) for n in names], CORPUS)
-    assert same(got.to_json(), want.to_json())
-    assert (got.restored_nats is None) == (model_type == "mixtral")
+    assert same(verified.to_json(), want.to_json())
+    assert (verified.restored_nats is None) == (model_type == "mixtral")
     head = [p for p in anatomy._parts if "layers" not in p]
     # the first block a second time: a trial run of two tokens tells how layers return their states
     assert read == [anatomy._parts[0], *anatomy._parts[:3], *head]
@@ -151,12 +162,12 @@ def test_layers_limits_the_search_and_what_is_read(model_type, tmp_path):
     read = []
     load = anatomy._load_
     anatomy._load_ = lambda part: (read.append(part), load(part))[1]
-    seen = detect(anatomy, WINDOWS, limited)
+    detection = detect(anatomy, WINDOWS, limited)
     assert set(read) == {anatomy._parts[0]}
-    assert str(seen.candidates[0].contributions[0].entry) == entry
+    assert str(detection.candidates[0].contributions[0].entry) == entry
     loaded = Anatomy.of(load_model(folder).model)
-    assert same(seen.to_json(), detect(loaded, WINDOWS, limited).to_json())
-    assert seen.candidates[0].heights == pytest.approx(
+    assert same(detection.to_json(), detect(loaded, WINDOWS, limited).to_json())
+    assert detection.candidates[0].heights == pytest.approx(
         detect(loaded, WINDOWS, config).candidates[0].heights[:1]
     )
     above = detect(loaded, WINDOWS, DetectConfig(min_height=1.5, persistence=0.0, layers=(1, 3)))
@@ -194,7 +205,7 @@ def test_a_checkpoint_larger_than_the_memory_it_may_use(tmp_path):
     if "no memory cgroup" in done.stderr:
         pytest.skip("no memory cgroup can be made here")
     assert done.returncode == 0, done.stderr
-    got = json.loads(done.stdout)
-    assert got["checkpoint_gb"] * 1e9 > 1.3 * got["limit_bytes"]
-    assert got["peak_rss_mib"] << 20 < got["limit_bytes"]
-    assert (got["verdict"], got["found"]) == ("found", ["L1.mlp.down[210, 777]"])
+    report = json.loads(done.stdout)
+    assert report["checkpoint_gb"] * 1e9 > 1.3 * report["limit_bytes"]
+    assert report["peak_rss_mib"] << 20 < report["limit_bytes"]
+    assert (report["verdict"], report["found"]) == ("found", ["L1.mlp.down[210, 777]"])

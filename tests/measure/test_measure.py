@@ -58,11 +58,11 @@ def test_divergence_is_kl_from_base_to_changed():
     base = F.log_softmax(model(WINDOWS).logits[:, :-1], -1)
     with injury.applied(anatomy):
         changed = F.log_softmax(model(WINDOWS).logits[:, :-1], -1)
-    got = Reference(model, WINDOWS).compare(lambda: injury.applied(anatomy))
+    comparison = Reference(model, WINDOWS).compare(lambda: injury.applied(anatomy))
     kl = F.kl_div(changed, base, log_target=True, reduction="none").sum(-1).mean().item()
-    assert got.kl == pytest.approx(kl, rel=1e-4)
-    assert got.kl > 0
-    assert got.top1_agreement == pytest.approx(
+    assert comparison.kl == pytest.approx(kl, rel=1e-4)
+    assert comparison.kl > 0
+    assert comparison.top1_agreement == pytest.approx(
         (base.argmax(-1) == changed.argmax(-1)).float().mean().item()
     )
 

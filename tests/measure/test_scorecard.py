@@ -68,14 +68,14 @@ def one_by_one(patient: Patient, prompt: str, words: str) -> list[float]:
     """log P of each token of the words, each from its own pass."""
     model, tokenizer = patient
     ids = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False).input_ids]
-    found = []
+    answers = []
     for token in tokenizer(f" {words}", add_special_tokens=False).input_ids:
         with torch.no_grad():
-            found.append(
+            answers.append(
                 float(model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)[token])
             )
         ids.append(token)
-    return found
+    return answers
 
 
 def test_continuations_are_those_of_single_passes(
@@ -88,12 +88,12 @@ def test_continuations_are_those_of_single_passes(
     ]
     for tokens in (4096, 8):
         monkeypatch.setattr("surgeon.measure.continuation.TOKENS_PER_BATCH", tokens)
-        found = continuations(*patient, pairs)
-        for (log_p, _), pair in zip(found, pairs, strict=True):
+        answers = continuations(*patient, pairs)
+        for (log_p, _), pair in zip(answers, pairs, strict=True):
             torch.testing.assert_close(
                 log_p, torch.tensor(one_by_one(patient, *pair)), rtol=1e-4, atol=1e-4
             )
-        assert [says for _, says in found] == [True, False, False]
+        assert [says for _, says in answers] == [True, False, False]
         token, p = next_tokens(*patient, ["The capital of France is"])[0]
         assert (token, p) == (
             " Paris",
@@ -179,11 +179,11 @@ def test_a_mean_is_harmonic_only_where_all_three_are_there(patient: Patient) -> 
 
 def test_known_subjects_of_the_relation_become_neighbours(patient: Patient) -> None:
     wrong = Fact("The capital of {} is", "Peru", "Rome", "Paris", "capital")
-    found = with_neighbours(*patient, [*FACTS, wrong], 5)
-    assert found[0] == FACTS[0]
-    assert found[1].neighbours == (("The capital of France is", "Paris"),)
-    assert found[2].neighbours == ()
-    assert set(found[3].neighbours) == {
+    completed = with_neighbours(*patient, [*FACTS, wrong], 5)
+    assert completed[0] == FACTS[0]
+    assert completed[1].neighbours == (("The capital of France is", "Paris"),)
+    assert completed[2].neighbours == ()
+    assert set(completed[3].neighbours) == {
         ("The capital of France is", "Paris"),
         ("The capital of Egypt is", "Cairo"),
     }

@@ -51,11 +51,11 @@ def test_the_gradient_is_that_of_the_plain_kl(patient: Patient, site: str) -> No
         plain = F.kl_div(broken, intact, reduction="none", log_target=True).sum(-1).mean()
         (expected,) = torch.autograd.grad(plain, weight)
         loss = lesson.loss(lesson.logits(drawn), drawn)
-        (found,) = torch.autograd.grad(loss, weight)
+        (gradient,) = torch.autograd.grad(loss, weight)
         weight.requires_grad_(False)
     assert lesson.keeps_entries == (site == "L2.mlp.down")
     torch.testing.assert_close(loss.detach(), plain.detach(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

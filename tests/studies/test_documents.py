@@ -76,16 +76,14 @@ def others() -> str:
     for name in OTHERS:
         command = group.get_command(click.Context(group), name)
         assert command is not None
-        several = command.commands if isinstance(command, click.Group) else {"": command}
-        for own, one in several.items():
-            parts.append(f"## {f'surgeon {name} {own}'.strip()}\n\n{one.get_short_help_str(200)}\n")
-            rows = [
-                f"| {', '.join(f'`{word}`' for word in (*option.opts, *option.secondary_opts))} |"
-                f" {cell(option.help or '')} |"
-                for option in one.params
-                if isinstance(option, click.Option)
-            ]
-            parts.append("\n".join(["| option | meaning |", "|---|---|", *rows, ""]))
+        parts.append(f"## surgeon {name}\n\n{command.get_short_help_str(200)}\n")
+        rows = [
+            f"| {', '.join(f'`{word}`' for word in (*option.opts, *option.secondary_opts))} |"
+            f" {cell(option.help or '')} |"
+            for option in command.params
+            if isinstance(option, click.Option)
+        ]
+        parts.append("\n".join(["| option | meaning |", "|---|---|", *rows, ""]))
     return "\n".join(parts)
 
 

@@ -213,3 +213,36 @@ def test_a_streamed_lab_gives_what_a_loaded_one_gives(
     assert loaded.bytes_read is None
     damage = streamed.sets[0].damage.joint_nats
     assert damage == pytest.approx(loaded.sets[0].damage.joint_nats, abs=1e-5)
+
+
+def test_a_sweep_of_one_verb_gives_what_the_verb_gives(lab: Lab, reading: dict[str, Any]):
+    grid = {"mode": ["scale:0.5", "zero"], "at": [PLANTED, "L1.mlp.down[3, :]"]}
+    table = lab.sweep("measure", grid, **reading)
+    assert [(row["mode"], row["at"]) for row in table.rows()] == [
+        (mode, at) for mode in grid["mode"] for at in grid["at"]
+    ]
+    for row in table.rows():
+        alone = lab.measure(mode=row["mode"], at=row["at"], **reading)
+        assert row["damage_nats"] == alone.damage_nats
+    assert type(table).from_json(table.to_json()) == table
+
+
+def test_a_sweep_is_checked_before_its_first_run(lab: Lab, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("surgeon.studies.measure.run", lambda *_: pytest.fail("it was run"))
+    with pytest.raises(BadInput, match="banana"):
+        lab.sweep("measure", {"mode": ["zero", "banana"]}, at=PLANTED)
+    with pytest.raises(BadInput, match="no verb"):
+        lab.sweep("mesure", {"mode": ["zero"]})
+
+
+def test_a_patch_goes_onto_a_plain_model(lab: Lab):
+    """As `lab.model` is, for who goes on with transformers alone."""
+    patch = lab.ablate(PLANTED).patch
+    weight = lab.model.model.layers[0].mlp.down_proj.weight
+    before = weight.detach().clone()
+    with patch.applied(lab.model):
+        assert weight[5, 7] == 0
+    patch.apply_(lab.model)
+    assert weight[5, 7] == 0
+    patch.undo_(lab.model)
+    assert torch.equal(weight, before)

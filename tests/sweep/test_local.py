@@ -22,17 +22,23 @@ SIX = (
 )
 
 
-def kill_one_at_work(by: int = signal.SIGKILL, after: int = 2) -> threading.Thread:
+def kill_one_at_work(after: int = 2) -> threading.Thread:
     """Once `after` tasks are done, end a process that has begun one and not done it."""
+
+    def busy() -> list[int]:
+        log = read_log()
+        done = [w[2] for w in log if w[1] == "done"]
+        at_work = [int(w[0]) for w in log if w[1] == "start" and w[2] not in done]
+        return at_work if len(done) >= after else []
 
     def wait_and_kill() -> None:
         for _ in range(1200):
-            seen = read_log()
-            done = [w[2] for w in seen if w[1] == "done"]
-            busy = [int(w[0]) for w in seen if w[1] == "start" and w[2] not in done]
-            if len(done) >= after and busy:
-                os.kill(busy[0], by)
-                return
+            for pid in busy()[:1]:
+                os.kill(pid, signal.SIGSTOP)  # so that it cannot end its task meanwhile
+                if pid in busy():
+                    os.kill(pid, signal.SIGKILL)
+                    return
+                os.kill(pid, signal.SIGCONT)
             time.sleep(0.02)
 
     thread = threading.Thread(target=wait_and_kill)

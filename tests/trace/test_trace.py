@@ -46,16 +46,16 @@ def each(naive: Naive, one: Trace, layers_of: Any, kind: str, sever: Any = None)
     """(layer, pos, sample): probability of what the model says."""
     answer = int(naive.clean_logits.argmax())
     n_layers, n, samples = naive.n_layers, len(one.prompt.ids), one.config.samples
-    found = torch.zeros(n_layers, n, samples)
+    effects = torch.zeros(n_layers, n, samples)
     for layer in range(n_layers):
         for t in range(n):
             for s in range(samples):
-                found[layer, t, s] = (
+                effects[layer, t, s] = (
                     naive.restored(kind, layers_of(layer), t, s, sever and sever(layer))
                     .float()
                     .softmax(-1)[answer]
                 )
-    return found
+    return effects
 
 
 def hooks(anatomy: Anatomy) -> list[Any]:
@@ -95,10 +95,10 @@ def test_every_site_is_what_one_pass_says(model_type: str, words: PreTrainedToke
         atol=1e-5,
     )
     for kind, layers_of in (("state", state_layer), ("mlp", pair), ("attn", pair)):
-        found = each(naive, one, layers_of, kind)
-        torch.testing.assert_close(one.effects[kind], found, rtol=0, atol=1e-5)
+        expected = each(naive, one, layers_of, kind)
+        torch.testing.assert_close(one.effects[kind], expected, rtol=0, atol=1e-5)
         # a kind whose restoration changed nothing would agree with anything
-        assert (found - one.corrupt).abs().max() > 1e-4
+        assert (expected - one.corrupt).abs().max() > 1e-4
     assert not hooks(anatomy)
     assert all(torch.equal(p, before[name]) for name, p in anatomy.model.named_parameters())
 
@@ -111,10 +111,10 @@ def test_severed_paths(model_type: str, sever: str, words: PreTrainedTokenizerBa
         anatomy, words, PROMPT, SUBJECT, TraceConfig(samples=2, kinds=("state",), sever=sever)
     )
     naive = naive_of(anatomy, model_type, one)
-    found = each(
+    expected = each(
         naive, one, state_layer, "state", lambda layer: (sever, range(layer + 1, naive.n_layers))
     )
-    torch.testing.assert_close(one.effects["severed"], found, rtol=0, atol=1e-5)
+    torch.testing.assert_close(one.effects["severed"], expected, rtol=0, atol=1e-5)
     assert (one.effects["severed"] - one.effects["state"])[:-1].abs().max() > 1e-4
     assert torch.equal(
         one.effects["severed"][-1], one.effects["state"][-1]
@@ -126,8 +126,8 @@ def test_in_float64_the_agreement_is_exact_to_the_metrics_float32(
 ) -> None:
     anatomy = Anatomy.of(tiny_model("llama").double())
     one = trace(anatomy, words, PROMPT, SUBJECT, TWO)
-    found = each(naive_of(anatomy, "llama", one), one, state_layer, "state")
-    torch.testing.assert_close(one.effects["state"], found, rtol=1e-6, atol=1e-8)
+    expected = each(naive_of(anatomy, "llama", one), one, state_layer, "state")
+    torch.testing.assert_close(one.effects["state"], expected, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -459,7 +459,7 @@ def test_no_single_state_of_facts_gpt2_carries_a_fact(shared: Any) -> None:
         "Nonchan Noriben",
         TraceConfig(samples=2, kinds=("state",)),
     )
-    found = each(naive_of(anatomy, "gpt2", one), one, state_layer, "state")
-    torch.testing.assert_close(one.effects["state"], found, rtol=0, atol=1e-5)
+    expected = each(naive_of(anatomy, "gpt2", one), one, state_layer, "state")
+    torch.testing.assert_close(one.effects["state"], expected, rtol=0, atol=1e-5)
     half = (float(one.corrupt.mean()) + one.clean) / 2
-    assert found.mean(-1)[:, one.prompt.start : one.prompt.stop].max() < half
+    assert expected.mean(-1)[:, one.prompt.start : one.prompt.stop].max() < half

@@ -5,20 +5,21 @@ beside nulls that can say no.
 from .checkpoint import LoadedCells, load_cells, make_vocab, save_cells
 from .data import Expression, expression, read_cells
 from .likelihood import Marginal, MaskedNLL, fit_marginal, masked_nll, masks
-from .map import Map, MapConfig, map_damage
+from .map import CellMap, MapConfig, map_damage
 from .model import LAYOUT, CellConfig, CellOutput, ScGPT
 from .stage import Stage, StageConfig, open_stage
 from .tokenise import Batch, TokenConfig, tokenise
-from .train import TrainConfig, Trained, train
+from .train import CellTraining, TrainConfig, Trained, train
 
 __all__ = [
     "LAYOUT",
     "Batch",
     "CellConfig",
+    "CellMap",
     "CellOutput",
+    "CellTraining",
     "Expression",
     "LoadedCells",
-    "Map",
     "MapConfig",
     "Marginal",
     "MaskedNLL",

@@ -8,40 +8,40 @@ multiplies is the standardised state) and shift is looked at too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from math import nan
 
 import torch
 from torch import Tensor
 
 from ..anatomy import Anatomy, Region, Site
+from ..progress import Tell, silent
+from ..result import derived, record
 from ..tap import Tap
-from .likelihood import CHUNK, MaskedNLL, Progress
+from .likelihood import CHUNK, MaskedNLL
 
 EACH = 4
 
 
-@dataclass(frozen=True)
+@record
 class Candidate:
     """An entry to be tried.
 
-    kind: "mlp", "scale" or "shift". write: the largest |w·x| over all positions of all cells.
-    height: the same over the root mean square of that figure in its matrix or vector. probe_nats:
-    what the entry costs alone.
+    write: the largest |w·x| over all positions of all cells. height: the same over the root mean
+    square of that figure in its matrix or vector. probe_nats: what the entry costs alone, once that
+    is measured.
     """
 
-    address: str
-    kind: str
-    layer: int | None
+    address: Region
     weight: float
     write: float
     height: float
-    probe_nats: float = nan
+    probe_nats: float | None = None
 
-    @property
-    def region(self) -> Region:
-        return Region.parse(self.address)
+    @derived
+    def kind(self) -> str:
+        """mlp, scale or shift."""
+        return _kind(self.address.site)
 
 
 def screened(anatomy: Anatomy) -> list[Site]:
@@ -63,28 +63,20 @@ def candidates(nll: MaskedNLL, sites: Sequence[Site], each: int = EACH) -> list[
         usual = float(write.double().square().mean().sqrt())
         for flat in write.flatten().topk(min(each, write.numel())).indices.tolist():
             row, col = divmod(flat, write.shape[1])
-            candidate = Candidate(
-                str(Region(site, row, col)),
-                _kind(site),
-                site.layer,
-                weight=float(weight[row, col]),
-                write=float(write[row, col]),
-                height=float(write[row, col]) / usual if usual > 0 else 0.0,
-            )
-            found.append(candidate)
-    return sorted(found, key=lambda c: (-c.height, c.address))
+            height = float(write[row, col]) / usual if usual > 0 else 0.0
+            numbers = (float(weight[row, col]), float(write[row, col]), height)
+            found.append(Candidate(Region(site, row, col), *numbers))
+    return sorted(found, key=lambda c: (-c.height, str(c.address)))
 
 
-def prune(
-    nll: MaskedNLL, tried: Sequence[Candidate], progress: Progress | None = None
-) -> list[Candidate]:
+def prune(nll: MaskedNLL, tried: Sequence[Candidate], tell: Tell = silent) -> list[Candidate]:
     """Each candidate with its damage alone, most damaging first."""
-    measured = []
+    nats: dict[Region, float] = {}
     for candidate in tried:
-        measured.append(replace(candidate, probe_nats=nll.cost([candidate.region])))
-        if progress:
-            progress("candidates", len(measured), len(tried))
-    return sorted(measured, key=lambda c: (-c.probe_nats, c.address))
+        nats[candidate.address] = nll.cost([candidate.address])
+        tell("candidates", len(nats), len(tried))
+    measured = [replace(one, probe_nats=nats[one.address]) for one in tried]
+    return sorted(measured, key=lambda c: (-nats[c.address], str(c.address)))
 
 
 def _kind(site: Site) -> str:

@@ -25,7 +25,9 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from .. import files
 from ..errors import BadCheckpoint, BadInput
+from ..result import record
 from .likelihood import Marginal
 from .model import CellConfig, ScGPT
 from .tokenise import CLS, END, PAD, TokenConfig
@@ -42,20 +44,30 @@ _LAYER = re.compile(r"transformer_encoder\.layers\.(\d+)\.")
 _CHANGES = ("dsbn.", "batch_encoder.", "bn.")
 
 
+@record
+class LoadReport:
+    """Where every tensor of a file went: how many the model computes with, by name those that it
+    does not, such as heads over cell types, and how many had another name there.
+    """
+
+    file: str
+    matched: int
+    unmatched: list[str]
+    renamed: int
+
+
 @dataclass(frozen=True, eq=False)
 class LoadedCells:
     """A model of gene expression, ready for surgery.
 
-    report: where every tensor of the file went: how many the model computes with, by name those it
-    does not, such as heads over cell types, and how many had another name there. others: the
-    unmatched tensors, kept so that a patched copy has them. training: what `cells train` wrote
-    (which cells it held out, for one), empty for others. fingerprint: SHA-256 of arguments,
-    vocabulary and weights.
+    others: the unmatched tensors, kept so that a patched copy has them. training: what `cells
+    train` wrote (which cells it held out, for one), empty for others. fingerprint: SHA-256 of
+    arguments, vocabulary and weights.
     """
 
     model: ScGPT
     vocab: dict[str, int]
-    report: dict[str, Any]
+    report: LoadReport
     others: dict[str, Tensor]
     tokens: TokenConfig
     fingerprint: str
@@ -96,12 +108,9 @@ def load_cells(folder: str | Path) -> LoadedCells:
     wanted = model.state_dict()
     _check_weights(file, wanted, state)
     model.load_state_dict({name: state.pop(name) for name in wanted}, assign=True)
-    report = {
-        "file": file.name,
-        "matched": len(wanted),
-        "unmatched": sorted(names[name] for name in state),
-        "renamed": sum(name != stored for name, stored in names.items()),
-    }
+    renamed = sum(name != stored for name, stored in names.items())
+    unmatched = sorted(names[name] for name in state)
+    report = LoadReport(file.name, len(wanted), unmatched, renamed)
     tokens = TokenConfig(
         config.n_bins,
         int(args.get("max_seq_len", 1200)),
@@ -135,14 +144,14 @@ def save_cells(
 ) -> None:
     """Write a model in the published layout, its weights also as safetensors."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     save_weights(folder, model.state_dict())
-    _write(folder / ARGS, _json(_args(model.shape, tokens or TokenConfig())))
-    _write(folder / VOCAB, _json(vocab))
+    _write_json(folder / ARGS, _args(model.shape, tokens or TokenConfig()))
+    _write_json(folder / VOCAB, vocab)
     if marginal is not None:
-        _write(folder / MARGINAL, marginal.to_bytes())
+        files.write_bytes(folder / MARGINAL, marginal.to_bytes())
     if training is not None:
-        _write(folder / TRAINING, _json(training))
+        _write_json(folder / TRAINING, training)
 
 
 def save_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
@@ -151,8 +160,8 @@ def save_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
     # in memory, for torch writes the file's own name into the archive
     pickled = io.BytesIO()
     torch.save(tensors, pickled)
-    _write(folder / WEIGHTS, pickled.getvalue())
-    _write(folder / SAFE, to_safetensors(tensors))
+    files.write_bytes(folder / WEIGHTS, pickled.getvalue())
+    files.write_bytes(folder / SAFE, to_safetensors(tensors))
 
 
 def make_vocab(genes: list[str]) -> dict[str, int]:
@@ -318,14 +327,5 @@ def _fingerprint(folder: Path, weights: Path) -> str:
     return total.hexdigest()
 
 
-def _json(document: Mapping[str, Any]) -> bytes:
-    return (json.dumps(dict(document), indent=1) + "\n").encode()
-
-
-def _write(path: Path, content: bytes) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    files.write_text(path, json.dumps(dict(document), indent=1) + "\n")

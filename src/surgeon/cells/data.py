@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -12,10 +11,33 @@ from typing import Any
 
 import numpy as np
 
+from .. import files
 from ..errors import BadInput
+from ..settings import setting
 from .extra import needs
 
 EXAMPLE = "pbmc68k_reduced"  # ships inside scanpy
+DATA_HELP = f"an .h5ad file of counts or log-counts, or {EXAMPLE}, which ships inside scanpy"
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Cells to read, and which of their matrices."""
+
+    data: str = setting(help=DATA_HELP, metavar="DATA")
+    raw: bool = setting(
+        False, "take .raw, where X is scaled; not given: X, or .raw if X has negative values"
+    )
+    layer: str | None = setting(None, "take this layer", metavar="NAME")
+
+    def __post_init__(self) -> None:
+        if self.raw and self.layer is not None:
+            raise BadInput("give either ‹raw› or ‹layer›.")
+
+    def read(self) -> Expression:
+        """Raises: as `read_cells` and `expression`."""
+        source = "raw" if self.raw else "auto" if self.layer is None else f"layer:{self.layer}"
+        return expression(read_cells(self.data), source)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,10 +117,9 @@ def expression(adata: Any, source: str = "auto") -> Expression:
         raise BadInput(f"{source} holds values that are not finite; give counts or log-counts.")
     if matrix.min() < 0:
         raw = adata.raw is not None and source != "raw"
-        other = "there is a .raw: use ‹raw›" if raw else "name one with ‹layer›"
         raise BadInput(
             f"{source} holds negative values, so it is scaled and no counts can be told from it;"
-            f" {other}."
+            f" use {'raw, which is there' if raw else 'a layer of counts'}."
         )
     matrix.eliminate_zeros()
     whole = bool((matrix.data == np.round(matrix.data)).all())
@@ -110,7 +131,7 @@ def _matrix(adata: Any, source: str) -> tuple[Any, list[str]]:
 
     kind, _, name = source.partition(":")
     if kind == "raw" and adata.raw is None:
-        raise BadInput("‹raw› was asked for, but the data have no .raw; use X or a ‹layer›.")
+        raise BadInput("raw was asked for, but the data have no .raw; use X or a layer.")
     if kind == "layer" and name not in adata.layers:
         known = ", ".join(adata.layers) or "none"
         raise BadInput(f"the data have no layer {name!r}; there are: {known}.")
@@ -119,7 +140,7 @@ def _matrix(adata: Any, source: str) -> tuple[Any, list[str]]:
     holder = adata.raw if kind == "raw" else adata
     values = adata.layers[name] if kind == "layer" else holder.X
     if values is None:
-        raise BadInput("the data have no X; use ‹raw› or a ‹layer›.")
+        raise BadInput("the data have no X; use raw or a layer.")
     return csr_matrix(values, dtype=np.float32, copy=True), [str(n) for n in holder.var_names]
 
 
@@ -128,12 +149,10 @@ def cell_sentences(expression: Expression, genes: int = 100, seed: int = 0) -> l
 
     This is text for a causal language model of cells, and `surgeon find MODEL --text FILE` then
     works on that as on any other. Ties, of which counts have many, are broken at random.
-    Raises: BadInput for fewer than one gene, for names with spaces in them, or if no cell has a
-    detected gene; cells without are left out.
+    Raises: BadInput for names with spaces in them, or if no cell has a detected gene; cells without
+    are left out.
     Source: Levine et al. 2024, Cell2Sentence, doi:10.1101/2023.09.11.557287.
     """
-    if genes < 1:
-        raise BadInput(f"sentences of {genes} genes say nothing; use at least 1.")
     for name in expression.gene_names:
         if not name or name != "".join(name.split()):
             raise BadInput(
@@ -176,11 +195,5 @@ def write_back(
             frame[f"surgeon_{column}"] = values
     note = "hypotheses about the model, not biomarkers"
     copy.uns["surgeon"] = {"note": note, "document": json.dumps(document, sort_keys=True)}
-    part = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part.h5ad")
-    try:
+    with files.writing(Path(path)) as part:
         copy.write_h5ad(part)
-        os.replace(part, path)
-    except OSError as error:
-        raise BadInput(f"{path} cannot be written ({error}); choose another place.") from error
-    finally:
-        part.unlink(missing_ok=True)

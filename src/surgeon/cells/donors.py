@@ -5,7 +5,6 @@ independent of one another.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,13 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from ..errors import BadInput, Refused
+from ..result import record
 from .extra import needs
 
 Means = dict[str, dict[str, float]]  # condition -> donor -> nats
 
 
-@dataclass(frozen=True)
+@record
 class DonorTest:
     """Mean damage of each donor in each condition, and how likely their spread over conditions is
     by chance.

@@ -17,7 +17,8 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from ..errors import BadInput, SurgeonError
-from ..settings import setting
+from ..result import record
+from ..settings import check_values, setting
 from .extra import needs
 
 GeneSets = Mapping[str, Sequence[str]]
@@ -28,22 +29,26 @@ LEVEL = 0.05
 class EnrichConfig:
     """Settings of the enrichment."""
 
-    min_size: int = setting(5, "least scored genes in a set for it to be tested")
-    max_size: int = setting(500, "most scored genes in a set for it to be tested")
-    permutations: int = setting(1000, "gene permutations of prerank")
-    top: float = setting(0.1, "share of the genes, the worst, for over-representation")
-    seed: int = setting(0, "seed of the permutations")
+    min_size: int = setting(5, "least scored genes in a gene set", low=1, group="Gene sets")
+    max_size: int = setting(500, "most scored genes in a gene set", low=1, group="Gene sets")
+    permutations: int = setting(
+        1000, "gene permutations of prerank", low=1, high=1_000_000, group="Gene sets"
+    )
+    top: float = setting(
+        0.1,
+        "share of the genes, the worst, for over-representation",
+        low=0.001,
+        high=0.999,
+        group="Gene sets",
+    )
 
     def __post_init__(self) -> None:
-        sizes = 1 <= self.min_size <= self.max_size
-        if not sizes or self.permutations < 1 or not 0 < self.top < 1:
-            raise BadInput(
-                "an enrichment needs 1 <= ‹min_size› <= ‹max_size›, at least one permutation, and a"
-                " ‹top› share between 0 and 1."
-            )
+        check_values(self)
+        if self.min_size > self.max_size:
+            raise BadInput(f"‹min_size› {self.min_size} is above ‹max_size› {self.max_size}.")
 
 
-@dataclass(frozen=True)
+@record
 class Pathway:
     """One gene set: how many of its genes were scored, prerank (es, nes, p, fdr),
     over-representation (over_*) and the leading genes.
@@ -136,15 +141,9 @@ def residualise(
 
 def spearman(a: Float64[Tensor, " n"], b: Float64[Tensor, " n"]) -> float:
     """Rank correlation, ties sharing their mean rank; 0 where one of the two does not vary."""
-    centred = [r - r.mean() for r in (_ranks(a), _ranks(b))]
-    size = float(centred[0].norm() * centred[1].norm())
-    return float(centred[0] @ centred[1]) / size if size > 0 else 0.0
-
-
-def _ranks(values: Tensor) -> Tensor:
-    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    ranks: Tensor = (counts.cumsum(0).double() - (counts.double() - 1) / 2)[inverse]
-    return ranks
+    [stats] = needs("a rank correlation", "scipy.stats")
+    varies = bool(a.std() > 0) and bool(b.std() > 0)
+    return float(stats.spearmanr(a.numpy(), b.numpy()).statistic) if varies else 0.0
 
 
 def enrich(
@@ -152,6 +151,7 @@ def enrich(
     scores: Float64[Tensor, " gene"],
     sets: GeneSets,
     config: EnrichConfig = EnrichConfig(),
+    seed: int = 0,
 ) -> list[Pathway]:
     """Each gene set beside the ranking of `genes` by `scores`, most damaged first; best sets first.
 
@@ -180,7 +180,7 @@ def enrich(
         permutation_num=config.permutations,
         min_size=config.min_size,
         max_size=config.max_size,
-        seed=config.seed,
+        seed=seed,
         threads=1,
         outdir=None,
         no_plot=True,
@@ -193,20 +193,20 @@ def enrich(
         for name, members in kept.items()
     ]
     over_fdr = stats.false_discovery_control(over_p).tolist()
-    found = []
-    for (name, members), p, fdr in zip(kept.items(), over_p, over_fdr, strict=True):
-        row = ranked.loc[name]
-        pathway = Pathway(
+    least = 1 / config.permutations
+    found = [
+        Pathway(
             name,
-            len(members),
-            es=float(row["ES"]),
-            nes=float(row["NES"]),
-            p=max(float(row["NOM p-val"]), 1 / config.permutations),
-            fdr=max(float(row["FDR q-val"]), 1 / config.permutations),
+            len(kept[name]),
+            es=float(ranked.at[name, "ES"]),
+            nes=float(ranked.at[name, "NES"]),
+            p=max(float(ranked.at[name, "NOM p-val"]), least),
+            fdr=max(float(ranked.at[name, "FDR q-val"]), least),
             over_overlap=overlap[name],
             over_p=p,
             over_fdr=fdr,
-            leading=[g for g in str(row["Lead_genes"]).split(";") if g],
+            leading=[g for g in str(ranked.at[name, "Lead_genes"]).split(";") if g],
         )
-        found.append(pathway)
+        for name, p, fdr in zip(kept, over_p, over_fdr, strict=True)
+    ]
     return sorted(found, key=lambda pathway: (-pathway.nes, pathway.name))

@@ -33,7 +33,6 @@ from .tokenise import Batch
 
 Values = Float[Tensor, "draw cell pos"]
 Masks = Bool[Tensor, "draw cell pos"]
-Progress = Callable[[str, int, int], None]
 
 STRENGTHS = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 RATIO = 0.4  # of the values hidden, as in the published fine-tuning

@@ -9,9 +9,9 @@ until they cost as much.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float64
@@ -20,41 +20,43 @@ from torch import Tensor
 from ..anatomy import Region, Site
 from ..errors import BadInput, SurgeonError
 from ..measure.bootstrap import interval
-from ..result import Result, result
-from ..settings import setting
+from ..progress import Tell, silent
+from ..result import Result, derived, record, result
+from ..settings import check_values, nested, setting
 from ..tap import Tap
 from .donors import DonorTest, donor_test
 from .enrich import EnrichConfig, GeneSets, Pathway, enrich, residualise, spearman
-from .likelihood import MaskedNLL, Masks, Progress, Values, by_cell, by_gene, by_group
+from .likelihood import MaskedNLL, Values, by_cell, by_gene, by_group
 from .model import ScGPT
 from .null import EqualDamage, equal_damage
-from .tokenise import Batch
-
-Column = tuple[str, Sequence[str]]  # a column of `obs`: its name, and the value of each cell
-NOTE = (
-    "Hypotheses about the model, not biomarkers: what a model loses without a weight says how the"
-    " model computes, not what cells do."
-)
+from .planted import Planted
+from .stage import NOTE, Embedding, Stage, StageRecord
 
 
 @dataclass(frozen=True)
 class MapConfig:
     """Settings of the map."""
 
-    null: int = setting(20, "arbitrary weights of equal damage; 0 for none")
-    least: int = setting(5, "scored values a gene needs to be ranked")
+    null: int = setting(20, "arbitrary weights of equal damage; 0 for none", low=0)
+    condition: str | None = setting(
+        None, "column of obs with the condition or stage", metavar="COL"
+    )
+    donor: str | None = setting(None, "column of obs with the donors of a condition", metavar="COL")
+    least: int = setting(5, "scored values a gene needs to be ranked", low=1)
     components: bool = setting(True, "rank attention heads and MLP blocks too")
-    enrich: EnrichConfig = field(default_factory=EnrichConfig)
-    seed: int = setting(0, "seed of everything random")
+    enrich: EnrichConfig = nested(EnrichConfig)
+    seed: int = setting(0, "seed of everything random", low=0, high=2**32 - 1)
 
     def __post_init__(self) -> None:
-        if self.null < 0 or self.least < 1:
+        check_values(self)
+        if self.donor is not None and self.condition is None:
             raise BadInput(
-                "a map needs a null of 0 or more weights, and at least one scored value per gene."
+                "‹donor› names the replicates of a comparison; name what is compared with"
+                " ‹condition›."
             )
 
 
-@dataclass(frozen=True)
+@record
 class Gene:
     """Damage and intact NLL in nats, damage less what the intact NLL foretells, scored values."""
 
@@ -65,7 +67,7 @@ class Gene:
     values: int
 
 
-@dataclass(frozen=True)
+@record
 class Story:
     """Pathways by one way to rank genes.
 
@@ -78,7 +80,7 @@ class Story:
     pathways: list[Pathway]
 
 
-@dataclass(frozen=True)
+@record
 class Component:
     """`L2.head3` or `L2.mlp`, and its damage in nats per masked value with an interval over
     cells.
@@ -90,7 +92,7 @@ class Component:
     ci95: tuple[float, float]
 
 
-@dataclass(frozen=True)
+@record
 class Damage:
     """In nats per masked value, with an interval over cells."""
 
@@ -98,25 +100,36 @@ class Damage:
     ci95: tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Null:
-    """The arbitrary weights: what each was scaled by and costs, and how its damage of genes
-    correlates with their intact NLL.
-    """
+@record
+class NullWeight:
+    """An arbitrary weight: what it was scaled by, and what it costs then."""
 
-    n: int
-    weights: list[dict[str, Any]]
+    address: Region
+    factor: float
+    nats: float
+
+
+@record
+class Null:
+    """The arbitrary weights, and how the damage of each correlates with the genes' intact NLL."""
+
+    weights: list[NullWeight]
     difficulty_correlations: list[float]
+
+    @derived
+    def n(self) -> int:
+        return len(self.weights)
 
 
 @result("cells map")
-class Map(Result):
-    """The result; genes and components worst first, `by_cell` and `cell_nll` by the cell's name.
+class CellMap(Result):
+    """What falls with given weights: genes and components worst first, `by_cell` and `cell_nll` by
+    the cell's name.
 
     planted: the weight that was, if one was; embedding: the cells on a map of the data's own.
     """
 
-    at: list[str]
+    at: list[Region]
     damage: Damage
     intact_nll: float
     genes: list[Gene]
@@ -129,32 +142,29 @@ class Map(Result):
     components: list[Component]
     by_condition: dict[str, float]
     donors: DonorTest | None
-    planted: dict[str, Any] | None = None
-    embedding: dict[str, Any] | None = None
+    stage: StageRecord
+    embedding: Embedding | None
+    planted: Planted | None = None
     note: str = NOTE
 
 
 def map_damage(
-    model: ScGPT,
-    batch: Batch,
-    masked: Masks,
+    stage: Stage,
     parts: Sequence[Region],
     sets: GeneSets | None = None,
-    types: Sequence[str] | None = None,
-    condition: Column | None = None,
-    donor: Column | None = None,
     config: MapConfig = MapConfig(),
-    progress: Progress | None = None,
-) -> Map:
-    """What zeroing `parts` together costs each gene, cell, cell type and pathway. The model is left
-    as it was.
+    tell: Tell = silent,
+) -> CellMap:
+    """What zeroing `parts` together costs each gene, cell, cell type and pathway, and by condition,
+    where without donors there is no test. The model is left as it was.
 
-    sets: gene sets to test; types: the cell type of each cell; condition: what to compare; donor:
-    the replicates of that comparison, without which there is no test.
-    Raises: BadInput as `enrich`, or if no gene has enough values; Refused as `donor_test`;
-    SurgeonError if the null cannot be made.
+    sets: gene sets to test.
+    Raises: BadInput as `enrich`, for a column that is not there, or if no gene has enough values;
+    Refused as `donor_test`; SurgeonError if the null cannot be made.
     """
-    nll = MaskedNLL(model.anatomy, batch, masked)
+    batch = stage.batch
+    nll = MaskedNLL(stage.model.anatomy, batch, stage.masked)
+    conditions = None if config.condition is None else stage.column(config.condition)
     values = nll.damage(parts)
     cells = by_cell(values)
     names, _, counts = by_gene(values, batch, config.least)
@@ -173,54 +183,56 @@ def map_damage(
     scores = ranked(values)
     # refused before the long part, where it is to be refused
     donors = None
-    if condition is not None and donor is not None:
-        column_names = (condition[0], donor[0])
-        donors = donor_test(cells, condition[1], donor[1], column_names, seed=config.seed)
+    if conditions is not None and config.condition is not None and config.donor is not None:
+        names_of = (config.condition, config.donor)
+        who = stage.column(config.donor)
+        donors = donor_test(cells, conditions, who, names_of, seed=config.seed)
     null: list[EqualDamage] = []
     chance: list[dict[str, Tensor]] = []
     stories: dict[str, Story] = {}
     nats = float(cells.mean())
     if sets is not None:
-        found = {name: enrich(names, s, sets, config.enrich) for name, s in scores.items()}
+        test = partial(enrich, names, sets=sets, config=config.enrich, seed=config.seed)
+        found = {name: test(one) for name, one in scores.items()}
         if config.null and nats <= 0:
             raise SurgeonError(
                 f"the damage is {nats:+.4g} nats, so no weight of equal damage can be looked for;"
                 " leave the ‹null› out (0)."
             )
-        null = equal_damage(nll, nats, config.null, config.seed, progress)
+        null = equal_damage(nll, nats, config.null, config.seed, tell)
         chance = [ranked(e.values) for e in null]
         for name, pathways in found.items():
-            others = [enrich(names, one[name], sets, config.enrich) for one in chance]
-            stories[name] = _story(pathways, others)
+            stories[name] = _story(pathways, [test(one[name]) for one in chance])
     numbers = (t.tolist() for t in (scores["raw"], difficulty, scores["residual"]))
     genes = [Gene(*row) for row in zip(names, *numbers, counts, strict=True)]
-    weights = [{"address": str(e.region), "factor": e.factor, "nats": e.nats} for e in null]
+    weights = [NullWeight(one.region, one.factor, one.nats) for one in null]
     correlations = [spearman(one["raw"], difficulty) for one in chance]
-    return Map(
-        at=[str(part) for part in parts],
+    by_name = dict(zip(batch.cell_names, cells.tolist(), strict=True))
+    return CellMap(
+        at=list(parts),
         damage=Damage(nats, interval(cells, config.seed)),
         intact_nll=nll.base,
         genes=sorted(genes, key=lambda gene: -gene.nats),
         difficulty_correlation=spearman(scores["raw"], difficulty),
-        by_cell=dict(zip(batch.cell_names, cells.tolist(), strict=True)),
+        by_cell=by_name,
         cell_nll=dict(zip(batch.cell_names, by_cell(nll.intact).tolist(), strict=True)),
-        by_type=by_group(cells, types) if types is not None else {},
+        by_type={} if stage.types is None else by_group(cells, stage.types),
         enrichment=stories,
-        null=Null(len(null), weights, correlations),
-        components=components(model, nll, config.seed, progress) if config.components else [],
-        by_condition=by_group(cells, condition[1]) if condition is not None else {},
+        null=Null(weights, correlations),
+        components=components(stage.model, nll, config.seed, tell) if config.components else [],
+        by_condition={} if conditions is None else by_group(cells, conditions),
         donors=donors,
+        stage=stage.record,
+        embedding=stage.embedding(by_name),
     )
 
 
-def components(
-    model: ScGPT, nll: MaskedNLL, seed: int = 0, progress: Progress | None = None
-) -> list[Component]:
+def components(model: ScGPT, nll: MaskedNLL, seed: int = 0, tell: Tell = silent) -> list[Component]:
     """Every head (what it gives to the output projection set to zero) and every MLP block (its
     write set to zero), worst first.
     """
     anatomy, n_heads = nll.anatomy, model.shape.n_heads
-    width = model.shape.d_model // n_heads
+    width = anatomy.d_model // n_heads
     found = []
     for layer in range(len(anatomy.layers)):
         for head in range(n_heads + 1):
@@ -233,12 +245,11 @@ def components(
                     tap.on_output(anatomy.module(Site(layer, "mlp.down")), torch.zeros_like)
                 cells = by_cell(nll.values(layer) - nll.intact)
             found.append(Component(name, layer, float(cells.mean()), interval(cells, seed)))
-            if progress:
-                progress("heads and blocks", len(found), len(anatomy.layers) * (n_heads + 1))
+            tell("heads and blocks", len(found), len(anatomy.layers) * (n_heads + 1))
     return sorted(found, key=lambda c: (-c.nats, c.name))
 
 
-def _without(channels: slice) -> Any:
+def _without(channels: slice) -> Callable[[Tensor], Tensor]:
     def watch(states: Tensor) -> Tensor:
         states = states.clone()
         states[..., channels] = 0

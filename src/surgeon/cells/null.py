@@ -13,8 +13,9 @@ import torch
 
 from ..anatomy import Region
 from ..errors import SurgeonError
+from ..progress import Tell, silent
 from .candidates import screened
-from .likelihood import MaskedNLL, Progress, Values, by_cell
+from .likelihood import MaskedNLL, Values, by_cell
 from .planted import solve
 
 LARGEST = 2.0**20
@@ -35,7 +36,7 @@ class EqualDamage:
 
 
 def equal_damage(
-    nll: MaskedNLL, nats: float, n: int, seed: int = 0, progress: Progress | None = None
+    nll: MaskedNLL, nats: float, n: int, seed: int = 0, tell: Tell = silent
 ) -> list[EqualDamage]:
     """`n` random weights of the kinds that a screen looks at, each scaled until the mean damage is
     `nats`, within a quarter.
@@ -71,8 +72,7 @@ def equal_damage(
         measured = float(by_cell(values).mean())
         if abs(measured - nats) <= TOLERANCE * nats:
             found.append(EqualDamage(region, sign * size, measured, values))
-            if progress:
-                progress("equal-damage null", len(found), n)
+            tell("equal-damage null", len(found), n)
     if len(found) < n:
         raise SurgeonError(
             f"only {len(found)} of {20 * n} random weights could be made to cost {nats:.3g} nats;"

@@ -6,15 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..anatomy import Region, Site
 from ..errors import SurgeonError
+from ..result import record
 from ..tap import Tap
 from .likelihood import MaskedNLL, Masks, by_cell
 from .model import ScGPT
@@ -24,39 +23,27 @@ CHANNELS = 8  # that are tried
 LARGEST = 2.0**14  # constant write beyond which the layer holds nothing else in float32
 
 
-@dataclass(frozen=True)
-class Copy:
-    """A copy of the model that computes the same.
+@record
+class Planted:
+    """A fragile weight in a copy of the model that computes the same.
 
-    max_abs_difference: the largest between states of the model and of the copy.
+    max_abs_difference: the largest between states of the model and of the copy. write: the constant
+    that the weight writes and the bias takes off again. nats: what its removal costs.
     """
 
-    model: ScGPT
     max_abs_difference: float
-
-    def to_json(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "model"}
-
-
-@dataclass(frozen=True)
-class Planted(Copy):
-    """A copy with a fragile weight.
-
-    write: the constant that the weight writes and the bias takes off again. nats: what its removal
-    costs.
-    """
-
-    address: str
+    address: Region
     write: float
     nats: float
 
 
-@dataclass(frozen=True)
-class Rescaled(Copy):
-    """A copy in which one ReLU neuron is `factor` times as large and its output weights as many
-    times smaller.
+@record
+class Rescaled:
+    """A ReLU neuron, in a copy of the model that computes the same, that is `factor` times as large
+    and its output weights as many times smaller.
     """
 
+    max_abs_difference: float
     layer: int
     neuron: int
     factor: float
@@ -67,14 +54,10 @@ class Rescaled(Copy):
 
 
 def plant(
-    model: ScGPT,
-    batch: Batch,
-    masked: Masks,
-    nats: float = 0.25,
-    seed: int = 0,
-) -> Planted:
-    """Add a constant hidden unit to one MLP, whose one output weight a bias takes off again, so
-    that the model computes the same.
+    model: ScGPT, batch: Batch, masked: Masks, nats: float = 0.25, seed: int = 0
+) -> tuple[ScGPT, Planted]:
+    """A copy of the model with a constant hidden unit in one MLP, whose one output weight a bias
+    takes off again, so that it computes the same.
 
     Removing that weight leaves the bias alone. The constant is found by bisection, so that this
     costs `nats` per masked value. |w| is that of the matrix's 95% quantile, so that magnitude does
@@ -107,12 +90,12 @@ def plant(
     _widen_(copy, index, row, size, write)
     planted = Region(Site(index, "mlp.down"), row, down.in_features)
     measured = MaskedNLL(copy.anatomy, batch, masked).cost([planted])
-    return Planted(copy, difference(model, copy, batch), str(planted), write, measured)
+    return copy, Planted(difference(model, copy, batch), planted, write, measured)
 
 
-def rescale(model: ScGPT, batch: Batch, factor: float = 1000.0) -> Rescaled:
-    """Make a neuron `factor` times as large, and its output weights as many times smaller: the same
-    function, for a ReLU.
+def rescale(model: ScGPT, batch: Batch, factor: float = 1000.0) -> tuple[ScGPT, Rescaled]:
+    """A copy with a neuron `factor` times as large, and its output weights as many times smaller:
+    the same function, for a ReLU.
 
     Taken is the neuron in the middle of those that fire on these cells, by how high they fire, in
     the middle layer.
@@ -138,7 +121,7 @@ def rescale(model: ScGPT, batch: Batch, factor: float = 1000.0) -> Rescaled:
         block.linear1.weight[neuron] *= factor
         block.linear1.bias[neuron] *= factor
         block.linear2.weight[:, neuron] /= factor
-    return Rescaled(copy, difference(model, copy, batch), index, neuron, factor)
+    return copy, Rescaled(difference(model, copy, batch), index, neuron, factor)
 
 
 @torch.no_grad()

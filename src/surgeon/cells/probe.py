@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..result import record
 from .extra import needs
 from .likelihood import CHUNK
 from .model import ScGPT
@@ -32,12 +32,23 @@ def embeddings(model: ScGPT, batch: Batch) -> Float[Tensor, "cell d_model"]:
     return torch.cat([model(p.genes, p.values, p.padding).states[:, 0] for p in pieces])
 
 
-@dataclass(frozen=True)
+@record
 class ProbeScore:
     """Accuracy and macro-F1 on the test half of the cells."""
 
     accuracy: float
     macro_f1: float
+
+
+@record
+class IntactProbe(ProbeScore):
+    """The probe of the intact model: beside its score that of always naming the commonest type, how
+    many types it tells apart, and how many cells are of a type too rare for that.
+    """
+
+    majority: float
+    types: int
+    cells_left_out: int
 
 
 class Probe:
@@ -78,6 +89,12 @@ class Probe:
     def refitted(self, states: Float[Tensor, "cell d_model"]) -> ProbeScore:
         """A probe fitted anew on the training half of these embeddings."""
         return self._score(self._fit(states), states)
+
+    def intact(self, states: Float[Tensor, "cell d_model"]) -> IntactProbe:
+        """Its score on the embeddings it was made for, with what that is to be held against."""
+        score = self.frozen(states)
+        types, left_out = len(self.names), self.left_out
+        return IntactProbe(score.accuracy, score.macro_f1, self.majority, types, left_out)
 
     def _halves(self, seed: int) -> np.ndarray:
         """True for the training half, drawn within each type."""

@@ -5,16 +5,18 @@ baseline, and columns of `obs`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import BadInput
-from ..settings import setting
-from .checkpoint import LoadedCells, load_cells
-from .data import Expression, expression, read_cells
+from ..result import record
+from ..settings import check_values, setting
+from .checkpoint import LoadedCells, LoadReport, load_cells
+from .data import DATA_HELP, Expression, expression, read_cells
 from .likelihood import RATIO, Marginal, Masks, Values, fit_marginal, masks
 from .model import ScGPT
 from .tokenise import Batch, tokenise
@@ -29,107 +31,146 @@ TYPE_COLUMNS = (
     "louvain",
 )
 EMBEDDINGS = {"X_umap": "UMAP", "X_tsne": "t-SNE", "X_pca": "PCA"}
+NOTE = (
+    "Hypotheses about the model, not biomarkers: what a model loses without a weight says how the"
+    " model computes, not what cells do."
+)
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """How many cells, genes and masks a measurement takes, and what is read from the data."""
+    """The model and the data; how many cells, genes and masks a measurement takes."""
 
+    folder: str = setting(help="the folder of the model", metavar="FOLDER")
+    data: str = setting(help=DATA_HELP, metavar="DATA")
     cells: int = setting(
-        128, "most cells to measure on; of those held out of training, where that is known"
+        128, "most cells to measure on; of those held out of training, where that is known", low=1
     )
-    genes: int = setting(256, "most genes of a cell, a random choice where it has more")
-    draws: int = setting(3, "draws of masks over the same tokenised cells")
-    ratio: float = setting(RATIO, "share of the values that a draw hides")
+    genes: int = setting(256, "most genes of a cell, a random choice where it has more", low=2)
+    draws: int = setting(3, "draws of masks over the same tokenised cells", low=1)
+    ratio: float = setting(RATIO, "share of the values that a draw hides", low=0.001, high=0.999)
     source: str = setting(
         "auto", "expression: auto (as trained on), X, raw or layer:NAME", metavar="NAME"
     )
     type: str | None = setting(
         None, "column of obs with the cell type, or a usual one", metavar="COL"
     )
-    seed: int = setting(0, "seed of the choice of cells, the tokens and the masks")
+    write_h5ad: str | None = setting(
+        None, "write a copy of DATA with the damage per gene and cell", metavar="F"
+    )
 
     def __post_init__(self) -> None:
-        if min(self.cells, self.draws) < 1 or self.genes < 2:
-            raise BadInput(
-                "a measurement needs at least one cell and one draw, and two genes of each cell."
-            )
+        check_values(self)
+
+
+@record
+class StageRecord:
+    """What was measured on.
+
+    load: where each tensor of the checkpoint went. reading: whether its head is categorical, which
+    gives a likelihood, or a regression. source: which expression of the data; held_out: whether the
+    cells are known not to have been trained on.
+    """
+
+    load: LoadReport
+    reading: str
+    data: str
+    source: str
+    held_out: bool
+    type_column: str | None
+
+
+@record
+class Point:
+    """A cell on an embedding, and its damage."""
+
+    x: float
+    y: float
+    nats: float
+
+
+@record
+class Embedding:
+    """The cells on an embedding of the data's own, by the embedding's name."""
+
+    name: str
+    points: list[Point]
 
 
 @dataclass(frozen=True, eq=False)
 class Stage:
     """Everything measured on is here once, so that intact and broken models see the same.
 
-    about: the model, the data, and whether no cell was trained on, for every document.
+    baseline: NLL of the same hidden values by the gene-marginal baseline. types: the cell type of
+    each cell.
     """
 
     model: ScGPT
-    adata: Any
     batch: Batch
     masked: Masks
     baseline: Values
     types: list[str] | None
-    about: dict[str, Any]
+    adata: Any
+    record: StageRecord
+    fingerprint: str
+
+    def of(self, cells: Tensor) -> Stage:
+        """Some of the cells, by number."""
+        return replace(
+            self,
+            batch=self.batch.of(cells),
+            masked=self.masked[:, cells],
+            baseline=self.baseline[:, cells],
+            types=None if self.types is None else [self.types[i] for i in cells.tolist()],
+        )
 
     def column(self, name: str) -> list[str]:
         """A column of `obs` for the measured cells, as text. Raises: as the function."""
         return column(self.adata, name, self.batch.cell_names)
 
-    def embedding(self, per_cell: dict[str, float]) -> dict[str, Any] | None:
-        """The cells on the first embedding that the data have: its name, and x, y and damage of
-        each cell. None if they have none.
-        """
+    def embedding(self, per_cell: dict[str, float]) -> Embedding | None:
+        """The cells on the first embedding that the data have. None if they have none."""
         key = next((key for key in EMBEDDINGS if key in self.adata.obsm), None)
         if key is None:
             return None
         places = self.adata.obsm[key][self.adata.obs_names.get_indexer(list(per_cell)), :2]
         points = [
-            {"x": float(x), "y": float(y), "nats": nats}
+            Point(float(x), float(y), nats)
             for (x, y), nats in zip(places, per_cell.values(), strict=True)
         ]
-        return {"name": EMBEDDINGS[key], "points": points}
+        return Embedding(EMBEDDINGS[key], points)
 
 
-def open_stage(
-    folder: str | Path,
-    data: str | Path,
-    config: StageConfig = StageConfig(),
-) -> Stage:
+def open_stage(config: StageConfig, seed: int = 0) -> Stage:
     """Load a model and the cells to measure it on.
 
     Cells are those the model was not trained on, where its training.json tells; their number is cut
     at random. The baseline is the one trained beside the model, or else fitted on the cells that
     are left.
     Raises: BadInput, BadCheckpoint as `load_cells`, `read_cells`, `expression` and `tokenise`;
-    BadInput for a column that is not there.
+    BadInput for a column that is not there, or no place for ‹write_h5ad›.
     """
-    loaded = load_cells(folder)
-    adata = read_cells(data)
+    if config.write_h5ad is not None and not Path(config.write_h5ad).parent.is_dir():
+        raise BadInput(
+            f"there is no folder to write {config.write_h5ad} into; make it, or choose another"
+            " place."
+        )
+    loaded, adata = load_cells(config.folder), read_cells(config.data)
     trained_on = loaded.training.get("source", "auto")
     values = expression(adata, trained_on if config.source == "auto" else config.source)
     known = [name for name in TYPE_COLUMNS if name in adata.obs]
     type_column = config.type or (known[0] if known else None)
-    chosen, rest, held_out = _choose(values, loaded, config)
+    chosen, rest, held_out = _choose(values, loaded, config.cells, seed)
     tokens = replace(loaded.tokens, max_length=min(loaded.tokens.max_length, config.genes + 1))
-    batch = tokenise(values.of(chosen), loaded.vocab, tokens, config.seed)
-    masked = masks(batch, config.ratio, config.draws, config.seed)
-    marginal = loaded.marginal or _marginal(values, rest, loaded, config)
-    about = {
-        "model": str(folder),
-        "fingerprint": loaded.fingerprint,
-        "load": loaded.report,
-        "reading": loaded.model.reading,
-        "data": {
-            "name": Path(data).name,
-            "source": values.source,
-            "held_out": held_out,
-            "type_column": type_column,
-        },
-        "stage": asdict(config),
-    }
-    baseline = marginal.nll(batch, masked, loaded.model.reading)
+    batch = tokenise(values.of(chosen), loaded.vocab, tokens, seed)
+    masked = masks(batch, config.ratio, config.draws, seed)
+    marginal = loaded.marginal or _marginal(values, rest, loaded, seed)
+    reading = loaded.model.reading
+    baseline = marginal.nll(batch, masked, reading)
     types = None if type_column is None else column(adata, type_column, batch.cell_names)
-    return Stage(loaded.model, adata, batch, masked, baseline, types, about)
+    about = (Path(config.data).name, values.source, held_out, type_column)
+    record = StageRecord(loaded.report, reading, *about)
+    return Stage(loaded.model, batch, masked, baseline, types, adata, record, loaded.fingerprint)
 
 
 def column(adata: Any, name: str, cells: Sequence[str]) -> list[str]:
@@ -150,7 +191,7 @@ def column(adata: Any, name: str, cells: Sequence[str]) -> list[str]:
 
 
 def _choose(
-    values: Expression, loaded: LoadedCells, config: StageConfig
+    values: Expression, loaded: LoadedCells, most: int, seed: int
 ) -> tuple[list[int], list[int], bool]:
     """Cells to measure on and the other usable ones, by number; and whether the first are known not
     to have been trained on.
@@ -167,11 +208,11 @@ def _choose(
     held_out = bool(split) and (bool(pools[0]) or unknown)
     if not pools[0]:
         pools = [usable]
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(seed)
     order = [
         pool[i] for pool in pools for i in torch.randperm(len(pool), generator=generator).tolist()
     ]
-    chosen = sorted(order[: config.cells])
+    chosen = sorted(order[:most])
     if not chosen:
         raise BadInput(
             "no cell of the data has two detected genes that the model knows; check that both use"
@@ -180,14 +221,12 @@ def _choose(
     return chosen, sorted({*usable} - {*chosen}), held_out
 
 
-def _marginal(
-    values: Expression, rest: list[int], loaded: LoadedCells, config: StageConfig
-) -> Marginal:
+def _marginal(values: Expression, rest: list[int], loaded: LoadedCells, seed: int) -> Marginal:
     if len(rest) < 10:
         raise BadInput(
             f"the checkpoint has no gene-marginal baseline, and beside those measured {len(rest)}"
             " cells are left to fit one on; use fewer ‹cells›."
         )
     # the values of a cell do not depend on which of its genes are tokens, so all of them may be
-    batch = tokenise(values.of(rest), loaded.vocab, loaded.tokens, config.seed)
+    batch = tokenise(values.of(rest), loaded.vocab, loaded.tokens, seed)
     return fit_marginal(batch, loaded.model.shape.n_tokens, loaded.model.shape.n_bins)

@@ -12,7 +12,7 @@ import copy
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +20,16 @@ from torch import Tensor
 
 from ..errors import BadInput, SurgeonError
 from ..measure.bootstrap import interval
-from ..settings import setting
-from .checkpoint import make_vocab
+from ..progress import Tell, silent
+from ..result import Result, result
+from ..settings import check_values, setting
+from .checkpoint import make_vocab, save_cells
 from .data import Expression
 from .likelihood import (
     CHUNK,
     RATIO,
     Marginal,
     Masks,
-    Progress,
     best_marginal,
     by_cell,
     masked_nll,
@@ -48,64 +49,95 @@ RATIOS = (0.25, 0.5, 0.75)  # published: how much of a cell is hidden changes fr
 class TrainConfig:
     """Everything the result depends on, apart from the machine's arithmetic."""
 
-    layers: int = setting(3, "encoder blocks")
-    d_model: int = setting(64, "channels of the residual stream")
-    heads: int = setting(4, "attention heads")
-    d_mlp: int = setting(128, "neurons of each MLP")
-    dropout: float = setting(0.1, "dropout while training")
-    steps: int = setting(600, "most steps of training")
-    batch: int = setting(16, "cells in a step")
-    genes: int = setting(256, "genes of each cell in a step, chosen at random")
-    lr: float = setting(3e-3, "highest learning rate (AdamW)")
-    warmup: int = setting(50, "steps over which the rate rises")
-    look_every: int = setting(50, "steps between looks at the validation cells")
-    patience: int = setting(6, "looks without a gain after which training stops")
-    held_out: float = setting(0.15, "share of the cells for validation, and again for the test")
-    max_genes: int = setting(2000, "genes the model knows, those detected in most training cells")
+    steps: int = setting(600, "most steps of training", low=1)
+    max_genes: int = setting(
+        2000, "genes the model knows, those detected in most training cells", low=1
+    )
+    genes: int = setting(256, "genes of each cell in a step, chosen at random", low=2)
     include_zeros: bool = setting(True, "undetected genes are values to be told too")
-    seed: int = setting(0, "seed of everything random")
+    layers: int = setting(3, "encoder blocks", low=1, group="Model")
+    d_model: int = setting(64, "channels of the residual stream", low=1, group="Model")
+    heads: int = setting(4, "attention heads", low=1, group="Model")
+    d_mlp: int = setting(128, "neurons of each MLP", low=1, group="Model")
+    dropout: float = setting(0.1, "dropout while training", low=0, high=0.9, group="Training")
+    batch: int = setting(16, "cells in a step", low=1, group="Training")
+    lr: float = setting(3e-3, "highest learning rate (AdamW)", low=1e-9, group="Training")
+    warmup: int = setting(50, "steps over which the rate rises", low=1, group="Training")
+    look_every: int = setting(
+        50, "steps between looks at the validation cells", low=1, group="Training"
+    )
+    patience: int = setting(
+        6, "looks without a gain after which training stops", low=1, group="Training"
+    )
+    held_out: float = setting(
+        0.15,
+        "share of the cells for validation, and again for the test",
+        low=0.001,
+        high=0.499,
+        group="Training",
+    )
+    seed: int = setting(0, "seed of everything random", low=0, high=2**32 - 1)
 
     def __post_init__(self) -> None:
-        counts = (self.steps, self.batch, self.look_every, self.patience, self.max_genes)
-        if min(counts) < 1 or self.genes < 2:
-            raise BadInput(
-                "training needs at least one step, cell, look and gene, and two genes of each cell"
-                " in a step."
-            )
-        if not 0 < self.held_out < 0.5 or self.lr <= 0:
-            raise BadInput(
-                f"a share of {self.held_out:g} held out twice, or a rate of {self.lr:g}, cannot be"
-                " trained with; use 0.15 and 3e-3."
-            )
+        check_values(self)
 
 
-PRESETS = {"pbmc68k": TrainConfig()}
+@result("cells train")
+class CellTraining(Result):
+    """How training went; figures are on the test cells, in nats per masked value, cells weighing
+    alike.
+
+    lead_nats: by how much the gene-marginal baseline is worse. validation_curve: each look, as step
+    and NLL. expression: counts or log-counts. output: the folder of the checkpoint.
+    """
+
+    nll: float
+    baseline_nll: float
+    lead_nats: float
+    lead_ci95: tuple[float, float]
+    train_nll: float
+    validation_nll: float
+    seconds: float
+    steps: int
+    best_step: int
+    validation_curve: list[tuple[int, float]]
+    cells: dict[str, int]
+    genes: int
+    parameters: int
+    source: str
+    expression: str
+    mask_ratio: float
+    output: str = ""
 
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A trained model; its figures are on the test cells, in nats per masked value, cells weighing
-    alike.
-    """
+    """A trained model, with which cells went where, and its figures."""
 
     model: ScGPT
     vocab: dict[str, int]
     tokens: TokenConfig
     marginal: Marginal
     split: dict[str, list[str]]
-    figures: dict[str, Any]
+    config: TrainConfig
+    figures: CellTraining
 
-    def to_json(self) -> dict[str, Any]:
-        return self.figures
-
-    def record(self) -> dict[str, Any]:
-        """What belongs beside the checkpoint: the same for the same seed, so without times."""
-        kept = ("source", "settings", "nll", "baseline_nll")
-        return {"split": self.split, **{name: self.figures[name] for name in kept}}
+    def save(self, folder: str | Path) -> None:
+        """Write it in the published layout, with what belongs beside it: the same for the same
+        seed, so without times.
+        """
+        training = {
+            "split": self.split,
+            "source": self.figures.source,
+            "settings": asdict(self.config),
+            "nll": self.figures.nll,
+            "baseline_nll": self.figures.baseline_nll,
+        }
+        save_cells(folder, self.model, self.vocab, self.tokens, self.marginal, training)
 
 
 def train(
-    expression: Expression, config: TrainConfig = TrainConfig(), progress: Progress | None = None
+    expression: Expression, config: TrainConfig = TrainConfig(), tell: Tell = silent
 ) -> Trained:
     """Train from scratch on these cells; the same seed gives the same model on the same machine.
     torch's global seed is left alone.
@@ -128,43 +160,35 @@ def train(
     marginal = best_marginal(fitted, *validation, len(vocab), tokens.n_bins)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        shape = CellConfig(
-            n_tokens=len(vocab),
-            d_model=config.d_model,
-            n_heads=config.heads,
-            d_mlp=config.d_mlp,
-            n_layers=config.layers,
-            pad_id=vocab["<pad>"],
-            dropout=config.dropout,
-            categorical=True,
-        )
+        sizes = (config.d_model, config.heads, config.d_mlp, config.layers)
+        pad, dropout = vocab["<pad>"], config.dropout
+        shape = CellConfig(len(vocab), *sizes, pad_id=pad, dropout=dropout, categorical=True)
         model = ScGPT(shape)
         _begin_(model, fitted, marginal)
         batches = _batches(parts["train"], vocab, tokens, config)
-        curve, best_step = _fit_(model, batches, validation, config, progress)
+        curve, best_step = _fit_(model, batches, validation, config, tell)
     nll = {name: _by_cell(model, batch, masked[name]) for name, batch in looks.items()}
     lead = by_cell(marginal.nll(looks["test"], masked["test"])) - nll["test"]
-    figures = {
-        "nll": float(nll["test"].mean()),
-        "baseline_nll": float((nll["test"] + lead).mean()),
-        "lead_nats": float(lead.mean()),
-        "lead_ci95": interval(lead, config.seed),
-        "train_nll": float(nll["train"].mean()),
-        "validation_nll": float(nll["validation"].mean()),
-        "rms_error_bins": _errors(model, marginal, looks["test"], masked["test"]),
-        "seconds": time.perf_counter() - start,
-        "steps": curve[-1][0],
-        "best_step": best_step,
-        "validation_curve": curve,
-        "cells": {name: len(part.cell_names) for name, part in parts.items()},
-        "genes": len(vocab) - 3,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "source": expression.source,
-        "mask_ratio": RATIO,
-        "settings": asdict(config),
-    }
     split = {name: part.cell_names for name, part in parts.items()}
-    return Trained(model, vocab, tokens, marginal, split, figures)
+    figures = CellTraining(
+        nll=float(nll["test"].mean()),
+        baseline_nll=float((nll["test"] + lead).mean()),
+        lead_nats=float(lead.mean()),
+        lead_ci95=interval(lead, config.seed),
+        train_nll=float(nll["train"].mean()),
+        validation_nll=float(nll["validation"].mean()),
+        seconds=time.perf_counter() - start,
+        steps=curve[-1][0],
+        best_step=best_step,
+        validation_curve=curve,
+        cells={name: len(names) for name, names in split.items()},
+        genes=len(vocab) - 3,
+        parameters=sum(p.numel() for p in model.parameters()),
+        source=expression.source,
+        expression=expression.kind,
+        mask_ratio=RATIO,
+    )
+    return Trained(model, vocab, tokens, marginal, split, config, figures)
 
 
 def _split(expression: Expression, config: TrainConfig) -> dict[str, Expression]:
@@ -256,7 +280,7 @@ def _fit_(
     batches: Iterator[Batch],
     validation: tuple[Batch, Masks],
     config: TrainConfig,
-    progress: Progress | None,
+    tell: Tell,
 ) -> tuple[list[tuple[int, float]], int]:
     """Train the model, and leave it as it was at its best look; every look as (step, validation
     NLL), and the step of the best.
@@ -277,8 +301,7 @@ def _fit_(
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if progress:
-            progress("training", step, config.steps)
+        tell("training", step, config.steps)
         if step % config.look_every == 0 or step == config.steps:
             nll = float(_by_cell(model, *validation).mean())
             curve.append((step, nll))
@@ -333,17 +356,3 @@ def _by_cell(model: ScGPT, batch: Batch, masked: Masks) -> Tensor:
     model.eval()
     pieces = batch.pieces(CHUNK)
     return torch.cat([by_cell(masked_nll(model, batch.of(p), masked[:, p])) for p in pieces])
-
-
-@torch.no_grad()
-def _errors(model: ScGPT, marginal: Marginal, batch: Batch, masked: Masks) -> dict[str, float]:
-    """Root mean squared error, in bins, of the regression head and of the gene's mean bin."""
-    hidden = masked[0]
-    values = batch.values.masked_fill(hidden, model.shape.mask_value)
-    pieces = [(batch.genes[p], values[p], batch.padding[p]) for p in batch.pieces(CHUNK)]
-    said = torch.cat([model(*piece).value_pred for piece in pieces])
-    told = {"model": said, "baseline": marginal.mean_bin[batch.genes]}
-    return {
-        name: float((bins - batch.values)[hidden].square().mean().sqrt())
-        for name, bins in told.items()
-    }

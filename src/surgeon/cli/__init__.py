@@ -14,14 +14,11 @@ from difflib import get_close_matches
 import click
 
 from ..errors import SurgeonError
-from ..studies.registry import STUDIES
+from ..studies.registry import FAMILIES, STUDIES
 
 INTERRUPTED = 1
-# commands that are no studies, by their module here: files in the ecosystem's formats, and tools
-OTHERS = {
-    "cells": ("cells", "The same for models of gene expression."),
-    "report": ("report", "Make one self-contained page of a run folder."),
-}
+# commands that are no studies, by their module here
+OTHERS = {"report": ("report", "Make one self-contained page of a run folder.")}
 ORDER = (
     *("demo", "sites", "find", "verify", "ablate", "repair", "measure", "explain", "trace", "edit"),
     *("quantize", "audit", "cells", "sweep", "run", "report", "apply", "undo", "export", "index"),
@@ -39,6 +36,10 @@ class Surgeon(click.Group):
             from .studies import command_of
 
             return command_of(STUDIES[name])
+        if name in FAMILIES:
+            from .studies import family_of
+
+            return family_of(name, FAMILIES[name])
         if name not in OTHERS:
             return None
         module, _ = OTHERS[name]
@@ -47,7 +48,7 @@ class Surgeon(click.Group):
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         summaries: dict[str, str] = {name: study.summary for name, study in STUDIES.items()}
-        summaries |= {name: summary for name, (_, summary) in OTHERS.items()}
+        summaries |= FAMILIES | {name: summary for name, (_, summary) in OTHERS.items()}
         with formatter.section("Commands"):
             formatter.write_dl([(name, summaries[name]) for name in ORDER])
 

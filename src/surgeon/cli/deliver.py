@@ -39,7 +39,8 @@ def format_option() -> click.Option:
 
 def folder_option(*short: str) -> click.Option:
     text = "Run folder: write the result, its data and report.html there, too."
-    return _option("folder", "--folder", text, *short, metavar="DIR")
+    # by a name of its own: a study may have a setting `folder`
+    return _option("run_folder", "--folder", text, *short, metavar="DIR")
 
 
 def csv_option() -> click.Option:

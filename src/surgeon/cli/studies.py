@@ -12,7 +12,7 @@ import click
 
 from ..errors import BadInput, SurgeonError
 from ..progress import progress_bar
-from ..settings import settings_of
+from ..settings import nearest, settings_of
 from ..show.console import err
 from ..show.github import ANNOTATED
 from ..studies.desk import Desk
@@ -55,13 +55,28 @@ def command_of(study: Study) -> click.Command:
         callback=click.pass_context(functools.partial(_run, study)),
         help=study.settings.__doc__,
         short_help=study.summary,
-        branches={one.name: one.summary for one in branches_of(study)},
+        branches=branches_of(study.name),
     )
+
+
+def family_of(word: str, summary: str) -> click.Command:
+    """The command of a first word that is no study itself: it lists those that begin with it."""
+    branches = branches_of(word)
+
+    @click.pass_context
+    def run(context: click.Context, command: str | None) -> None:
+        if command is not None:
+            name = f"{word} {command}"
+            context.fail(f"No such command {name!r}{nearest(name, branches)}")
+        click.echo(context.get_help())
+
+    rest = click.Argument(["command"], required=False)
+    return GroupedCommand(word, params=[rest], callback=run, help=summary, branches=branches)
 
 
 def _run(study: Study, context: click.Context, /, **values: Any) -> None:
     with _spelled(study):
-        folder = run_folder(values["folder"])
+        folder = run_folder(values["run_folder"])
         output = values["output"] if study.output == "patch" else None
         _check_place(output)
         if values["as_json"] and values.get("as_csv"):

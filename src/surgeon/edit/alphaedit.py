@@ -18,7 +18,8 @@ def null_basis(covariance: Float64[Tensor, "in in"], energy: float) -> Float64[T
     Raises: BadInput if no direction has as little as that. Source: Fang et al. 2024,
     arXiv:2410.02355, section 3.2.
     """
-    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = torch.linalg.eigh(covariance)  # in ascending order
+    # rounding makes some of the smallest a little negative
     share = values.clamp_min(0).cumsum(0) / values.clamp_min(0).sum()
     kept = int((share <= energy).sum())
     if not kept:

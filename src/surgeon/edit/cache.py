@@ -46,10 +46,12 @@ class CovarianceCache:
         """
         try:
             with safe_open(self.path(key), "pt") as file:
-                held = json.loads((file.metadata() or {})[_KEY])
-                if held["key"] != json.loads(_text(key)):
+                about = json.loads((file.metadata() or {})[_KEY])
+                # the name is a hash of the key, cut short; the key itself decides
+                if about["key"] != json.loads(_text(key)):
                     return None
-                return {name: file.get_tensor(name) for name in file.keys()}, held["numbers"]  # noqa: SIM118
+                names = file.keys()
+                return {name: file.get_tensor(name) for name in names}, about["numbers"]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import BadInput
 from ..settings import nested, setting
 from .finetune import FineTuneConfig
 from .value import ValueConfig
@@ -36,20 +35,18 @@ class EditConfig:
     )
     fine_tune: FineTuneConfig = nested(FineTuneConfig, prefix="ft")
     weight: float = setting(
-        400.0, "of memit: how many usual keys the covariance stands for", group="Covariance"
+        400.0,
+        "of memit: how many usual keys the covariance stands for",
+        above=0,
+        group="Covariance",
     )
     energy: float = setting(
         0.1,
         "of alphaedit: share of the keys' energy in the directions that may change",
+        above=0,
+        below=1,
         group="Covariance",
     )
-
-    def __post_init__(self) -> None:
-        if self.weight <= 0 or not 0 < self.energy < 1:
-            raise BadInput(
-                "the ‹weight› of the usual keys must lie above 0, and the share of ‹energy› between"
-                " 0 and 1."
-            )
 
     @property
     def settled_value(self) -> ValueConfig:
@@ -68,10 +65,10 @@ def layers_by_depth(n: int, method: str) -> tuple[int, ...]:
     >>> layers_by_depth(28, "rome"), layers_by_depth(28, "memit")
     ((5,), (3, 4, 5, 6, 7))
     """
-    n = max(1, n - 1)
-    middle = min(n - 1, round((n + 1) / 6))
+    editable = max(1, n - 1)
+    middle = min(editable - 1, round(n / 6))
     if method not in SEVERAL_LAYERS:
         return (middle,)
-    many = min(n, max(2, middle))
-    first = max(0, min(n - many, middle + (many - 1) // 2 - many + 1))
+    many = min(editable, max(2, middle))
+    first = max(0, min(editable - many, middle - many // 2))
     return tuple(range(first, first + many))

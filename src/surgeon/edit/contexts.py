@@ -72,6 +72,7 @@ def sampled(
         decoder, new = Decoder(anatomy.model), ids
         for _ in range(tokens):
             logits = decoder.read(new).cpu()
+            # a special token would end the text, or begin another
             logits[:, [i for i in special if i < logits.shape[1]]] = -torch.inf
             new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
             ids = torch.cat([ids, new], 1)

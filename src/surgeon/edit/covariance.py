@@ -18,7 +18,7 @@ from ..tap import Tap, by_position
 from .keys import dense_down
 
 TOKENS_PER_DIMENSION = 10
-LEDOIT_WOLF = "ledoit-wolf"
+LEDOIT_WOLF = "ledoit-wolf"  # the ridge that the sample itself asks for
 CHECKPOINTS = 10  # times that an unfinished pass is kept
 
 
@@ -134,7 +134,7 @@ def key_moments(
     device = next(anatomy.model.parameters()).device
     begin, sums = start or (0, {layer: Sums() for layer in sites})
     parts = batches(windows)
-    if len(parts) == 1:
+    if len(parts) == 1:  # then there would be no first half to hold the whole against
         parts = list(windows.tensor_split(2))
     for done, ids in enumerate(parts[begin:], begin + 1):
         with Tap() as tap:
@@ -166,6 +166,7 @@ class Sums:
     def take(self, batch: int, x: Tensor) -> None:
         """Add the keys of a batch of windows."""
         x = by_position(x, batch).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        # position 0 is the attention sink: its key is unlike all others, and would outweigh them
         keys = x[:, 1:].flatten(0, 1)
         product = (keys.T @ keys).to("cpu", torch.float64)
         self.gram = product if self.gram is None else self.gram + product

@@ -57,7 +57,7 @@ def one_by_one(
     """
     anatomy = preparation.anatomy
     site = dense_down(anatomy, layer)
-    intact = anatomy.view(site).read().clone()
+    intact = anatomy.view(site).read().clone()  # patches of earlier facts will lie on the matrix
     patches: list[Patch] = []
     changes: list[Factors] = []
     facts: list[FactForecast] = []
@@ -113,8 +113,8 @@ def exactly(
     values = optimise(anatomy, requests, layer, value, progress=progress)
     keys = _keys(anatomy, requests, layer)
     residuals = values.delta.double()
-    held, owner = _held(keys)
-    change = exact_change(held, residuals[owner], preparation.factor(layer))
+    constraints, owner = _constraints(keys)
+    change = exact_change(constraints, residuals[owner], preparation.factor(layer))
     foreseen = _forecast(preparation, layer, anatomy.view(site).read(), change)
     facts = [
         _fact(preparation, request, layer, keys[i], residuals[i], values, i)
@@ -141,9 +141,9 @@ def spread(
             missing = (wanted - _states(anatomy, bare, last)) / (len(layers) - done)
             keys = _keys(anatomy, requests, layer)
             if config.method == "memit":
-                held, owner = _held(keys)
+                constraints, owner = _constraints(keys)
                 factor = preparation.factor(layer)
-                change = spread_change(held, missing[owner], factor, config.weight)
+                change = spread_change(constraints, missing[owner], factor, config.weight)
             else:
                 change, lost = _within_null_space(preparation, layer, keys, missing, config.energy)
                 unreached = torch.maximum(unreached, lost)
@@ -167,10 +167,11 @@ def _within_null_space(
     """AlphaEdit's change of one layer, and the share of each fact's key that it cannot reach."""
     moments = preparation.moments(layer)
     basis = null_basis(moments.covariance, energy)
-    held, owner = _held(keys)
+    constraints, owner = _constraints(keys)
+    # the mean diagonal of the covariance, so that it grows and shrinks with the model's keys
     ridge = moments.mean_square / moments.d_mlp
     lost = projection_loss(torch.stack([k.mean(0) for k in keys]), basis)
-    return null_space_change(held, missing[owner], basis, ridge), lost
+    return null_space_change(constraints, missing[owner], basis, ridge), lost
 
 
 def fine_tuned(
@@ -235,7 +236,7 @@ def probability(anatomy: Anatomy, request: Request) -> float:
     ids = torch.tensor([[*request.bare.ids, *request.targets[0]]])
     device = next(anatomy.model.parameters()).device
     logits = anatomy.model(input_ids=ids.to(device), use_cache=False).logits[0].float().cpu()
-    start = len(request.bare.ids) - 1
+    start = len(request.bare.ids) - 1  # position i predicts token i + 1
     log_p = logits.log_softmax(-1)[start : start + len(target)]
     return float(log_p.gather(1, target[:, None]).mean().exp())
 
@@ -249,13 +250,13 @@ def _keys(
     return list(torch.split(keys, [len(request.prompts) for request in requests]))
 
 
-def _held(keys: Sequence[Tensor]) -> tuple[Float64[Tensor, "m d_mlp"], Tensor]:
+def _constraints(keys: Sequence[Tensor]) -> tuple[Float64[Tensor, "m d_mlp"], Tensor]:
     """The keys that an edit of several facts is to hold at, the mean and the bare one of each, and
     to which fact each belongs.
     """
-    held = [chosen_keys(k, "both") for k in keys]
-    owner = torch.repeat_interleave(torch.arange(len(keys)), torch.tensor([len(k) for k in held]))
-    return torch.cat(held), owner
+    of_each = [chosen_keys(k, "both") for k in keys]
+    numbers = torch.tensor([len(some) for some in of_each])
+    return torch.cat(of_each), torch.repeat_interleave(torch.arange(len(keys)), numbers)
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..anatomy import Anatomy, Site
-from ..errors import BadInput
 from ..patch.deltas import wide
 from ..settings import setting
 from .adam import Adam
@@ -25,19 +24,16 @@ class FineTuneConfig:
     """Settings of the fine-tuning."""
 
     steps: int = setting(60, "most steps", low=1, group="Fine-tuning")
-    lr: float = setting(0.05, "learning rate, as a share of the RMS weight", group="Fine-tuning")
+    lr: float = setting(
+        0.05, "learning rate, as a share of the RMS weight", above=0, group="Fine-tuning"
+    )
     stop: float = setting(
         0.98,
         "end when every target has this probability at the bare prompt",
+        above=0,
+        below=1,
         group="Fine-tuning",
     )
-
-    def __post_init__(self) -> None:
-        if self.lr <= 0 or not 0 < self.stop < 1:
-            raise BadInput(
-                "fine-tuning needs a learning rate ‹ft_lr› above 0, and an ‹ft_stop› between 0"
-                " and 1."
-            )
 
 
 def fine_tune(
@@ -58,6 +54,7 @@ def fine_tune(
     ids, labels = _batch(requests, parameter.device)
     matrix = before.to(wide(before.dtype), copy=True)
     size = float(matrix.pow(2).mean().sqrt())
+    # gradients of single weights are small, and a larger eps would shorten their steps
     adam = Adam(matrix, eps=1e-12)
     n_out, n_in = matrix.shape
     every = torch.arange(n_out).repeat_interleave(n_in), torch.arange(n_in).repeat(n_out)
@@ -70,7 +67,7 @@ def fine_tune(
                 if float((-losses.detach()).exp().min()) >= config.stop:
                     break
                 (gradient,) = torch.autograd.grad(losses.mean(), parameter)
-                parameter.requires_grad_(False)
+                parameter.requires_grad_(False)  # torch writes to no leaf that takes gradients
                 gradient = gradient.flatten()[positions].view(n_out, n_in).to(matrix)
                 matrix -= config.lr * size * adam.stride(gradient)
                 view.assign_(matrix)

@@ -81,7 +81,7 @@ def keys_at(
 
     One pass that ends after the last of the layers.
     """
-    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    keys: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     device = next(anatomy.model.parameters()).device
     for start in range(0, len(batch), ROWS):
         rows = batch.rows(torch.arange(len(batch))[start : start + ROWS])
@@ -89,13 +89,13 @@ def keys_at(
             for layer in layers:
                 tap.on_input(
                     anatomy.module(dense_down(anatomy, layer)),
-                    partial(_keep, found[layer], rows.last),
+                    partial(_keep, keys[layer], rows.last),
                 )
             tap.stop_after(anatomy.layers[max(layers)])
             tap.run(anatomy.model, input_ids=rows.ids.to(device), use_cache=False)
-    return {layer: torch.cat(parts) for layer, parts in found.items()}
+    return {layer: torch.cat(parts) for layer, parts in keys.items()}
 
 
-def _keep(found: list[Tensor], at: Tensor, x: Tensor) -> None:
+def _keep(keys: list[Tensor], at: Tensor, x: Tensor) -> None:
     here = by_position(x, len(at))[torch.arange(len(at), device=x.device), at.to(x.device)]
-    found.append(here.to("cpu", torch.float64 if x.dtype == torch.float64 else torch.float32))
+    keys.append(here.to("cpu", torch.float64 if x.dtype == torch.float64 else torch.float32))

@@ -151,12 +151,13 @@ def forecast(
     left, right = (f.double() for f in factors)
     matrix = weight.detach().cpu().double()
     c = moments.covariance
+    # tr(D C D') and |D|^2 of D = left @ right, without D, which may be large
     damage = float(((left.T @ left) * (right @ c @ right.T)).sum())
     size = float(((left.T @ left) * (right @ right.T)).sum()) ** 0.5
     return LayerForecast(
         site,
         size / float(matrix.norm()),
-        max(0.0, damage),
+        max(0.0, damage),  # rounding can take it a little below
         float(((matrix @ c) * matrix).sum()),
         factor.condition,
         moments.count / moments.d_mlp,

@@ -201,10 +201,11 @@ class Preparation:
         them.
         """
         if self.corpus is not None:
-            width = self.corpus.windows.shape[1] - 1
+            width = self.corpus.windows.shape[1] - 1  # the covariance leaves position 0 out
             return self.corpus.windows[: max(2, -(-tokens // width))]
         longest = getattr(self.anatomy.config, "max_position_embeddings", None) or WINDOW
         width = min(WINDOW, longest)
+        # without BOS a text begins with a token of STARTS
         new = width - max(1, len(bos_ids(self.tokenizer, self.config.bos)))
         return sampled(
             self.anatomy,

@@ -124,12 +124,12 @@ def _relative(
     weight = anatomy.view(site).read().double().cpu()
     factors = _factors(weight, patch, site)
     device = next(anatomy.model.parameters()).device
-    found: list[Tensor] = []
+    changes: list[Tensor] = []
     usual: list[Tensor] = []
 
     def see(batch: int, x: Tensor) -> None:
         keys = by_position(x, batch).flatten(0, 1).double().cpu()
-        found.append(output_change(keys, factors))
+        changes.append(output_change(keys, factors))
         usual.append((keys @ weight.T).pow(2).sum(1))
 
     for ids in batches(windows):
@@ -137,7 +137,7 @@ def _relative(
             tap.on_input(anatomy.module(site), partial(see, len(ids)))
             tap.stop_after(anatomy.layers[int(site.layer or 0)])
             tap.run(anatomy.model, input_ids=ids.to(device), use_cache=False)
-    return torch.cat(found) / torch.cat(usual).mean().sqrt()
+    return torch.cat(changes) / torch.cat(usual).mean().sqrt()
 
 
 def _factors(weight: Float64[Tensor, "out in"], patch: Patch, site: Site) -> Factors:

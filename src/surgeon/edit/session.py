@@ -14,7 +14,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from ..anatomy import Anatomy, Site
-from ..errors import BadInput, Refused, SurgeonError
+from ..errors import Refused, SurgeonError
 from ..facts import Fact
 from ..measure import continuations, mean_nll
 from ..patch import Patch, compose
@@ -36,21 +36,18 @@ class SessionConfig:
     """
 
     max_nll_rise: float = setting(
-        0.1, "most nats that the NLL of unrelated text may rise", group="Limits"
+        0.1, "most nats that the NLL of unrelated text may rise", above=0, group="Limits"
     )
     max_norm: float = setting(
         5.0,
         "largest norm of all changes of a matrix together, relative to its own",
+        above=0,
         group="Limits",
     )
     min_kept: float = setting(
         0.5, "least share of earlier edits that must still hold", low=0, high=1, group="Limits"
     )
     force: bool = setting(False, "also make edits whose forecast says refuse", group="Limits")
-
-    def __post_init__(self) -> None:
-        if self.max_nll_rise <= 0 or self.max_norm <= 0:
-            raise BadInput("the guard rails ‹max_nll_rise› and ‹max_norm› must lie above 0.")
 
 
 RAILS = SessionConfig()
@@ -110,18 +107,18 @@ def session(
     with ExitStack() as applied:
         for number, fact in enumerate(facts):
             try:
-                made = edit(preparation, [fact], config)
+                latest = edit(preparation, [fact], config)
             except UnusableKey as error:
                 stopped = f"edit {number + 1} ({fact.text!r}) could not be made: {error}"
                 break
-            watch.remember(made.patch.sites)
+            watch.remember(latest.patch.sites)
             with ExitStack() as trial:
-                trial.enter_context(made.patch.applied(anatomy))
-                steps.append(watch.step(facts[: number + 1], made))
+                trial.enter_context(latest.patch.applied(anatomy))
+                steps.append(watch.step(facts[: number + 1], latest))
                 stopped = _broken(rails, steps[-1], watch.start_nll, number)
                 if stopped is None:
                     applied.enter_context(trial.pop_all())
-                    edits.append(made)
+                    edits.append(latest)
             progress("edits", number + 1, len(facts))
             if stopped is not None:
                 break
@@ -146,7 +143,7 @@ class _Watch:
             if site not in self.intact:
                 self.intact[site] = self.anatomy.view(site).read().clone()
 
-    def step(self, facts: Sequence[Fact], made: Edit) -> Step:
+    def step(self, facts: Sequence[Fact], latest: Edit) -> Step:
         """The model as it stands now, after the edit of the last of these facts."""
         asked = [(fact.text, str(fact.target)) for fact in facts]
         answers = continuations(self.anatomy.model, self.tokenizer, asked, self.bos)
@@ -158,7 +155,7 @@ class _Watch:
             sum(earlier),
             mean_nll(self.anatomy.model, self.windows),
             max(self._moved(site) for site in self.intact),
-            made.preflight.relative_damage,
+            latest.preflight.relative_damage,
         )
 
     def _moved(self, site: Site) -> float:

@@ -29,7 +29,6 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy
-from ..errors import BadInput
 from ..progress import Tell, silent
 from ..settings import setting
 from ..subject import SubjectPrompt, locate, target_ids
@@ -53,6 +52,7 @@ class ValueConfig:
         None,
         "learning rate, as a share of the RMS entry of the residual stream there; not given: 0.2,"
         " or 0.1 where facts are written together",
+        above=0,
         group="Value",
     )
     kl: float = setting(
@@ -64,20 +64,17 @@ class ValueConfig:
         low=0,
         group="Value",
     )
-    clamp: float = setting(4.0, "largest norm, relative to the residual stream's", group="Value")
+    clamp: float = setting(
+        4.0, "largest norm, relative to the residual stream's", above=0, group="Value"
+    )
     stop: float | None = setting(
         None,
         "end when the target has this probability after every context, at 0 when it is the argmax;"
         " not given: 0.98, or 0.9 where facts are written together",
         low=0,
+        below=1,
         group="Value",
     )
-
-    def __post_init__(self) -> None:
-        if self.clamp <= 0 or (self.lr is not None and self.lr <= 0):
-            raise BadInput("a value needs a learning rate ‹value_lr› and a ‹value_clamp› above 0.")
-        if self.stop is not None and self.stop >= 1:
-            raise BadInput(f"‹value_stop› is {self.stop:g}; no probability gets there, use 0.98.")
 
     def settled(self, together: bool = False) -> ValueConfig:
         """The same with what was left to the method; together: several facts at once."""
@@ -145,15 +142,15 @@ def optimise(
     """
     module = anatomy.module(dense_down(anatomy, layer)) if where == "mlp" else anatomy.layers[layer]
     groups = _grouped(requests)
-    found = []
+    of_groups = []
     with frozen(anatomy.model):
         for number, group in enumerate(groups, 1):
             name = f"value {number}/{len(groups)}" if len(groups) > 1 else "value"
             optimisation = _Optimisation(anatomy, group, layer, module, config.settled())
-            found.append(optimisation.run(progress, name))
+            of_groups.append(optimisation.run(progress, name))
     return Values(
         *(
-            torch.cat([getattr(one, name) for one in found])
+            torch.cat([getattr(one, name) for one in of_groups])
             for name in ("delta", "norm", "probability", "steps")
         )
     )
@@ -253,13 +250,13 @@ class _Optimisation:
     def run(self, progress: Tell, name: str) -> Values:
         config = self.config
         delta = torch.zeros(self.n, self.anatomy.d_model, requires_grad=True)
-        found = torch.zeros(self.n, self.anatomy.d_model)
+        final = torch.zeros(self.n, self.anatomy.d_model)  # as each request was when it was done
         probability, steps = torch.zeros(self.n), torch.zeros(self.n, dtype=torch.long)
         active = torch.ones(self.n, dtype=torch.bool)
         adam = Adam(delta, eps=1e-8)
-        for step in range(config.steps + 1):
+        for step in range(config.steps + 1):  # the last look moves no more
             asked = self._ask(active, delta)
-            found[active], probability[active] = delta.detach()[active], asked.likely[active]
+            final[active], probability[active] = delta.detach()[active], asked.likely[active]
             steps[active] = step
             done = asked.says if self.stop == 0 else asked.likely >= self.stop
             active = active & ~done
@@ -268,7 +265,7 @@ class _Optimisation:
                 break
             (gradient,) = torch.autograd.grad(asked.loss, delta)
             self._move_(delta, adam.stride(gradient), active)
-        return Values(found, self.norm, probability, steps)
+        return Values(final, self.norm, probability, steps)
 
     @torch.no_grad()
     def _move_(self, delta: Tensor, stride: Tensor, active: Tensor) -> None:

@@ -1,5 +1,14 @@
 """What a patch does to the residual stream: the patched channel over layers and positions, and
 where attention goes.
+
+How this works. A row of a matrix that writes to the residual stream writes one of its channels; so
+the rows that the patches change name the channels to look at. In each state, intact, broken and
+patched, the model runs once over the text, and |channel| is kept before the first layer and after
+each. What the patch writes is read off right after its own layer, window by window at the position
+where the channel is largest: layers above may write the channel too, and a peak over all layers
+would hide what the patch takes away. The first position of a window is listed apart, since a super
+activation sits there. Attention is looked at in the same states, since massive activations and
+attention sinks come together (Sun et al. 2024, arXiv:2402.17762).
 """
 
 from __future__ import annotations
@@ -7,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -110,28 +120,16 @@ def channel_trace(
     """
     require_stack(anatomy, patches)
     named = states(patches)
-    rows = [
-        (line.region.row, line.region.site)
-        for line in lines
-        if line.region.site.role in WRITES_RESIDUAL
-    ]
-    writers = {
-        row: site for row, site in reversed(rows) if row is not None
-    }  # the largest change names the writer
-    chosen = list(dict.fromkeys(row for row, _ in rows if row is not None))[: config.channels]
-    channels = (
-        _channels(anatomy, named, corpus.windows, chosen, writers, config.positions)
-        if chosen
-        else None
-    )
-    why = (
-        None
-        if chosen
-        else (
-            f"the patches change no whole row of {', '.join(WRITES_RESIDUAL)}, which write the"
-            " residual stream"
-        )
-    )
+    writers: dict[int, Site] = {}
+    for region in (line.region for line in lines):
+        if region.row is not None and region.site.role in WRITES_RESIDUAL:
+            writers.setdefault(region.row, region.site)  # the largest change, which comes first
+    writers = dict(islice(writers.items(), config.channels))
+    roles = ", ".join(WRITES_RESIDUAL)
+    why: str | None = f"the patches change no whole row of {roles}, which write the residual stream"
+    channels: list[Channel] | None = None
+    if writers:
+        channels, why = _channels(anatomy, named, corpus.windows, writers, config.positions), None
     sink = attention_sink(anatomy, named, corpus.windows[: config.attention_windows])
     if isinstance(sink, Sink):
         return ChannelTrace(channels, why, sink, None)
@@ -143,50 +141,58 @@ def _channels(
     anatomy: Anatomy,
     named: Mapping[str, Sequence[Patch]],
     windows: Int64[Tensor, "n window"],
-    chosen: Sequence[int],
     writers: Mapping[int, Site],
     positions: int,
 ) -> list[Channel]:
-    seen = {}
+    """Each channel of `writers` in every state."""
+    sizes = {}  # by state: (layers, n, window, channel)
     for state, patches in named.items():
         with stacked(anatomy, patches):
-            seen[state] = torch.cat(
-                [_residual(anatomy, ids, chosen) for ids in batches(windows)], 1
-            ).double()
-    found = []
-    for i, channel in enumerate(chosen):
-        layer = writers[channel].layer
-        at = 0 if layer is None else layer + 1
-        peak = {state: float(values[at, ..., i].amax(1).mean()) for state, values in seen.items()}
-        found.append(
-            Channel(
-                channel,
-                writers[channel],
-                at,
-                {
-                    state: ChannelState(
-                        rest=values[:, :, 1:, i].mean((1, 2)).tolist(),
-                        first=values[:, :, 0, i].mean(1).tolist(),
-                        largest=values[..., i].amax((1, 2)).tolist(),
-                        positions=values[at, :, :positions, i].mean(0).tolist(),
-                        peak=peak[state],
-                        ratio=peak[state] / peak["base"] if peak["base"] else 0.0,
-                    )
-                    for state, values in seen.items()
-                },
-            )
-        )
-    return found
+            parts = [_residual(anatomy, ids, list(writers)) for ids in batches(windows)]
+        sizes[state] = torch.cat(parts, 1).double()
+    channels = []
+    for i, (channel, site) in enumerate(writers.items()):
+        # index 0 is what enters the first layer, where the embedding has just written
+        at = 0 if site.layer is None else site.layer + 1
+        of_channel = {state: size[..., i] for state, size in sizes.items()}
+        base_peak = _peak(of_channel["base"], at)
+        states_of = {
+            state: _channel_state(size, at, positions, base_peak)
+            for state, size in of_channel.items()
+        }
+        channels.append(Channel(channel, site, at, states_of))
+    return channels
+
+
+def _channel_state(
+    size: Float64[Tensor, "layers n window"], at: int, positions: int, base_peak: float
+) -> ChannelState:
+    peak = _peak(size, at)
+    return ChannelState(
+        rest=size[:, :, 1:].mean((1, 2)).tolist(),
+        first=size[:, :, 0].mean(1).tolist(),
+        largest=size.amax((1, 2)).tolist(),
+        positions=size[at, :, :positions].mean(0).tolist(),
+        peak=peak,
+        ratio=peak / base_peak if base_peak else 0.0,
+    )
+
+
+def _peak(size: Float64[Tensor, "layers n window"], at: int) -> float:
+    """The largest over positions of each window where the site has just written, mean over
+    windows.
+    """
+    return float(size[at].amax(1).mean())
 
 
 def _residual(
     anatomy: Anatomy, ids: Int64[Tensor, "batch pos"], channels: Sequence[int]
 ) -> Float[Tensor, "layers batch pos channel"]:
     """|residual| of some channels before the first layer and after each."""
-    seen: list[Tensor] = []
+    sizes: list[Tensor] = []
 
     def keep(h: Tensor) -> None:
-        seen.append(h[..., list(channels)].float().abs().cpu())
+        sizes.append(h[..., list(channels)].float().abs().cpu())
 
     with Tap() as tap:
         tap.on_input(anatomy.layers[0], keep)
@@ -197,7 +203,7 @@ def _residual(
             input_ids=ids.to(next(anatomy.model.parameters()).device),
             use_cache=False,
         )
-    return torch.stack(seen)
+    return torch.stack(sizes)
 
 
 @torch.no_grad()
@@ -208,34 +214,41 @@ def attention_sink(
 
     The attention code is put back.
     """
-    device = next(anatomy.model.parameters()).device
-    found: dict[str, list[float]] = {}
-    try:
-        with _eager(anatomy.model):
-            for state, patches in named.items():
-                with stacked(anatomy, patches):
-                    output = anatomy.model(
-                        input_ids=windows.to(device), use_cache=False, output_attentions=True
-                    )
-                attentions = getattr(output, "attentions", None)
-                if not attentions or not all(
-                    isinstance(a, Tensor) and a.dim() == 4 for a in attentions
-                ):
-                    return "this model returns no attention weights, also when it is asked for them"
-                # falcon under sdpa returns weights that it computed anew and without the mask
-                if any(bool(a.triu(1).any()) for a in attentions):
-                    return (
-                        "the attention weights that this model returns look ahead, so they are not"
-                        " those it works with"
-                    )
-                found[state] = [float(_to_first(a)) for a in attentions]
-    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
-        return (
-            "this model cannot be run so that it shows its attention:"
-            f" {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        )
+    shares: dict[str, list[float]] = {}
+    for state, patches in named.items():
+        with stacked(anatomy, patches):
+            attentions = _attentions(anatomy.model, windows)
+        if isinstance(attentions, str):
+            return attentions
+        shares[state] = [float(_to_first(one)) for one in attentions]
     queries = torch.arange(2, windows.shape[1] + 1, dtype=torch.float64)
-    return Sink(found, float((1 / queries).mean()), len(windows))
+    return Sink(shares, float((1 / queries).mean()), len(windows))
+
+
+def _attentions(
+    model: Any, windows: Int64[Tensor, "n window"]
+) -> Sequence[Float[Tensor, "n head window window"]] | str:
+    """The attention weights of each layer; or why this model does not show them."""
+    ids = windows.to(next(model.parameters()).device)
+    try:
+        with _eager(model):
+            output = model(input_ids=ids, use_cache=False, output_attentions=True)
+    # a model that has no such switch, one whose attention has no such code, and one whose forward
+    # does not take the argument, each in its own way; nothing else runs within the block
+    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"this model cannot be run so that it shows its attention: {why}"
+    attentions = getattr(output, "attentions", None)
+    if not attentions or not all(isinstance(a, Tensor) and a.dim() == 4 for a in attentions):
+        return "this model returns no attention weights, also when it is asked for them"
+    # falcon under sdpa returns weights that it computed anew and without the mask
+    if any(bool(one.triu(1).any()) for one in attentions):
+        return (
+            "the attention weights that this model returns look ahead, so they are not those it"
+            " works with"
+        )
+    weights: Sequence[Tensor] = attentions
+    return weights
 
 
 def _to_first(attention: Float[Tensor, "batch head pos pos"]) -> Float64[Tensor, ""]:

@@ -5,7 +5,7 @@ and how few would do.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float64
@@ -114,28 +114,24 @@ def geometry(
     stack.
     """
     matrices = _matrices(anatomy, patches)
-    found = []
+    lines = []
     for site, base in matrices["base"].items():
         broken, merged = matrices["broken"][site], matrices["merged"][site]
         changed = differ(base, broken) | differ(broken, merged)
         by_row = int(changed.any(1).sum()) <= int(changed.any(0).sum())
         for i in changed.any(1 if by_row else 0).nonzero().flatten().tolist():
             region = Region(site, i, None) if by_row else Region(site, None, i)
-            rows = [(m[i] if by_row else m[:, i]).double() for m in (base, broken, merged)]
-            delta = rows[2] - rows[1] if len(patches) > 1 else rows[1] - rows[0]
-            found.append((float(delta.norm()), region, rows, delta))
-    if not found:
+            states_of = [(m[i] if by_row else m[:, i]).double() for m in (base, broken, merged)]
+            # of a lone injury, which is all that was merged, the change is the injury itself
+            before, after = states_of[-2:] if len(patches) > 1 else states_of[:2]
+            lines.append((region, states_of, after - before))
+    if not lines:
         raise BadInput(
             "the patches change no entry of any row or column, so they have no geometry."
         )
-    found.sort(key=lambda each: -each[0])
-    return Geometry(
-        [
-            _line(region, rows, delta, config.entries)
-            for _, region, rows, delta in found[: config.lines]
-        ],
-        len(found),
-    )
+    lines.sort(key=lambda line: -float(line[2].norm()))
+    listed = [_line(*line, config.entries) for line in lines[: config.lines]]
+    return Geometry(listed, len(lines))
 
 
 def topk_curve(
@@ -159,66 +155,101 @@ def topk_curve(
             "a top-k curve needs an injury and a repair; give two patches, the injury first."
         )
     require_causal(anatomy.model)
-    matrices = _matrices(anatomy, patches)
-    below, merged = matrices["below"], matrices["merged"]
-    layers = [site.layer for patch in [*patches, *(p for _, p in trained)] for site in patch.sites]
-    nll = ResumedNLL(
-        anatomy.model, anatomy.layers, min((0 if n is None else n) for n in layers), corpus.windows
-    )
-    at = [
-        (site, r, c)
-        for site in below
-        for r, c in differ(below[site], merged[site]).nonzero().tolist()
-    ]
-    if not at:
-        raise BadInput("the last patch changes no entry, so there is no top-k curve.")
-    delta = torch.stack(
-        [(merged[s][r, c].double() - below[s][r, c].double()).abs() for s, r, c in at]
-    )
-    order = delta.argsort(descending=True, stable=True).tolist()
-    base = float(nll().mean())
-    with stacked(anatomy, patches[:1]):
-        broken = float(nll().mean())
-    if broken - base <= 0:
-        raise BadInput(
-            f"the injury does no damage on {corpus.name} ({broken - base:+.4f} nats), so no share"
-            " of it can be recovered."
-        )
-
-    def recovered(value: float) -> float:
-        return 1 - (value - base) / (broken - base)
-
-    def kept(chosen: Sequence[int]) -> float:
-        cut = {site: matrix.clone() for site, matrix in below.items()}
-        for site, r, c in (at[i] for i in chosen):
-            cut[site][r, c] = merged[site][r, c]
-        with Patch.from_matrix(anatomy, cut).applied(anatomy):
-            return recovered(float(nll().mean()))
-
-    ks = [*(2**i for i in range((len(at) - 1).bit_length())), len(at)]
+    cut = _Cut(anatomy, patches, [patch for _, patch in trained], corpus)
     generator = torch.Generator().manual_seed(seed)
-    points = {}
+    sizes = _doubling(len(cut.entries))
+    points: dict[int, CurvePoint] = {}
     with stacked(anatomy, patches[:-1]):
-        for done, k in enumerate(ks):
-            points[k] = CurvePoint(k, largest=kept(order[:k]))
-            if k < len(at):
-                draws = [
-                    kept(torch.randperm(len(at), generator=generator)[:k].tolist())
-                    for _ in range(config.draws)
-                ]
-                points[k] = CurvePoint(
-                    k, points[k].largest, sum(draws) / len(draws), (min(draws), max(draws))
-                )
-            progress("top-k curve", done + 1, len(ks))
+        for done, k in enumerate(sizes, 1):
+            points[k] = _point(cut, k, config.draws, generator)
+            progress("top-k curve", done, len(sizes))
         for k, patch in trained:
             with patch.applied(anatomy):
-                share = recovered(float(nll().mean()))
-            p = points.get(k, CurvePoint(k))
-            points[k] = CurvePoint(k, p.largest, p.random, p.random_range, share)
+                points[k] = replace(points.get(k, CurvePoint(k)), trained=cut.recovered())
     with stacked(anatomy, patches):
-        patched = float(nll().mean())
+        patched = cut.nll()
     by_size = [points[k] for k in sorted(points)]
-    return Curve(ThreeStates(base, broken, patched), corpus.predicted, by_size)
+    return Curve(ThreeStates(cut.base, cut.broken, patched), corpus.predicted, by_size)
+
+
+class _Cut:
+    """The last patch cut to some of its entries, and the share of the damage that comes back.
+
+    entries: all that it changes; order: their indices, largest |delta| first. base, broken: the NLL
+    of these states.
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        patches: Sequence[Patch],
+        trained: Sequence[Patch],
+        corpus: Corpus,
+    ) -> None:
+        matrices = _matrices(anatomy, patches)
+        self.anatomy, self.below, self.merged = anatomy, matrices["below"], matrices["merged"]
+        self.entries = _changed(self.below, self.merged)
+        if not self.entries:
+            raise BadInput("the last patch changes no entry, so there is no top-k curve.")
+        self.order = self._by_size()
+        layers = [site.layer or 0 for patch in [*patches, *trained] for site in patch.sites]
+        self._nll = ResumedNLL(anatomy.model, anatomy.layers, min(layers), corpus.windows)
+        self.base = self.nll()
+        with stacked(anatomy, patches[:1]):
+            self.broken = self.nll()
+        if self.broken <= self.base:
+            raise BadInput(
+                f"the injury does no damage on {corpus.name} ({self.broken - self.base:+.4f} nats),"
+                " so no share of it can be recovered."
+            )
+
+    def _by_size(self) -> list[int]:
+        sizes = [
+            (self.merged[site][row, col].double() - self.below[site][row, col].double()).abs()
+            for site, row, col in self.entries
+        ]
+        return torch.stack(sizes).argsort(descending=True, stable=True).tolist()
+
+    def nll(self) -> float:
+        """Of the model as it stands."""
+        return float(self._nll().mean())
+
+    def recovered(self) -> float:
+        """The share of the damage that is undone in the model as it stands."""
+        share = ThreeStates(self.base, self.broken, self.nll()).recovered
+        assert share is not None  # there is damage
+        return share
+
+    def kept(self, chosen: Sequence[int]) -> float:
+        """The share that these entries of the last patch recover, put on what lies below it."""
+        matrices = {site: matrix.clone() for site, matrix in self.below.items()}
+        for site, row, col in (self.entries[i] for i in chosen):
+            matrices[site][row, col] = self.merged[site][row, col]
+        with Patch.from_matrix(self.anatomy, matrices).applied(self.anatomy):
+            return self.recovered()
+
+
+def _changed(below: Matrices, merged: Matrices) -> list[tuple[Site, int, int]]:
+    """The entries in which two states differ: site, row and column."""
+    return [
+        (site, row, col)
+        for site in below
+        for row, col in differ(below[site], merged[site]).nonzero().tolist()
+    ]
+
+
+def _doubling(size: int) -> list[int]:
+    """1, 2, 4, ... and `size` itself."""
+    return [*(2**i for i in range((size - 1).bit_length())), size]
+
+
+def _point(cut: _Cut, k: int, draws: int, generator: torch.Generator) -> CurvePoint:
+    """The k largest entries beside k random ones; all of them leave nothing to choose."""
+    n, largest = len(cut.entries), cut.kept(cut.order[:k])
+    if k == n:
+        return CurvePoint(k, largest)
+    shares = [cut.kept(torch.randperm(n, generator=generator)[:k].tolist()) for _ in range(draws)]
+    return CurvePoint(k, largest, sum(shares) / draws, (min(shares), max(shares)))
 
 
 def participation(delta: Float64[Tensor, " n"]) -> tuple[float, float]:

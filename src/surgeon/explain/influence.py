@@ -1,8 +1,16 @@
 """Which tokens an injury changes, position by position, and a test of any story told from such a
 ranking.
 
-Every ranking on a few lines is about what these lines are about, so a story about words has to
-survive the comparison with words of the same documents and the same frequency (story.py).
+How this works. Every state of the model runs over the same windows, and for each predicted token
+KL(base || state) and the NLL are kept: a table with a row for each token, which also says what the
+token is, in which word and which document it stands and how frequent that is (tokens.py). The
+tokens that change most are the ranking.
+
+Every ranking on a few lines is about what these lines are about. So a story about words has to
+survive the comparison with words of the same documents and the same frequency, and a story about
+documents that with words of the same frequency elsewhere; what chance gives is found by
+permutation, of words and not of single tokens, since the pieces and repetitions of one word are
+alike (story.py, permutation.py).
 """
 
 from __future__ import annotations

@@ -76,9 +76,8 @@ def document_null(
     """The weighted mean of `means` when whole documents change places: each keeps its profile of
     weights and gets another's values.
     """
-    each = (
-        weights @ means.T / weights.sum()
-    )  # [d, e]: what document d contributes with the values of document e
+    # [d, e]: what document d contributes with the values of document e
+    each = weights @ means.T / weights.sum()
     n = len(weights)
     return torch.stack(
         [
@@ -93,6 +92,7 @@ def p_value(observed: float, null: Float64[Tensor, " permutation"]) -> float:
 
     Source: Phipson & Smyth 2010.
     """
+    # the same sum in another order differs by rounding, and is to count as large all the same
     as_large = int((null >= observed - 1e-9 * abs(observed)).sum())
     return (1 + as_large) / (1 + len(null))
 

@@ -133,8 +133,8 @@ class Tests:
 
     def documents(self) -> list[Stratum]:
         names = [self.tokens.source.names[d] for d in sorted(set(self.tokens.documents))]
-        found = self._strata(names, self.document, self.frequency, self.config.min_tokens)
-        return sorted(found, key=lambda d: -d.mean_kl)
+        strata = self._strata(names, self.document, self.frequency, self.config.min_tokens)
+        return sorted(strata, key=lambda d: -d.mean_kl)
 
     def frequencies(self) -> list[Stratum]:
         names = [

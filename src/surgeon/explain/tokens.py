@@ -81,6 +81,7 @@ def split_documents(text: str) -> Documents:
 
 def frequency_class(count: int) -> int:
     """0 for 1-3 occurrences, 1 for 4-15, 2 for 16-63, ..."""
+    # the half keeps rounding from putting a power of the base into the class below
     return int(log(max(count, 1) + 0.5, CLASS_BASE))
 
 
@@ -131,6 +132,7 @@ def label_tokens(
         ],
         token_counts=[token_counts[ids[i]] for i in at],
         contexts=["".join(pieces[max(i - i % step, i - CONTEXT_TOKENS) : i]) for i in at],
+        # by its last character, since a token may begin with the line break before its word
         documents=[source.at(encoded.offset_mapping[i][1] - 1) for i in at],
         source=source,
     )

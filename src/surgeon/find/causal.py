@@ -15,7 +15,7 @@ from ..anatomy import Anatomy, Region, Site
 from ..measure.likelihood import batches, window_nll
 from ..patch import ablate, record_channel, restored_channel
 
-MAX_CHANNELS = 8
+MAX_CHANNELS = 8  # parts that write more have no one activation that could be put back
 
 
 def written_channels(parts: Sequence[Region]) -> list[tuple[Site, int]]:
@@ -23,18 +23,12 @@ def written_channels(parts: Sequence[Region]) -> list[tuple[Site, int]]:
     mlp.down each; else none.
     """
     channels = {
-        (p.site, p.row)
-        for p in parts
-        if p.row is not None and p.site.role == "mlp.down" and p.site.expert is None
+        (part.site, part.row)
+        for part in parts
+        if part.row is not None and part.site.role == "mlp.down" and part.site.expert is None
     }
-    whole = all(
-        p.row is not None and p.site.role == "mlp.down" and p.site.expert is None for p in parts
-    )
-    return (
-        sorted((s, r) for s, r in channels if r is not None)
-        if whole and len(channels) <= MAX_CHANNELS
-        else []
-    )
+    others = any((part.site, part.row) not in channels for part in parts)
+    return [] if others or len(channels) > MAX_CHANNELS else sorted(channels)
 
 
 @torch.no_grad()
@@ -52,18 +46,18 @@ def restored_nll(
     channels = written_channels(parts)
     injury = ablate(anatomy, parts)
     device = next(anatomy.model.parameters()).device
-    found = []
+    losses = []
     for ids in batches(windows):
         on_device = ids.to(device)
         intact = [record_channel(anatomy, site, row, on_device) for site, row in channels]
-        with injury.applied(anatomy), ExitStack() as held:
+        with injury.applied(anatomy), ExitStack() as restored:
             for (site, row), clean in zip(channels, intact, strict=True):
                 broken = record_channel(anatomy, site, row, on_device)
                 peak = torch.zeros_like(clean, dtype=torch.bool).scatter_(
                     1, clean.abs().argmax(1, keepdim=True), True
                 )
-                held.enter_context(
+                restored.enter_context(
                     restored_channel(anatomy, site, row, torch.where(peak, clean, broken))
                 )
-            found.append(window_nll(anatomy.model, ids))
-    return torch.cat(found)
+            losses.append(window_nll(anatomy.model, ids))
+    return torch.cat(losses)

@@ -12,9 +12,9 @@ from torch import Tensor
 from ..anatomy import Anatomy, Entry
 from ..errors import BadInput
 
-NEIGHBOURS = (
-    4  # how many times more candidates than controls are considered the nearest in magnitude
-)
+# so many times more candidates than controls are taken for the nearest in magnitude, so that
+# another seed draws other controls
+NEIGHBOURS = 4
 
 
 def matched_controls(

@@ -15,7 +15,7 @@ from ..anatomy import Anatomy, Region, StreamedAnatomy
 from ..patch import ablate
 from .causal import restored_nll
 
-Tell = Callable[[int, int], None]  # steps done, of how many
+Count = Callable[[int, int], None]  # is told the steps done, of how many
 NLL = Callable[[], Float64[Tensor, " n"]]  # of each window or cell, of the model as it is now
 
 
@@ -51,7 +51,7 @@ class Damage(ABC):
 
     @abstractmethod
     def of(
-        self, variants: Sequence[Variant], tell: Tell | None = None
+        self, variants: Sequence[Variant], count: Count | None = None
     ) -> list[Float64[Tensor, " n"]]:
         """Damage of each variant, of each window."""
 
@@ -75,14 +75,14 @@ class DamageInMemory(Damage):
         return self._base
 
     def of(
-        self, variants: Sequence[Variant], tell: Tell | None = None
+        self, variants: Sequence[Variant], count: Count | None = None
     ) -> list[Float64[Tensor, " n"]]:
-        found = []
+        damages = []
         for number, variant in enumerate(variants, 1):
-            found.append(self._one(variant) - self._base)
-            if tell:
-                tell(number, len(variants))
-        return found
+            damages.append(self._one(variant) - self._base)
+            if count:
+                count(number, len(variants))
+        return damages
 
     def _one(self, variant: Variant) -> Float64[Tensor, " n"]:
         if variant.restored:

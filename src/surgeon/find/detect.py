@@ -26,8 +26,10 @@ from ..settings import setting
 from ..tap import Tap
 from .experts import ExpertProfile
 
-WATCHED_CHANNELS = 8  # largest channels of each MLP's output whose contributions are kept
-PEAK_TOKENS = 8
+# of each MLP's output the largest channels, whose contributions are kept; a super activation is
+# among them, and all channels would be a matrix for each layer
+WATCHED_CHANNELS = 8
+PEAK_TOKENS = 8  # tokens at which a channel is largest; one alone could be an accident of the text
 
 
 def layer_range(text: str) -> tuple[int, int]:
@@ -338,7 +340,7 @@ class _Watch:
         index = self.channels[channel]
         if self.sites[0].expert is None:
             weight = self.anatomy.view(self.sites[0]).read()[channel].float()
-            found = list(
+            every = list(
                 self._ranked(
                     self.sites[0],
                     channel,
@@ -349,12 +351,12 @@ class _Watch:
             )
         else:
             peak = self._expert_contributions(channel, index)  # (expert, in)
-            found = [
+            every = [
                 c
                 for site in self.sites
                 for c in self._ranked(site, channel, peak[site.expert], peak[site.expert], index)
             ]
-        return sorted(found, key=lambda c: -abs(c.share))
+        return sorted(every, key=lambda c: -abs(c.share))
 
     def _ranked(
         self, site: Site, channel: int, mean: Tensor, peak: Tensor, index: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,31 +57,31 @@ def profile_experts(
             f"this {type(anatomy.model).__name__} has no mixture of experts in the layers asked"
             " for; leave ‹experts› out."
         )
-    seen: dict[int, list[ExpertProfile]] = {}
+    profiles: dict[int, list[ExpertProfile]] = {}
     with Tap() as tap:
         for index in layers:
             module = anatomy.module(anatomy.downs(index)[0])
-            tap.on_call(module, _watch(seen, index, module))
+            tap.on_call(module, _watch(profiles, index, module))
         tap.stop_after(anatomy.layers[layers[-1]])
         tap.run(
             anatomy.model,
             input_ids=windows.to(next(anatomy.model.parameters()).device),
             use_cache=False,
         )
-    found = [p for index in layers for p in seen[index]]
-    peaks = torch.tensor([p.peak for p in found], dtype=torch.float64)
+    experts = [one for index in layers for one in profiles[index]]
+    peaks = torch.tensor([one.peak for one in experts], dtype=torch.float64)
     bar = max(float(peaks.quantile(QUANTILE)), FRACTION * float(peaks.max()))
     # of a few experts the highest alone can be the quantile itself
-    named = [ExpertProfile(**{**vars(p), "is_super": p.peak > 0 and p.peak >= bar}) for p in found]
-    return sorted(named, key=lambda p: -p.peak)
+    judged = [replace(one, is_super=one.peak > 0 and one.peak >= bar) for one in experts]
+    return sorted(judged, key=lambda one: -one.peak)
 
 
 def _watch(
-    seen: dict[int, list[ExpertProfile]], layer: int, module: nn.Module
+    profiles: dict[int, list[ExpertProfile]], layer: int, module: nn.Module
 ) -> Callable[[tuple[Any, ...]], None]:
     def watch(args: tuple[Any, ...]) -> None:
         states, chosen, weights = args
-        seen[layer] = _profile(layer, module, states, chosen, weights)
+        profiles[layer] = _profile(layer, module, states, chosen, weights)
 
     return watch
 

@@ -17,19 +17,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from ..anatomy import Anatomy, Entry, Region
+import torch
+from torch import Tensor
+
+from ..anatomy import Anatomy, Entry, Region, Site
 from ..corpus import Corpus
 from ..errors import BadInput
 from ..measure import Controls
+from ..progress import Tell, silent
 from ..result import Result, derived, record, result
 from ..settings import nested, setting
 from .damage import Damage, Variant, zeroed
 from .detect import Candidate, Contribution, DetectConfig, Detection, Heights, Rejection, detect
 from .experts import ExpertProfile
 from .stream import damage_on
-from .verify import Progress, VerifyConfig, verify
+from .verify import VerifyConfig, verify
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,7 @@ def find(
     anatomy: Anatomy,
     corpus: Corpus,
     config: FindConfig = FindConfig(),
-    progress: Progress | None = None,
+    progress: Tell = silent,
 ) -> FindResult:
     """Critical sets of the model on this corpus. "None" is a result: `rejected` says what was seen
     and why it is not vital.
@@ -206,28 +209,18 @@ def find(
         )
     cut = min(config.probe_windows, n // 2)
     probe, held_out = corpus.windows[:cut], Corpus(corpus.name, corpus.windows[cut:], corpus.bos)
-    first, found = _chains(anatomy, probe, config, progress)
-    damage = damage_on(anatomy, probe, 0)
-    sets: list[CriticalSet] = []
-    rejected = list(first.rejected)
-    weak: list[_Chain] = []
-    for group in _groups(found):
-        outcome = _examine(anatomy, group, damage, held_out, config, progress)
-        if isinstance(outcome, CriticalSet):
-            sets.append(outcome)
-        else:
-            rejected.append(outcome)
-            weak.extend(group)
-    if len(weak) > 1 and not sets:  # nothing is vital alone; perhaps they are together
-        outcome = _examine(anatomy, weak, damage, held_out, config, progress)
-        if isinstance(outcome, CriticalSet):
-            sets.append(outcome)
-        else:
-            rejected.append(outcome)
-    sets.sort(key=lambda one: -one.damage.joint_nats)
-    base = float(damage_on(anatomy, corpus.windows, 0).base.mean())
-    seen = first.detection
-    return FindResult(sets, rejected, SearchedHeights(seen.bar, seen.heights, base))
+    first, chains = _chains(anatomy, probe, config, progress)
+    examiner = _Examiner(anatomy, probe, held_out, config, progress)
+    weak = []
+    for group in _groups(chains):
+        if not examiner.accepts(group):
+            weak += group
+    if len(weak) > 1 and not examiner.sets:  # nothing is vital alone; perhaps they are together
+        examiner.accepts(weak)
+    sets = sorted(examiner.sets, key=lambda one: -one.damage.joint_nats)
+    bar, heights = first.detection.bar, first.detection.heights
+    searched = SearchedHeights(bar, heights, examiner.base_nll())
+    return FindResult(sets, [*first.rejected, *examiner.rejected], searched)
 
 
 @dataclass
@@ -244,7 +237,7 @@ class _Chain:
 
 
 def _chains(
-    anatomy: Anatomy, probe: Any, config: FindConfig, progress: Progress | None
+    anatomy: Anatomy, probe: Tensor, config: FindConfig, progress: Tell
 ) -> tuple[Detection, list[_Chain]]:
     """Zero the rows that write the accepted channels, look again, until nothing new stands above
     the bar of round 0.
@@ -253,13 +246,13 @@ def _chains(
     gone: list[Region] = []
     first: Detection | None = None
     for number in range(config.rounds):
-        if progress:
-            progress("detect", number + 1, config.rounds)
+        progress("detect", number + 1, config.rounds)
         with zeroed(anatomy, gone):
-            seen = detect(anatomy, probe, config.detect, bar=first.detection.bar if first else None)
-        first = first or seen
+            bar = first.detection.bar if first else None
+            detection = detect(anatomy, probe, config.detect, bar)
+        first = first or detection
         grown = False
-        for candidate in seen.candidates:
+        for candidate in detection.candidates:
             sites = {c.entry.site for c in candidate.contributions if c.magnitude > 0}
             rows = [Region(site, candidate.channel, None) for site in sorted(sites)]
             rows = [r for r in rows if r not in gone]
@@ -277,78 +270,111 @@ def _chains(
 
 def _groups(chains: Sequence[_Chain]) -> list[list[_Chain]]:
     """Channels whose strongest entry sits in the same column of the same layer belong to one
-    set.
+    set: one neuron writes them all.
     """
-    groups: dict[tuple[Any, int], list[_Chain]] = {}
+    groups: dict[tuple[Site, int], list[_Chain]] = {}
     for chain in chains:
         strongest = chain.first.contributions[0].entry
         groups.setdefault((strongest.site, strongest.col), []).append(chain)
     return list(groups.values())
 
 
-def _examine(
-    anatomy: Anatomy,
-    group: Sequence[_Chain],
-    damage: Damage,
-    held_out: Corpus,
-    config: FindConfig,
-    progress: Progress | None,
-) -> CriticalSet | Rejection:
-    """The smallest prefix of the group's entries that covers the effect, verified; or why it is no
-    critical set.
-    """
-    ordered = _writers(group, damage, config.cover)
-    first = group[0].first
-    where = ", ".join(f"L{chain.first.layer} channel {chain.first.channel}" for chain in group)
-    height = max(chain.first.height for chain in group)
-    if not ordered:
-        why = "no entry contributes a measurable share of the channel's write"
-        return Rejection(where, why, height=height, entries=0)
+class _Examiner:
+    """What becomes of groups of channels: critical sets, or why they are none."""
 
-    curve = _Curve(damage, ordered)
-    size, full = curve.smallest(config.cover)
-    if not config.verify.is_large(full):
-        return Rejection(
-            f"{where} ({ordered[0].entry})",
-            f"zeroing every entry that writes it costs less than {config.verify.min_nats:g} nats",
-            height=height,
-            entries=len(ordered),
-            joint_nats=full,
-        )
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        probe: Tensor,
+        held_out: Corpus,
+        config: FindConfig,
+        progress: Tell,
+    ) -> None:
+        self.anatomy, self.probe, self.held_out = anatomy, probe, held_out
+        self.config, self.progress = config, progress
+        self.damage = damage_on(anatomy, probe, 0)
+        self.sets: list[CriticalSet] = []
+        self.rejected: list[Rejection] = []
+        self._held_out_nll: float | None = None  # of the intact model, once a verification took it
 
-    chosen = sorted(ordered[:size], key=lambda c: -c.magnitude)
-    parts = [_region(c.entry) for c in chosen]
-    verified = verify(anatomy, parts, held_out, config.verify, progress, listed=config.listed)
-    if not verified.vital:
-        return Rejection(
-            f"{where} ({chosen[0].entry})",
-            "the damage does not stand out from its matched controls",
-            height=height,
-            entries=len(ordered),
-            joint_nats=verified.joint_nats,
-            control_max_nats=verified.controls.max_nats,
-            control_median_nats=verified.controls.median_nats,
+    def accepts(self, group: Sequence[_Chain]) -> bool:
+        """Whether the group holds a critical set, which is kept; else the reason is."""
+        outcome = self._examine(group)
+        if isinstance(outcome, Rejection):
+            self.rejected.append(outcome)
+            return False
+        self.sets.append(outcome)
+        return True
+
+    def base_nll(self) -> float:
+        """Of the intact model on all windows."""
+        if self._held_out_nll is None:  # in one pass, which for a streamed model reads all of it
+            both = torch.cat([self.probe, self.held_out.windows])
+            return float(damage_on(self.anatomy, both, 0).base.mean())
+        n, n_held_out = len(self.probe), len(self.held_out.windows)
+        total = float(self.damage.base.sum()) + n_held_out * self._held_out_nll
+        return total / (n + n_held_out)
+
+    def _examine(self, group: Sequence[_Chain]) -> CriticalSet | Rejection:
+        """The smallest prefix of the group's entries that covers the effect, verified; or why it is
+        no critical set.
+        """
+        verifying = self.config.verify
+        ordered = _writers(group, self.damage, self.config.cover)
+        first = group[0].first
+        where = ", ".join(f"L{chain.first.layer} channel {chain.first.channel}" for chain in group)
+        height = max(chain.first.height for chain in group)
+        if not ordered:
+            why = "no entry contributes a measurable share of the channel's write"
+            return Rejection(where, why, height=height, entries=0)
+
+        curve = _Curve(self.damage, ordered)
+        size, full = curve.smallest(self.config.cover)
+        if not verifying.is_large(full):
+            return Rejection(
+                f"{where} ({ordered[0].entry})",
+                f"zeroing every entry that writes it costs less than {verifying.min_nats:g} nats",
+                height=height,
+                entries=len(ordered),
+                joint_nats=full,
+            )
+
+        chosen = sorted(ordered[:size], key=lambda c: -c.magnitude)
+        parts = [_region(c.entry) for c in chosen]
+        verified = verify(
+            self.anatomy, parts, self.held_out, verifying, self.progress, self.config.listed
         )
-    return CriticalSet(
-        channels=[chain.first.channel for chain in group],
-        heights=[chain.first.heights for chain in group],
-        agreement=first.agreement,
-        entries=[_critical_entry(anatomy, c) for c in chosen],
-        damage=SetDamage(
-            joint_nats=verified.joint_nats,
-            single_nats=verified.single_nats,
-            leave_one_out_nats=verified.leave_one_out_nats,
-            ci95=verified.ci95,
-            p_value=verified.p_value,
-            restored_nats=verified.restored_nats,
-            tokens=verified.tokens,
-            full_nats=full,
-            full_size=len(ordered),
-        ),
-        controls=verified.controls,
-        vital=verified.vital,
-        criteria=verified.criteria,
-    )
+        self._held_out_nll = verified.base_nll
+        if not verified.vital:
+            return Rejection(
+                f"{where} ({chosen[0].entry})",
+                "the damage does not stand out from its matched controls",
+                height=height,
+                entries=len(ordered),
+                joint_nats=verified.joint_nats,
+                control_max_nats=verified.controls.max_nats,
+                control_median_nats=verified.controls.median_nats,
+            )
+        return CriticalSet(
+            channels=[chain.first.channel for chain in group],
+            heights=[chain.first.heights for chain in group],
+            agreement=first.agreement,
+            entries=[_critical_entry(self.anatomy, c) for c in chosen],
+            damage=SetDamage(
+                joint_nats=verified.joint_nats,
+                single_nats=verified.single_nats,
+                leave_one_out_nats=verified.leave_one_out_nats,
+                ci95=verified.ci95,
+                p_value=verified.p_value,
+                restored_nats=verified.restored_nats,
+                tokens=verified.tokens,
+                full_nats=full,
+                full_size=len(ordered),
+            ),
+            controls=verified.controls,
+            vital=verified.vital,
+            criteria=verified.criteria,
+        )
 
 
 def _writers(group: Sequence[_Chain], damage: Damage, cover: float) -> list[Contribution]:
@@ -369,6 +395,7 @@ def _writers(group: Sequence[_Chain], damage: Damage, cover: float) -> list[Cont
     return next(
         entries
         for entries, loss in zip(upto, nats, strict=True)
+        # the second where zeroing does the model good, so that the share of it is above the whole
         if loss >= min(cover * max(nats), max(nats))
     )
 
@@ -399,6 +426,7 @@ class _Curve:
         enough = min(cover * full, full)  # full itself where zeroing does the model good
         high = next(k for k, loss in zip(sizes, nats, strict=True) if loss >= enough)
         low = max((k for k in sizes if k < high), default=0)
+        # to a sixteenth: the last entries of a long prefix tell little, and each step is a pass
         while high - low > max(1, high // 16):
             middle = (low + high) // 2
             low, high = (low, middle) if self.at(middle)[0] >= enough else (middle, high)

@@ -36,7 +36,7 @@ from ..tap import (
     returns_tuple,
 )
 from .causal import written_channels
-from .damage import Damage, DamageInMemory, Evidence, Tell, Variant
+from .damage import Count, Damage, DamageInMemory, Evidence, Variant
 
 STATE_BYTES = 1 << 30  # of hidden states carried at a time; more variants go in several passes
 
@@ -73,6 +73,7 @@ class DamageStreamed(Damage):
     def __init__(self, anatomy: StreamedAnatomy, windows: Tensor, lowest_layer: int) -> None:
         self.anatomy, self.lowest_layer, self.layers = anatomy, lowest_layer, anatomy.layers
         self.ids = [ids.to(self.anatomy.device) for ids in batches(windows)]
+        # two tokens of one window tell how the layers return their states
         self.as_tuple = returns_tuple(anatomy.model, self.layers, input_ids=self.ids[0][:1, :2])
         skeletons = [
             layer_calls(anatomy.model, self.layers, self.as_tuple, input_ids=ids)
@@ -90,24 +91,24 @@ class DamageStreamed(Damage):
         return self._base
 
     def of(
-        self, variants: Sequence[Variant], tell: Tell | None = None
+        self, variants: Sequence[Variant], count: Count | None = None
     ) -> list[Float64[Tensor, " n"]]:
-        """tell: called after every block, with the blocks done."""
+        """count: called after every block, with the blocks done."""
         size = sum(s.nbytes for s in self._entering[0])
         many = max(1, STATE_BYTES // size)
         groups = [variants[i : i + many] for i in range(0, len(variants), many)]
-        found: list[Tensor] = []
+        losses: list[Tensor] = []
         for number, group in enumerate(groups):
 
-            def told(done: int, depth: int, number: int = number) -> None:
-                if tell:
-                    tell(number * depth + done, len(groups) * depth)
+            def blocks(done: int, depth: int, number: int = number) -> None:
+                if count:
+                    count(number * depth + done, len(groups) * depth)
 
-            found += self._pass(group, told)
-        return [nll - self.base for nll in found]
+            losses += self._pass(group, blocks)
+        return [nll - self.base for nll in losses]
 
     @torch.no_grad()
-    def _pass(self, variants: Sequence[Variant], tell: Tell | None) -> list[Tensor]:
+    def _pass(self, variants: Sequence[Variant], count: Count | None) -> list[Tensor]:
         """NLL (n,) of each variant; of the intact model too, if that is not known yet."""
         runs = [_Run(variant) for variant in variants]
         channels = sorted({channel for run in runs for channel in run.channels})
@@ -127,8 +128,8 @@ class DamageStreamed(Damage):
                     written_here = [channel for channel in channels if _layer(channel[0]) == index]
                     intact = self._intact(index, entering, written_here, clean)
                 self._variants_through(index, runs, entering, clean)
-            if tell:
-                tell(index + 1, last + 1)
+            if count:
+                count(index + 1, last + 1)
         with self.anatomy.holding(None):
             if self._base is None:
                 self._base = self._nll(intact)
@@ -162,12 +163,12 @@ class DamageStreamed(Damage):
     def _broken(self, index: int, run: _Run, clean: Peaks) -> States:
         """One layer of a variant."""
         mine = [r for r in run.variant.zeroed if r.site.layer == index]
-        held = [(c, clean[c]) for c in run.channels if _layer(c[0]) == index]
+        restored = [(c, clean[c]) for c in run.channels if _layer(c[0]) == index]
         after = []
         with self.anatomy.zeroed(mine) if mine else nullcontext():
             for number, (calls, h) in enumerate(zip(self.calls, run.states, strict=True)):
                 with Tap() as tap:
-                    for (site, row), peaks in held:
+                    for (site, row), peaks in restored:
                         tap.on_output(self.anatomy.module(site), _restored(row, peaks[number]))
                     after.append(calls[index](self.layers[index], h))
         return after
@@ -176,12 +177,12 @@ class DamageStreamed(Damage):
         """NLL (n,) of each window, one after another: the logits of a batch can be larger than a
         block.
         """
-        found = []
+        losses = []
         for ids, batch in zip(self.ids, states, strict=True):
             for window, h in zip(torch.split(ids, 1), torch.split(batch, 1), strict=True):
                 with resume(self.layers, LayerInput(len(self.layers), h, self.as_tuple)):
-                    found.append(window_nll(self.anatomy.model, window))
-        return torch.cat(found)
+                    losses.append(window_nll(self.anatomy.model, window))
+        return torch.cat(losses)
 
 
 class _Run:

@@ -1,24 +1,36 @@
 """Verification: what the model loses without given weights, alone, together and all but one,
 against matched controls.
+
+How this works. Everything that is asked is a variant of one model: all parts at zero, each part
+alone, all parts but one, each control, and all parts at zero with the super activation put back
+(causal.py). All variants are measured together, so that a model that is read from disk is read once
+for all of them, and what lies below the lowest part is not computed again (stream.py). A control is
+the same operation on other weights of the same matrices, matched in size and laid out alike
+(controls.py). The damage of each variant is known window by window: the bootstrap draws windows,
+and the verdict (measure/verdict.py) asks for a large damage, far above the worst control.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+
+from jaxtyping import Float64
+from torch import Tensor
 
 from ..anatomy import Anatomy, Entry, Region
 from ..corpus import Corpus
 from ..errors import BadInput
 from ..measure import Behaviours, Controls, VitalConfig, interval, is_vital, p_value
+from ..progress import Tell, silent
 from ..result import Result, result
 from ..settings import setting
 from .causal import written_channels
 from .controls import matched_controls
-from .damage import Evidence, Tell, Variant
+from .damage import Damage, Evidence, Variant
 from .stream import damage_on
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,7 @@ def verify(
     parts: Sequence[Region],
     corpus: Corpus | Evidence,
     config: VerifyConfig = VerifyConfig(),
-    progress: Progress | None = None,
+    progress: Tell = silent,
     listed: int | None = None,
 ) -> Verification:
     """Zero each part alone, all together, and all but one; the same on matched controls.
@@ -94,50 +106,53 @@ def verify(
     alone = parts[:listed] if len(parts) > 1 else []
     drawn = matched_controls(anatomy, entries, config.controls, config.seed)
 
-    joint = Variant(parts)
-    singles = [Variant([part]) for part in alone]
-    left_out = [Variant([other for other in parts if other is not part]) for part in alone]
-    controls = [Variant([Region(e.site, e.row, e.col) for e in control]) for control in drawn]
+    # where a channel peaks is asked of windows of text; other evidence has none
     restorable = isinstance(corpus, Corpus) and bool(written_channels(parts))
-    restored = [Variant(parts, restored=True)] if restorable else []
+    variants = {
+        "joint": [Variant(parts)],
+        "single": [Variant([part]) for part in alone],
+        "left out": [Variant([other for other in parts if other is not part]) for part in alone],
+        "control": [Variant([Region(e.site, e.row, e.col) for e in control]) for control in drawn],
+        "restored": [Variant(parts, restored=True)] if restorable else [],
+    }
 
     evidence = corpus.windows if isinstance(corpus, Corpus) else corpus
     damage = damage_on(anatomy, evidence, lowest_layer(parts))
-    variants = [joint, *singles, *left_out, *controls, *restored]
-    by_window = dict(zip(map(id, variants), damage.of(variants, _telling(progress)), strict=True))
+    by_window = _measured(damage, variants, progress)
+    nats = {name: [float(one.mean()) for one in each] for name, each in by_window.items()}
 
-    def nats(group: Sequence[Variant]) -> list[float]:
-        return [float(by_window[id(variant)].mean()) for variant in group]
-
-    (joint_nats,) = nats([joint])
-    ci95 = interval(by_window[id(joint)], config.seed)
-    beside = Controls(nats(controls), control_kind(parts))
+    (joint_nats,) = nats["joint"]
+    ci95 = interval(by_window["joint"][0], config.seed)
+    controls = Controls(nats["control"], control_kind(parts))
     return Verification(
         at=list(parts),
         base_nll=float(damage.base.mean()),
         tokens=corpus.predicted,
-        single_nats=nats(singles) or [joint_nats],
+        single_nats=nats["single"] or [joint_nats],
         joint_nats=joint_nats,
-        leave_one_out_nats=nats(left_out) or [0.0],
+        leave_one_out_nats=nats["left out"] or [0.0],
         ci95=ci95,
-        p_value=p_value(joint_nats, beside.nats),
-        restored_nats=next(iter(nats(restored)), None),
-        controls=beside,
-        vital=is_vital(joint_nats, ci95, beside, config),
+        p_value=p_value(joint_nats, controls.nats),
+        restored_nats=next(iter(nats["restored"]), None),
+        controls=controls,
+        vital=is_vital(joint_nats, ci95, controls, config),
         criteria=config.criteria,
     )
+
+
+def _measured(
+    damage: Damage, variants: Mapping[str, Sequence[Variant]], progress: Tell
+) -> dict[str, list[Float64[Tensor, " n"]]]:
+    """The damage of each variant, by window, under the names of the variants."""
+    together = [variant for group in variants.values() for variant in group]
+    damages = iter(damage.of(together, partial(progress, "verify")))
+    return {name: list(islice(damages, len(group))) for name, group in variants.items()}
 
 
 def lowest_layer(parts: Sequence[Region]) -> int:
     """The lowest layer that parts lie in; 0 where one lies outside the layers."""
     layers = [part.site.layer for part in parts]
     return 0 if None in layers else min(layer for layer in layers if layer is not None)
-
-
-def _telling(progress: Progress | None) -> Tell | None:
-    if progress is None:
-        return None
-    return lambda done, total: progress("verify", done, total)
 
 
 def entries_of(anatomy: Anatomy, part: Region) -> list[Entry]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import exp, log2
+from math import log2
 
 import torch
 import transformers
@@ -25,10 +25,9 @@ from ..subject import SLOT
 from .behaviour import generate, loop_rate
 from .bootstrap import interval
 from .continuation import continuations, next_tokens
-from .likelihood import mean_nll
+from .likelihood import mean_nll, perplexity
 
 CONFABULATION = ("{} was founded by", "{} is served with", "{} is known for")
-LARGEST_EXPONENT = 700.0  # above it exp() has no float
 
 
 @dataclass(frozen=True)
@@ -277,8 +276,7 @@ class Scorecard:
         """exp(nll)."""
         if self.nll is None:
             return None
-        before, after = (min(v, LARGEST_EXPONENT) for v in (self.nll.before, self.nll.after))
-        return BeforeAfter(exp(before), exp(after))
+        return BeforeAfter(perplexity(self.nll.before), perplexity(self.nll.after))
 
 
 def scorecard(before: Examination, after: Examination, seed: int = 0) -> Scorecard:

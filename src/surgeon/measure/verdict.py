@@ -78,5 +78,6 @@ def is_vital(
     """Whether this damage, with its 95% interval over windows, meets `config.criteria`."""
     significant = ci95[0] > 0 and p_value(joint_nats, controls.nats) <= ALPHA
     large = config.is_large(joint_nats)
+    # controls that do the model good make it no easier
     beside_controls = joint_nats >= config.min_ratio * max(controls.max_nats, 0.0)
     return significant and large and beside_controls

@@ -21,7 +21,7 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..anatomy import Anatomy, Entry, Site, WeightView, digest
 from ..errors import BadInput
@@ -153,37 +153,44 @@ class Patch(Content):
 
     # -- using it ------------------------------------------------------------------------------
 
-    def apply_(self, anatomy: Anatomy, allow_tied: bool = False) -> None:
-        """Write the patch into the model. If it is refused, nothing was changed.
+    def apply_(self, model: Anatomy | nn.Module, allow_tied: bool = False) -> None:
+        """Write the patch into the model, or that of a map. If it is refused, nothing was changed.
 
         A base tensor is accepted as it is, or with other applied patches on it that hold none of
         the same entries.
         Raises: WrongBase, PatchConflict, TiedWeight unless `allow_tied`, PackedWeight.
         """
+        anatomy = _map_of(model)
         put_on_(self, views(self, anatomy, anatomy.view, allow_tied), stack_of(anatomy.model))
 
-    def undo_(self, anatomy: Anatomy) -> None:
+    def undo_(self, model: Anatomy | nn.Module) -> None:
         """Put the original entries back, bit for bit. If that is refused, nothing was changed.
 
         Raises: PatchConflict if a patch applied later holds the same entries; WrongBase if the
         model does not hold what the patch writes; Refused for a low-rank patch that was not applied
         to this very model object.
         """
+        anatomy = _map_of(model)
         take_off_(self, views(self, anatomy, anatomy.view), stack_of(anatomy.model))
 
     @contextmanager
-    def applied(self, anatomy: Anatomy, allow_tied: bool = False) -> Iterator[None]:
+    def applied(self, model: Anatomy | nn.Module, allow_tied: bool = False) -> Iterator[None]:
         """Applied within the block. On any exit the original entries are back.
 
         They are back even if they were trained inside the block.
         Raises: as `apply_`; on exit PatchConflict if a patch that was applied inside, and not
         undone, holds the same entries.
         """
+        anatomy = _map_of(model)
         self.apply_(anatomy, allow_tied)
         try:
             yield
         finally:
             take_off_(self, views(self, anatomy, anatomy.view), stack_of(anatomy.model), force=True)
+
+
+def _map_of(model: Anatomy | nn.Module) -> Anatomy:
+    return model if isinstance(model, Anatomy) else Anatomy.of(model)
 
 
 def applied_patches(anatomy: Anatomy) -> list[Patch]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..errors import BadInput
@@ -52,74 +53,57 @@ class GraftConfig:
             raise BadInput("a graft needs ‹ridges› and ‹first_weights›, all above 0.")
 
 
+_training = partial(setting, group="Training")
+
+
 @dataclass(frozen=True)
 class DistilConfig:
     """Settings of distillation."""
 
-    loss: str = setting(
+    loss: str = _training(
         "kl",
         "what is minimised: kl (to the intact model) or ce (cross-entropy on the text)",
         choices=("kl", "ce"),
-        group="Training",
     )
-    steps: int = setting(400, "most training steps", low=1, group="Training")
-    batch: int = setting(2, "windows of a step", low=1, group="Training")
-    length: int = setting(
+    steps: int = _training(400, "most training steps", low=1)
+    batch: int = _training(2, "windows of a step", low=1)
+    length: int = _training(
         128,
         "tokens of a training window, BOS included; at most those of an evaluation window",
         low=2,
-        group="Training",
     )
-    lr: float = setting(
-        0.0,
-        "learning rate of AdamW; 0: a share of the weights, as below",
-        low=0,
-        group="Training",
-    )
-    relative_lr: float = setting(
+    lr: float = _training(0.0, "learning rate of AdamW; 0: a share of the weights, as below", low=0)
+    relative_lr: float = _training(
         0.08,
         "learning rate as a share of the RMS weight of the rows; for OLMo-1B's vital row 1e-3",
         low=0,
-        group="Training",
     )
-    schedule: str = setting(
+    schedule: str = _training(
         "constant",
         "constant (but for the cooldown) or cosine (down to 0)",
         choices=("constant", "cosine"),
-        group="Training",
     )
-    cooldown: float = setting(
+    cooldown: float = _training(
         0.2,
         "share of the steps, at the end, over which a constant rate goes straight to 0",
         low=0,
         high=1,
-        group="Training",
     )
-    weight_decay: float = setting(0.0, "weight decay of AdamW", low=0, group="Training")
-    l1: float = setting(
-        0.0,
-        "pull of every change back to 0, as a share of the optimizer's own step",
-        low=0,
-        group="Training",
+    weight_decay: float = _training(0.0, "weight decay of AdamW", low=0)
+    l1: float = _training(
+        0.0, "pull of every change back to 0, as a share of the optimizer's own step", low=0
     )
-    sparse_k: int = setting(
-        0,
-        "change only this many entries, chosen during training; 0: all",
-        low=0,
-        group="Training",
+    sparse_k: int = _training(
+        0, "change only this many entries, chosen during training; 0: all", low=0
     )
-    every: int = setting(50, "steps between looks at the held-out slice", low=1, group="Training")
-    patience: int = setting(
-        4,
-        "looks without improvement before stopping; 0: train on and keep the last step",
-        low=0,
-        group="Training",
+    every: int = _training(50, "steps between looks at the held-out slice", low=1)
+    patience: int = _training(
+        4, "looks without improvement before stopping; 0: train on and keep the last step", low=0
     )
-    cache_mb: int = setting(
+    cache_mb: int = _training(
         1024,
         "MiB for the intact model's predictions; where they do not fit, the likeliest tokens'",
         low=1,
-        group="Training",
     )
 
 

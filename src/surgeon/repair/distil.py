@@ -94,6 +94,7 @@ def distil(
             for part in parts:
                 part.write_()
             if run.due:
+                # before the first step, without a graft, the model is as it was examined
                 loss, nll = exam.examine() if run.step or start else untrained
                 run.look(loss, nll, ThreeStates(intact, untrained[1], nll).recovered)
                 progress(run.says(), run.step, config.steps)

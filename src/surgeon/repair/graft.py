@@ -127,6 +127,7 @@ def _best(
             tried[weight, ridge] = (float(nll().mean()), change)
         return tried[weight, ridge][0]
 
+    # one after the other, not every pair: each attempt is a pass over the windows
     middle = sorted(config.ridges)[len(config.ridges) // 2]
     weight = min(config.first_weights, key=lambda w: attempt(w, middle))
     ridge = min(config.ridges, key=lambda r: attempt(weight, r))
@@ -161,6 +162,7 @@ def solve(
         d = torch.cholesky_solve(moments.cross[cols][:, members], torch.linalg.cholesky(gram))
         if rank:
             # the best approximation of rank r in the metric of the ridge-regularised second moments
+            # (eigh orders its values upwards)
             left = torch.linalg.eigh(d.T @ gram @ d).eigenvectors[:, -rank:]
             d = d @ left @ left.T
         change[rows[members][:, None], cols] = d.T
@@ -189,13 +191,13 @@ def _inputs(
     """What enters the module of `site`, batch by batch; the pass ends there."""
     module, device = anatomy.module(site), next(anatomy.model.parameters()).device
     for ids in batches(windows):
-        seen: list[Tensor] = []
+        inputs: list[Tensor] = []
         with Tap() as tap:
-            tap.on_input(module, lambda x, seen=seen: seen.append(x.double().cpu()))  # type: ignore[misc]
+            tap.on_input(module, inputs.append)
             tap.stop_after(module)
             tap.run(anatomy.model, input_ids=ids.to(device), use_cache=False)
         # some modules see batch and positions flattened into one axis
-        yield seen[0].reshape(*ids.shape, -1)
+        yield inputs[0].double().cpu().reshape(*ids.shape, -1)
 
 
 def _writes(anatomy: Anatomy, injury: Patch, target: Target, fit: Tensor) -> list[Tensor] | Tensor:

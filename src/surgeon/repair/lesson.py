@@ -87,6 +87,7 @@ class Lesson:
         if positions * vocabulary * 4 <= self.room:
             p = log_p.exp()
             return _Prediction(p, None, F.cross_entropy(log_p, p))
+        # a probability and the id of its token, four bytes each
         k = min(self.room // (positions * 8), vocabulary - 1, LIKELIEST)
         if k < 1:
             raise BadInput(

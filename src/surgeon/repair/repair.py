@@ -166,10 +166,9 @@ def repair(
     wanted = targets(
         anatomy, injury, config.rows, config.columns, config.exclude_injured, config.rank
     )
-    base = mean_nll(anatomy.model, case.judge)
     reference = Reference(anatomy.model, case.judge)
     injured = reference.compare(lambda: injury.applied(anatomy))
-    _require_damage(injured.nll - base, corpus)
+    _require_damage(injured.nll - injured.base_nll, corpus)
 
     began = time.perf_counter()
     healing = _heal(case, wanted, config.method, progress, checkpoint)
@@ -177,7 +176,7 @@ def repair(
     seconds = time.perf_counter() - began
 
     healed = reference.compare(lambda: stacked(anatomy, [injury, patch]))
-    nll = ThreeStates(base, injured.nll, healed.nll)
+    nll = ThreeStates(injured.base_nll, injured.nll, healed.nll)
     control = None
     if config.control:
         control = _control(case, wanted, healing.changes, nll, progress, checkpoint)

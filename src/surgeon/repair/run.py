@@ -266,7 +266,8 @@ class Run:
         try:
             with safe_open(path, "pt") as file:
                 state = json.loads(file.metadata()["surgeon"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                names = file.keys()
+                tensors = {name: file.get_tensor(name) for name in names}
             if state["key"] != self.key:
                 raise BadInput(
                     f"{path} is the checkpoint of another repair; give the settings it was begun"

@@ -11,10 +11,10 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
+from .. import files
 from ..anatomy import Site
 from ..audit import Weights
 from ..cells.checkpoint import load_cells, save_weights
-from ..errors import BadInput
 from ..patch import Patch
 
 
@@ -38,11 +38,10 @@ def patch_cells(
     """Copy the cell model in `source` to the new folder `target`, with the patches applied in
     order, or undone.
 
-    Raises: BadInput if `target` exists; as `load_cells`; as `Patch.apply_` or `Patch.undo_`, before
-    anything is written.
+    Raises: BadInput if no new folder can be made at `target`; as `load_cells`; as `Patch.apply_` or
+    `Patch.undo_`, before anything is written.
     """
-    if Path(target).exists():
-        raise BadInput(f"{target} exists already; name a new folder for the patched copy.")
+    files.check_new_folder(Path(target), Path(source))
     loaded = load_cells(source)
     anatomy = loaded.model.anatomy
     for patch in patches:
@@ -50,5 +49,6 @@ def patch_cells(
             patch.undo_(anatomy)
         else:
             patch.apply_(anatomy)
-    shutil.copytree(source, target)
-    save_weights(Path(target), {**loaded.model.state_dict(), **loaded.others})
+    with files.writing_folder(Path(target)) as part:
+        shutil.copytree(source, part, dirs_exist_ok=True)
+        save_weights(part, {**loaded.model.state_dict(), **loaded.others})

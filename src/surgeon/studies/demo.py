@@ -107,12 +107,12 @@ def run(lab: Lab, settings: Settings) -> Demo:
     look = _Look(lab, corpus, _prompts(lab, settings), _bits(lab.model))
     states = [look.at("intact")]
 
-    found = _found(lab, settings)
+    finding = _finding(lab, settings)
     injury: Patch | None = None
     healed: RepairResult | None = None
     no_repair: str | None = "nothing vital was found"
-    if found.sets:
-        injury = patch_of(lab.ablate(found.sets[0], seed=settings.seed))
+    if finding.sets:
+        injury = patch_of(lab.ablate(finding.sets[0], seed=settings.seed))
         states.append(look.at("without the set", injury))
         healed, no_repair = _repaired(lab, injury, settings)
         if healed is not None:
@@ -123,7 +123,7 @@ def run(lab: Lab, settings: Settings) -> Demo:
         states.append(look.at("edited", patch_of(edited)))
     states.append(look.at("put back"))
     return Demo(
-        find=found,
+        find=finding,
         repair=healed,
         no_repair=no_repair,
         edit=edited,
@@ -189,17 +189,17 @@ def _fact(lab: Lab, settings: Settings) -> Fact | None:
     return PATIENT_FACT if lab.name == PATIENT else None
 
 
-def _found(lab: Lab, settings: Settings) -> FindResult:
+def _finding(lab: Lab, settings: Settings) -> FindResult:
     """What the model cannot live without, verified against controls."""
     text = settings.text
-    found: FindResult = lab.find(
+    finding: FindResult = lab.find(
         text=text.text,
         window=text.window,
         windows=text.windows,
         bos=text.bos,
         seed=settings.seed,
     )
-    return found
+    return finding
 
 
 def _repaired(

@@ -34,13 +34,19 @@ class Desk:
         self.tell = tell
 
     def provenance(
-        self, settings: Any, corpus: CorpusRecord | None = None, model: str | None = None
+        self,
+        settings: Any,
+        corpus: CorpusRecord | None = None,
+        model: str | None = None,
+        fingerprint: str | None = None,
     ) -> Provenance:
-        """Of what a result with these settings is. model: of which, where none is open."""
+        """Of what a result with these settings is. model, fingerprint: of which, where none is
+        open.
+        """
         values = values_of(settings)
         return Provenance(
             model=self.name if model is None else model,
-            fingerprint=self.fingerprint,
+            fingerprint=fingerprint or self.fingerprint,
             corpus=corpus,
             settings=values,
             seed=values.get("seed"),

@@ -207,19 +207,19 @@ def run(lab: Lab, settings: Settings) -> EditResult:
     prompts = settings.controls.read()
     corpus = lab.corpus(settings.scoring.text, fit=True)
     ready = preparation(lab, settings.covariance, settings.scoring.text)
-    made = edit(ready, facts, settings.edit)
+    edited = edit(ready, facts, settings.edit)
     if not settings.force:
-        _refuse_harm(made.preflight)
-    scores = scored(lab, made.patch, facts, prompts, settings.scoring, ready.config.seed)
+        _refuse_harm(edited.preflight)
+    scores = scored(lab, edited.patch, facts, prompts, settings.scoring, ready.config.seed)
     recorded = replace(settings, source=as_recorded(settings.source))
     return EditResult(
-        made.method,
-        made.preflight,
+        edited.method,
+        edited.preflight,
         scores.scorecard,
         scores.controls,
         scores.radar,
-        made.seconds,
-        made.patch,
+        edited.seconds,
+        edited.patch,
         provenance=lab.provenance(recorded, corpus.record()),
     )
 

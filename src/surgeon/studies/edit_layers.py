@@ -143,16 +143,16 @@ def _trial(
     for intact in before:
         fact = intact.facts[0]
         try:
-            made = edit(ready, [fact], config)
+            edited = edit(ready, [fact], config)
         except BadInput:
             raise
         except SurgeonError:  # the key cannot be used there
             scores.append(0.0)
             continue
-        with made.patch.applied(lab.anatomy):
+        with edited.patch.applied(lab.anatomy):
             after = _examined(lab, fact, ready.config.bos)
         scores.append(_score(intact, after))
-        damages.append(made.preflight.relative_damage)
+        damages.append(edited.preflight.relative_damage)
     values = torch.tensor(scores, dtype=torch.float64)
     return LayerTrial(
         config.layers[0],

@@ -51,9 +51,9 @@ def run(lab: Lab, settings: Settings) -> FindResult | Detection:
     provenance = lab.provenance(settings, corpus.record())
     if settings.detect_only:
         lab.tell("detect", 0, 1)
-        seen = detect(lab.anatomy, probe, search.detect)
-        strongest = [_with_strongest(one) for one in seen.candidates]
-        return replace(seen, candidates=strongest, experts=profile, provenance=provenance)
+        detection = detect(lab.anatomy, probe, search.detect)
+        strongest = [_with_strongest(one) for one in detection.candidates]
+        return replace(detection, candidates=strongest, experts=profile, provenance=provenance)
     result = find(lab.anatomy, corpus, search, lab.tell)
     bytes_read = None
     if isinstance(lab.anatomy, StreamedAnatomy):

@@ -14,7 +14,8 @@ from .desk import Desk
 class Settings:
     """Compare the published values with MODEL: a folder, or a Hub id, optionally @revision.
 
-    Only the tensors concerned are read.
+    Only the matrices concerned are read. From the Hub they are fetched by byte range, and kept in
+    its cache.
     """
 
     model: str = setting(help="a folder or a Hub id", metavar="MODEL")

@@ -8,7 +8,7 @@ text cut into windows, the covariance of keys, a finding. Every verb is a method
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -241,6 +241,18 @@ class Lab(Desk):
     def quantize(self, bits: Any = None, **settings: Any) -> Any:
         """What few bits cost, with the critical weights held out; a `QuantizeResult`."""
         return self.run("quantize", bits, **settings)
+
+    def cells_geneformer(self, data: Any = None, **settings: Any) -> Any:
+        """What a Geneformer loses without given weights; a `GeneformerDamage`."""
+        return self.run("cells geneformer", data, **settings)
+
+    def sweep(self, verb: str, grid: Mapping[str, Sequence[Any]], **settings: Any) -> Any:
+        """The verb with every combination of the values in `grid`, as in
+        `lab.sweep("quantize", {"bits": [4, 8]}, windows=4)`; a `SweepTable`.
+        """
+        from .sweep_table import swept
+
+        return swept(self, verb, grid, settings)
 
     def sites(self) -> Any:
         """Every addressable weight matrix; a `SiteList`."""

@@ -11,6 +11,7 @@ from ..anatomy import Anatomy, Entry, Region
 from ..errors import BadInput, SurgeonError
 from ..find import CriticalSet, FindConfig, FindResult, Verification, VerifyConfig, find
 from ..patch import Patch, load
+from .cells_screen import CellScreen
 from .lab import Lab, TextSettings
 
 VITAL = "vital"
@@ -29,7 +30,8 @@ def regions_of(
 ) -> list[Region]:
     """The regions that `at` names: texts, entries, regions, a critical set, a result, or several.
 
-    place: the lab of the model, or its map alone. A FindResult stands for its first set. The text
+    place: the lab of the model, or its map alone. A FindResult stands for its first set, a
+    CellScreen for what it found. The text
     `vital` stands for the first set that `find` returns on this text, which takes a lab. setting:
     whose value `at` is.
     Raises: BadInput, UnknownSite; BadInput if two share an entry, which would be counted twice, or
@@ -60,6 +62,10 @@ def _named(place: Lab | Anatomy, at: Any, text: TextSettings, seed: int) -> Iter
         if not at.sets:
             raise BadInput("this finding holds no set; name weights instead.")
         yield from at.sets[0].parts
+    elif isinstance(at, CellScreen):
+        if not at.entries:
+            raise BadInput("this screen found nothing; name weights instead.")
+        yield from at.entries
     elif isinstance(at, Sequence):
         for one in at:
             yield from _named(place, one, text, seed)

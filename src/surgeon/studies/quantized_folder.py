@@ -89,8 +89,10 @@ def written(
     if asked.output is None or source is None:
         return None
     target = Path(asked.output)
-    # a streamed model's own, which hash on the way what is read
-    shards = lab.anatomy.shards if isinstance(lab.anatomy, StreamedAnatomy) else None
+    shards = None
+    # a streamed model's own, which hash on the way what is read; not of another commit of the Hub
+    if isinstance(lab.anatomy, StreamedAnatomy) and lab.anatomy.shards.folder == source:
+        shards = lab.anatomy.shards
     plan = ExportPlan(
         source, target, config, tuple(critical), squares, lab.tell, asked.keep, shards
     )

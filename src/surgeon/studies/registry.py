@@ -129,6 +129,36 @@ _ALL = (
     ),
     Study("explain", "Say how a patch works.", leading="patches"),
     Study(
+        "cells train",
+        "Train a small model of gene expression.",
+        opens="",
+        positional=("data",),
+    ),
+    Study(
+        "cells screen",
+        "Screen a model of cells for weights it cannot live without.",
+        opens="",
+        positional=("folder", "data"),
+    ),
+    Study(
+        "cells map",
+        "Map what falls with given weights: genes, cells, pathways.",
+        opens="",
+        positional=("folder", "data"),
+    ),
+    Study(
+        "cells sentences",
+        "Write cells as text for a language model of cells.",
+        opens="",
+        positional=("data",),
+    ),
+    Study(
+        "cells geneformer",
+        "Measure what a Geneformer loses without given weights.",
+        leading="data",
+        positional=("data",),
+    ),
+    Study(
         "sweep",
         "Run many models, verbs and seeds; resumable.",
         opens="",
@@ -175,11 +205,15 @@ _ALL = (
     ),
 )
 STUDIES = {study.name: study for study in _ALL}
+# first words of names that are no studies themselves
+FAMILIES = {"cells": "The same for models of gene expression."}
 
 
-def branches_of(study: Study) -> list[Study]:
-    """The studies whose names begin with that of another: `edit layers` of `edit`."""
-    return [one for one in _ALL if one.name.startswith(f"{study.name} ")]
+def branches_of(word: str) -> dict[str, str]:
+    """The studies whose names begin with that word, with their summaries: `edit layers` of
+    `edit`.
+    """
+    return {one.name: one.summary for one in _ALL if one.name.startswith(f"{word} ")}
 
 
 def study_named(name: str) -> Study:
@@ -203,8 +237,6 @@ def run(verb: str, /, **settings: Any) -> Any:
 
 # where the class of each kind of result is, from the package's root
 RESULTS = {
-    "cells screen": "studies.cells:Screen",
-    "cells map": "cells.map:Map",
     "sites": "studies.sites:SiteList",
     "find": "find:FindResult",
     "detect": "find:Detection",
@@ -220,6 +252,11 @@ RESULTS = {
     "edit many": "studies.edit_many:EditsResult",
     "quantize": "studies.quantize:QuantizeResult",
     "explain": "explain:Explanation",
+    "cells train": "cells:CellTraining",
+    "cells screen": "studies.cells_screen:CellScreen",
+    "cells map": "cells:CellMap",
+    "cells sentences": "studies.cells_sentences:CellSentences",
+    "cells geneformer": "studies.cells_geneformer:GeneformerDamage",
     "demo": "studies.demo:Demo",
     "sweep": "studies.sweep:SweepResult",
     "sweep table": "studies.sweep_table:SweepTable",

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import product
 from math import isfinite
 from typing import Any
 
 from ..errors import BadInput
-from ..result import Result, result
+from ..result import Provenance, Result, result
 from ..settings import setting
 from ..sweep.store import Store
 from ..sweep.tables import Answer, averages, query
+from ..sweep.task import plain
 from .desk import Desk
+from .registry import study_named
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,31 @@ class SweepTable(Result):
         return (
             f"{self.missing} tasks of this sweep have no result yet, so they are not in the table."
         )
+
+
+def swept(
+    desk: Desk, verb: str, grid: Mapping[str, Sequence[Any]], settings: Mapping[str, Any]
+) -> SweepTable:
+    """The verb with every combination of the values in `grid`, on the model at hand.
+
+    All combinations are checked before the first is run. Raises: BadInput for one that cannot be.
+    """
+    study = study_named(verb)
+    choices = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+    for choice in choices:
+        study.configured({**settings, **choice})
+    table: list[dict[str, Any]] = []
+    for done, choice in enumerate(choices):
+        desk.tell(verb, done, len(choices))
+        rows = study.run(desk, {**settings, **choice}).rows()
+        table += [{**_plain_row(choice), **_plain_row(row)} for row in rows]
+    columns = list(dict.fromkeys(name for row in table for name in row))
+    about = Provenance(desk.name, desk.fingerprint, surgeon=version("weight-surgeon"))
+    return SweepTable("", 0, columns, table, provenance=about)
+
+
+def _plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _plain(plain(value)) for name, value in row.items()}
 
 
 def run(desk: Desk, settings: Settings) -> SweepTable:

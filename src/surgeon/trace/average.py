@@ -14,11 +14,12 @@ from ..anatomy import Anatomy
 from ..errors import BadInput, SurgeonError
 from ..facts import Fact
 from ..measure import interval, require_causal
+from ..progress import Tell, silent
 from ..subject import SubjectPrompt, locate, target_ids
 from .config import DEFAULTS, TraceConfig
 from .corruption import Spread
 from .result import AverageIntervals, Interval, LayerEffect, TraceAverage, by_kind
-from .trace import Progress, Trace, corruption_of, trace
+from .trace import Trace, corruption_of, trace
 
 PLACES = (
     "first subject token",
@@ -107,7 +108,7 @@ def trace_facts(
     facts: Sequence[Fact],
     config: TraceConfig = DEFAULTS,
     bos: str = "auto",
-    progress: Progress | None = None,
+    progress: Tell = silent,
 ) -> AverageTrace:
     """Trace every fact that the model knows, and average by place.
 
@@ -139,8 +140,7 @@ def trace_facts(
         traces.append(
             trace(anatomy, tokenizer, prompt, subject, config, fact.true, bos=bos, spread=spread)
         )
-        if progress:
-            progress("facts", done, len(known))
+        progress("facts", done, len(known))
     first = traces[0]
     return AverageTrace(
         {kind: torch.stack([_by_place(t, kind) for t in traces]) for kind in first.effects},

@@ -5,7 +5,6 @@ Source: Meng et al. 2022, arXiv:2202.05262, section 2; the severed paths are tho
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from ..anatomy import Anatomy
 from ..errors import BadInput
 from ..measure import interval, require_causal
+from ..progress import Tell, silent
 from ..subject import SubjectPrompt, locate, target_ids
 from .config import DEFAULTS, SEVERED, TraceConfig
 from .corruption import Spread, corrupted
@@ -29,7 +29,6 @@ from .result import (
     by_kind,
 )
 
-Progress = Callable[[str, int, int], None]
 CI = "95% percentile bootstrap of the mean over noise samples"
 NO_DAMAGE = 0.9  # of the clean probability: a corruption that leaves more has hardly corrupted
 
@@ -115,7 +114,7 @@ def trace(
     versus: str | None = None,
     bos: str = "auto",
     spread: Spread | None = None,
-    progress: Progress | None = None,
+    progress: Tell = silent,
 ) -> Trace:
     """Which states carry a fact: the metric with each site of the model restored.
 
@@ -165,14 +164,13 @@ def trace(
     embedded = corrupted(anatomy, tokenizer, located, prompt, config, sigma)
     run = Restorer(anatomy, located, embedded, config, answer_id, versus_id)
     kinds = [*config.kinds, *([SEVERED] if config.sever else [])]
+    n_layers = len(run.layers)
     effects = {}
     for done, kind in enumerate(kinds):
         by_layer = []
-        for layer in range(len(run.layers)):
+        for layer in range(n_layers):
             by_layer.append(run.restored(kind, layer))
-            if progress:
-                n_layers = len(run.layers)
-                progress("restoring", done * n_layers + layer + 1, len(kinds) * n_layers)
+            progress("restoring", done * n_layers + layer + 1, len(kinds) * n_layers)
         effects[kind] = torch.stack(by_layer)
 
     said, other = (str(tokenizer.decode([i])) for i in (run.answer, run.versus))

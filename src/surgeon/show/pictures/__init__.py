@@ -36,8 +36,11 @@ KINDS = {
     "measure": "models:measure",
     "audit": "audit:audit",
     "sites": "models:sites",
+    "cells train": "cells:train",
     "cells screen": "cells:screen",
-    "cells map": "cells:map",
+    "cells map": "cell_maps:map",
+    "cells sentences": "cells:sentences",
+    "cells geneformer": "cells:geneformer",
 }
 
 

@@ -371,6 +371,54 @@ def bands(rows: Sequence[Row], nulls: tuple[str, str], observed: str, x: str) ->
     )
 
 
+def bars(ranked: Sequence[tuple[str, float]], x: str, says: Sequence[str]) -> Chart:
+    """Horizontal bars from zero in the order given, each with what it says beside it."""
+    rows: list[Row] = [
+        {"row": name, "x": value, "end": max(0.0, value), "says": text}
+        for (name, value), text in zip(ranked, says, strict=True)
+    ]
+    values = [0.0, *(value for _, value in ranked)]
+    low, high = min(values), max(values)
+
+    def build(narrow: bool) -> Layers:
+        width = (high - low) or 1.0
+        room = 0.35 if narrow else 0.15
+        scale = alt.Scale(domain=[low - 0.02 * width, high + room * width], nice=False)
+        axis = alt.Axis(ticks=False, domain=False, labelColor=INK)
+        y = alt.Y("row:N", sort=[name for name, _ in ranked], title=None, axis=axis)
+        base = alt.Chart(_data(rows)).encode(y=y)
+        at_x = alt.X("x:Q", title=x, scale=scale, axis=alt.Axis(tickCount=4))
+        texts = base.mark_text(align="left", dx=5, color=INK, fontSize=12)
+        return alt.layer(
+            base.mark_bar(color=COLOURS["broken"], height=12).encode(x=at_x),
+            texts.encode(x=alt.X("end:Q", scale=scale), text="says:N"),
+        )
+
+    return draw(build, 22 * len(ranked) + 10)
+
+
+def dots(rows: Sequence[Row], x: str, y: str) -> Chart:
+    """A scatter of small dots; rows hold x, y and o, how full the colour is.
+
+    A ring keeps pale dots visible.
+    """
+
+    def build(narrow: bool) -> Layers:
+        axis, scale = alt.Axis(gridColor=GRID, tickCount=5), alt.Scale(zero=False)
+        base = alt.Chart(_data(rows)).encode(
+            x=alt.X("x:Q", title=x, axis=axis, scale=scale),
+            y=alt.Y("y:Q", title=y, axis=axis, scale=scale),
+        )
+        return alt.layer(
+            base.mark_point(size=26, filled=False, stroke=MUTED, strokeWidth=0.4, opacity=0.6),
+            base.mark_point(size=26, filled=True, color=COLOURS["broken"]).encode(
+                opacity=alt.Opacity("o:Q", scale=None)
+            ),
+        )
+
+    return draw(build, 300)
+
+
 def _ticks(high: float) -> list[float]:
     """Round numbers from 0 to `high`: none below 0, where there is room for text and no value can
     be.

@@ -69,12 +69,12 @@ def detect_headline(result: Detection) -> Headline:
 
 def detect_pictures(result: Detection) -> Iterator[Picture]:
     """Where channels rise, and what writes them."""
-    seen = result.detection
+    searched = result.detection
     series = [(f"channel {one.channel}", one.heights) for one in result.candidates]
     yield _heights(
-        f"{many(len(result.candidates), 'channel')} above the bar of {seen.bar:.3g}",
-        seen.heights,
-        seen.bar,
+        f"{many(len(result.candidates), 'channel')} above the bar of {searched.bar:.3g}",
+        searched.heights,
+        searched.bar,
         series,
     )
     if result.candidates:
@@ -99,7 +99,7 @@ def detect_pictures(result: Detection) -> Iterator[Picture]:
             ),
         )
     if result.rejected:
-        yield _rejected(result.rejected, seen.bar)
+        yield _rejected(result.rejected, searched.bar)
 
 
 def verify_headline(result: Verification) -> Headline:
@@ -158,13 +158,13 @@ def _rejected(rejected: Sequence[Rejection], bar: float) -> Picture:
 
 
 def _rise(result: FindResult) -> Picture:
-    seen = result.detection
+    searched = result.detection
     series = [
         (f"channel {channel}, written by the {'vital ' if one.vital else ''}set", heights)
         for one in result.sets
         for channel, heights in zip(one.channels, one.heights, strict=True)
     ]
-    return _heights(_rise_headline(result), seen.heights, seen.bar, series)
+    return _heights(_rise_headline(result), searched.heights, searched.bar, series)
 
 
 def _rise_headline(result: FindResult) -> str:

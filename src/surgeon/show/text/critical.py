@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.markup import escape
 from rich.table import Table
 
 from ...find import CriticalSet, Detection, ExpertProfile, FindResult, Rejection, Verification
@@ -18,13 +17,14 @@ MOST_ENTRIES = 3
 
 def print_find(result: FindResult) -> None:
     """Sets with their damage beside the controls, then what was rejected and why."""
-    seen = result.detection
-    out.print(f"{_model(result.provenance)}: NLL {seen.base_nll:.3f} on {_text(result.provenance)}")
+    searched = result.detection
+    model, text = model_shown(result.provenance), _text(result.provenance)
+    out.print(f"{model}: NLL {searched.base_nll:.3f} on {text}")
     if result.verdict == "none":
-        tallest = max(range(len(seen.heights)), key=lambda i: seen.heights[i])
+        tallest = max(range(len(searched.heights)), key=lambda i: searched.heights[i])
         out.print(
-            f"None found: the tallest channel is {seen.heights[tallest]:.1f} times the median"
-            f" (layer {tallest}; the bar is {seen.bar:.1f})."
+            f"None found: the tallest channel is {searched.heights[tallest]:.1f} times the median"
+            f" (layer {tallest}; the bar is {searched.bar:.1f})."
         )
     for number, one in enumerate(result.sets, 1):
         _print_set(number, one)
@@ -35,9 +35,9 @@ def print_find(result: FindResult) -> None:
 def _print_set(number: int, one: CriticalSet) -> None:
     names = [str(entry.entry) for entry in one.entries]
     more = f" and {len(names) - MOST_ENTRIES} more" if len(names) > MOST_ENTRIES else ""
-    shown = escape(", ".join(names[:MOST_ENTRIES]) + more)
+    listed = ", ".join(names[:MOST_ENTRIES]) + more
     damage, (low, high) = one.damage, one.damage.ci95
-    out.print(f"set {number}: [bold]{one.geometry}[/bold] of {len(names)}: {shown}")
+    out.print(f"set {number}: [bold]{one.geometry}[/bold] of {len(names)}: {shown(listed)}")
     out.print(
         f"  zeroed together     [bold]{damage.joint_nats:+.3f} nats[/bold] per token  (95%"
         f" {low:+.3f} to {high:+.3f}, {damage.tokens} tokens)"
@@ -48,26 +48,26 @@ def _print_set(number: int, one: CriticalSet) -> None:
             f"  peak restored       {damage.restored_nats:+.3f} nats are left after restoring the"
             " super activation alone"
         )
-    out.print(f"  controls            {_controls(one.controls)}")
+    out.print(f"  controls            {controls_shown(one.controls)}")
     channels = ", ".join(map(str, one.channels))
     out.print(
         f"  the whole channel   {damage.full_nats:+.3f} nats for all {damage.full_size} entries"
         f" that write channel {channels}, on the probe windows"
     )
-    _print_verdict(one.vital, one.criteria)
+    print_verdict(one.vital, one.criteria)
 
 
 def print_detection(result: Detection) -> None:
     """What detection alone saw."""
     out.print(
-        f"{_model(result.provenance)}: {len(result.candidates)} candidates; no damage was measured"
-        f" (the bar is {result.detection.bar:.1f})"
+        f"{model_shown(result.provenance)}: {len(result.candidates)} candidates; no damage was"
+        f" measured (the bar is {result.detection.bar:.1f})"
     )
     for candidate in result.candidates:
         strongest = candidate.contributions[0]
         out.print(
             f"  L{candidate.layer} channel {candidate.channel}, {candidate.height:.1f} times the"
-            f" median: strongest {escape(str(strongest.entry))}, {strongest.share:.0%} of its write"
+            f" median: strongest {shown(str(strongest.entry))}, {strongest.share:.0%} of its write"
         )
     _print_rejected(result.rejected)
     _print_experts(result.experts)
@@ -76,12 +76,12 @@ def print_detection(result: Detection) -> None:
 def print_verify(result: Verification) -> None:
     """Damage of each part, of all together, and of the controls."""
     out.print(
-        f"{_model(result.provenance)}: NLL {result.base_nll:.4f} on {_text(result.provenance)}"
+        f"{model_shown(result.provenance)}: NLL {result.base_nll:.4f} on {_text(result.provenance)}"
     )
     table = Table("zeroed", "alone", "all but this", box=None, header_style="bold")
     each = zip(result.at, result.single_nats, result.leave_one_out_nats, strict=False)
     for part, alone, rest in each:
-        table.add_row(escape(str(part)), f"{alone:+.4f}", f"{rest:+.4f}")
+        table.add_row(shown(str(part)), f"{alone:+.4f}", f"{rest:+.4f}")
     unlisted = len(result.at) - len(result.single_nats)
     if unlisted > 0:
         table.add_row(f"and {unlisted} more")
@@ -96,8 +96,8 @@ def print_verify(result: Verification) -> None:
             f"peak restored  {result.restored_nats:+.4f} nats are left after restoring the super"
             " activation alone"
         )
-    out.print(f"controls       {_controls(result.controls)}")
-    _print_verdict(result.vital, result.criteria)
+    out.print(f"controls       {controls_shown(result.controls)}")
+    print_verdict(result.vital, result.criteria)
     if result.behaviour is not None:
         _print_behaviours(result.behaviour)
 
@@ -138,22 +138,22 @@ def _print_rejected(rejected: Sequence[Rejection]) -> None:
             "worst control in nats": one.control_max_nats,
         }
         known = [f"{name} {value:.3g}" for name, value in numbers.items() if value is not None]
-        out.print(f"rejected {escape(f'{one.entry}: {one.reason}')} ({', '.join(known)})")
+        out.print(f"rejected {shown(f'{one.entry}: {one.reason}')} ({', '.join(known)})")
 
 
-def _print_verdict(vital: bool, criteria: str) -> None:
+def print_verdict(vital: bool, criteria: str) -> None:
     verdict = "vital" if vital else "not vital"
-    out.print(f"Verdict: [bold]{verdict}[/bold]. The rule: {escape(criteria)}.")
+    out.print(f"Verdict: [bold]{verdict}[/bold]. The rule: {shown(criteria)}.")
 
 
-def _controls(controls: Controls) -> str:
+def controls_shown(controls: Controls) -> str:
     return (
         f"{controls.median_nats:+.4f} median, {controls.max_nats:+.4f} worst of {controls.n}"
-        f" ({escape(controls.matched)})"
+        f" ({shown(controls.matched)})"
     )
 
 
-def _model(about: Provenance) -> str:
+def model_shown(about: Provenance) -> str:
     return f"[bold]{shown(about.model)}[/bold]"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.markup import escape
 from rich.table import Table
 
 from ...edit import PUBLISHED_RATIOS, REFUSE, WARN, Preflight, Radar, Step
@@ -13,7 +12,7 @@ from ...studies.edit import EditResult
 from ...studies.edit_layers import LayerRanking
 from ...studies.edit_many import EditsResult
 from ...trace import TraceAverage, TraceResult
-from ..console import one_line, out, print_table
+from ..console import out, print_table, shown
 
 SHADES = " ░▒▓█"
 MOST_FACTS = 5
@@ -33,7 +32,7 @@ def print_edit(result: EditResult) -> None:
     card = result.scorecard
     sites = ", ".join(str(one.site) for one in result.preflight.layers)
     facts = "1 fact" if len(card.facts) == 1 else f"{len(card.facts)} facts"
-    out.print(f"{_model(result.provenance.model)}: {facts} by {escape(result.method)} in {sites}")
+    out.print(f"{_model(result.provenance.model)}: {facts} by {shown(result.method)} in {sites}")
     print_forecast(result.preflight)
     _print_shares(card)
     p = result.target_probability
@@ -54,7 +53,7 @@ def print_edits(result: EditsResult) -> None:
         out.print("Every edit stayed.")
     else:
         out.print(
-            f"Stopped: {escape(result.stopped)}. The patch holds the {result.kept_edits} before."
+            f"Stopped: {shown(result.stopped)}. The patch holds the {result.kept_edits} before."
         )
 
 
@@ -99,8 +98,8 @@ def _print_shares(card: Scorecard) -> None:
 def _print_facts(result: EditResult) -> None:
     pairs = zip(result.scorecard.facts, result.preflight.facts, strict=True)
     for fact, known in list(pairs)[:MOST_FACTS]:
-        tokens = escape(str(known.subject_tokens))
-        out.print(f"\n[bold]{escape(fact.prompt)}[/bold]  subject tokens {tokens}")
+        tokens = shown(str(known.subject_tokens))
+        out.print(f"\n[bold]{shown(fact.prompt)}[/bold]  subject tokens {tokens}")
         for text in fact.free:
             _print_free(text)
     more = len(result.scorecard.facts) - MOST_FACTS
@@ -109,9 +108,9 @@ def _print_facts(result: EditResult) -> None:
 
 
 def _print_free(text: FreeText) -> None:
-    out.print(f"  {escape(text.prompt)}")
-    out.print(f"    before: {escape(one_line(text.before))}")
-    out.print(f"    after:  {escape(one_line(text.after))}")
+    out.print(f"  {shown(text.prompt)}")
+    out.print(f"    before: {shown(text.before)}")
+    out.print(f"    after:  {shown(text.after)}")
 
 
 def _print_steps(steps: Sequence[Step]) -> None:
@@ -119,7 +118,7 @@ def _print_steps(steps: Sequence[Step]) -> None:
     table = Table(*columns, box=None, header_style="bold")
     for number, step in enumerate(steps):
         table.add_row(
-            escape(f"{step.prompt} {step.target}"),
+            shown(f"{step.prompt} {step.target}"),
             "yes" if step.holds else "no",
             f"{step.earlier_kept} of {number}",
             f"{step.nll:.4f}",
@@ -134,7 +133,7 @@ def _print_radar(radar: Radar) -> None:
     columns = ("place", "change", "KL")
     table = Table(*columns, box=None, header_style="bold", title=title, title_justify="left")
     for place in radar.touched:
-        context, token = escape(one_line(place.context)), escape(one_line(place.token))
+        context, token = shown(place.context), shown(place.token)
         table.add_row(f"{context}[bold]{token}[/bold]", f"{place.change:.1%}", f"{place.kl:.4f}")
     print_table(table)
     out.print(
@@ -152,10 +151,10 @@ def print_controls(controls: Sequence[Control]) -> None:
     for one in controls:
         (token, p), (token_after, p_after) = one.before, one.after
         table.add_row(
-            escape(one.prompt),
-            escape(one_line(token)),
+            shown(one.prompt),
+            shown(token),
             f"{p:.3f}",
-            escape(one_line(token_after)),
+            shown(token_after),
             f"{p_after:.3f}",
             "changed" if one.changed else "",
         )
@@ -167,7 +166,7 @@ def print_layers(result: LayerRanking) -> None:
     facts = "1 fact" if result.facts == 1 else f"{result.facts} facts"
     out.print(
         f"{_model(result.provenance.model)}: trial edits of {facts} by"
-        f" {escape(result.method)} in each"
+        f" {shown(result.method)} in each"
         " layer, best first"
     )
     columns = ("layer", "score", "95%", "layer's output", "effect of its MLP in the trace")
@@ -198,18 +197,18 @@ def print_trace(result: TraceResult) -> None:
     if result.metric == "logit":
         what = f"logit of {result.answer!r} over {result.versus!r}"
     out.print(
-        f"{_model(result.provenance.model)}: {escape(one_line(what))} {result.p_clean:.4f}, with"
+        f"{_model(result.provenance.model)}: {shown(what)} {result.p_clean:.4f}, with"
         f" the subject corrupted [bold]{result.p_corrupt:.4f}[/bold]"
     )
     subject = ", ".join(map(repr, result.tokens[start:stop]))
-    out.print(f"the subject (*): {escape(subject)}; blank is corrupted, █ is clean")
+    out.print(f"the subject (*): {shown(subject)}; blank is corrupted, █ is clean")
     for kind in result.effects:
         _print_map(result, kind)
         sites = []
         for site in result.best[kind]:
             spread = _spread(result, kind, site.layer, site.position)
             sites.append(f"layer {site.layer} at {site.token!r} {site.value:.4f}{spread}")
-        out.print(f"most comes back at {escape('; '.join(sites))}")
+        out.print(f"most comes back at {shown('; '.join(sites))}")
     _print_notes(result.warnings)
 
 
@@ -224,7 +223,7 @@ def _print_map(result: TraceResult, kind: str) -> None:
     for position, token in enumerate(result.tokens):
         star = "*" if start <= position < stop else " "
         cells = [_shade(row[position], result.p_corrupt, result.p_clean) for row in grid]
-        table.add_row(escape(star + one_line(token)), *cells)
+        table.add_row(shown(star + token), *cells)
     print_table(table)
 
 
@@ -245,7 +244,7 @@ def print_average(result: TraceAverage) -> None:
     )
     for kind, grid in result.effects.items():
         title = f"[bold]{_title(kind, result)}[/bold]: mean effect, by layer"
-        columns = ("layer", *map(escape, result.places))
+        columns = ("layer", *map(shown, result.places))
         table = Table(*columns, title=title, title_justify="left", box=None, header_style="bold")
         for layer, row in enumerate(grid):
             table.add_row(str(layer), *("" if v is None else f"{v:+.3f}" for v in row))
@@ -278,11 +277,11 @@ def _shade(value: float, low: float, high: float) -> str:
 
 def _print_notes(warnings: Sequence[str]) -> None:
     for warning in warnings:
-        out.print(f"Note: {escape(one_line(warning))}")
+        out.print(f"Note: {shown(warning)}")
 
 
 def _model(name: str) -> str:
-    return f"[bold]{escape(one_line(name))}[/bold]"
+    return f"[bold]{shown(name)}[/bold]"
 
 
 def _both(values: BeforeAfter) -> str:

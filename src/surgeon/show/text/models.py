@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rich.markup import escape
 from rich.table import Table
 
 from ...studies.ablate import Injury
@@ -19,7 +18,7 @@ def print_sites(result: SiteList) -> None:
         note = f"tied to {tied}" if tied else one.part
         n_out, n_in = map(str, one.shape)
         cells = (str(one.site), n_out, n_in, one.stored, one.parameter, note)
-        table.add_row(*map(escape, cells))
+        table.add_row(*map(shown, cells))
     print_table(table)
     out.print(
         f"{len(result.sites)} sites in {result.layers} layers; the map was found by"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from rich.markup import escape
 from rich.table import Table
 
 from ...quantize import QuantizeConfig, RoundedWeights, Row, TensorTypes
 from ...studies.quantize import Base, QuantizeResult
 from ...studies.quantized_folder import Written
-from ..console import out, print_table
+from ..console import out, print_table, shown
 from .activations import print_activations
 
 MOST_MATRICES = 40
@@ -22,10 +21,10 @@ METHODS = {
 
 def print_quantize(result: QuantizeResult) -> None:
     """The methods beside the intact model and one another, and what was written."""
-    model = f"[bold]{escape(result.provenance.model)}[/bold]"
+    model = f"[bold]{shown(result.provenance.model)}[/bold]"
     count = len(result.critical.entries)
     critical = f"{count} critical {'entry' if count == 1 else 'entries'}"
-    out.print(f"{model}: {critical} ({escape(result.critical.source)})")
+    out.print(f"{model}: {critical} ({shown(result.critical.source)})")
     if result.base is not None:
         _print_table(result, result.base)
     if result.weights is not None:
@@ -34,7 +33,7 @@ def print_quantize(result: QuantizeResult) -> None:
     if result.activations is not None:
         print_activations(result.activations)
     for note in result.notes:
-        out.print(escape(note))
+        out.print(shown(note))
     if result.export is not None:
         _print_written(result.export)
     if result.gguf is not None:
@@ -43,7 +42,7 @@ def print_quantize(result: QuantizeResult) -> None:
 
 def _print_table(result: QuantizeResult, base: Base) -> None:
     corpus = result.provenance.corpus
-    name = "" if corpus is None else f" of {escape(corpus.name)}"
+    name = "" if corpus is None else f" of {shown(corpus.name)}"
     calibrated = ""
     if result.calibrated_on:
         calibrated = f"; the {result.calibrated_on} before them are calibrated on"
@@ -59,7 +58,7 @@ def _print_table(result: QuantizeResult, base: Base) -> None:
         "more",
         "KL to base",
         "top-1",
-        *map(escape, tasks),
+        *map(shown, tasks),
         box=None,
         header_style="bold",
     )
@@ -70,8 +69,8 @@ def _print_table(result: QuantizeResult, base: Base) -> None:
         accuracy = [f"{row.accuracy[task]:.3f}" for task in tasks]
         table.add_row(
             str(row.bits),
-            escape(row.block),
-            escape(row.method) + mark,
+            shown(row.block),
+            shown(row.method) + mark,
             f"{row.bits_per_weight:.3f}",
             *_loss(row, base),
             f"{row.top1_agreement:.3f}",
@@ -120,7 +119,7 @@ def _print_matrices(weights: RoundedWeights) -> None:
     )
     for site, one in list(weights.matrices.items())[:MOST_MATRICES]:
         table.add_row(
-            escape(str(site)),
+            shown(str(site)),
             str(one.blocks),
             "" if one.clip is None else f"{one.clip:.4g}",
             str(one.clipped),
@@ -138,9 +137,9 @@ def _method(config: QuantizeConfig) -> str:
 
 
 def _print_written(written: Written) -> None:
-    out.print(escape(f"{written.folder}: {written.kind}, {written.bytes} bytes"))
+    out.print(shown(f"{written.folder}: {written.kind}, {written.bytes} bytes"))
 
 
 def _print_flags(flags: TensorTypes) -> None:
     line = flags.line or "(no critical matrix to keep)"
-    out.print(escape(f"llama-quantize {line}"), soft_wrap=True)
+    out.print(shown(f"llama-quantize {line}"), soft_wrap=True)

@@ -31,7 +31,7 @@ fetched["once"] = anatomy.shards.fetched
 assert torch.equal(loaded.model(ids, use_cache=False).logits, logits)
 fetched["twice"] = anatomy.shards.fetched
 total = logits.double().sum().item()
-print(json.dumps({"fetched": fetched, "sum": total, "fingerprint": loaded.fingerprint}))
+print(json.dumps({"fetched": fetched, "sum": total, "fingerprint": anatomy.fingerprint()}))
 """
 
 

@@ -33,10 +33,10 @@ class Declaration:
     """What is known of a setting besides its name, type and default.
 
     choices: the values it can have. low, high: its range, both included; above, below: the same,
-    neither included. metavar: a word for its
-    value in the help. group: the heading it stands under in the help; "" for the handful that
-    people need first. short: a one-letter option. spelled: its name on the command line, where that
-    is not its own. parse: makes a value of a text. is_file: it names a file, or several.
+    neither included. metavar: a word for its value in the help. group: the heading it stands under
+    in the help; "" for the handful that people need first. short: a one-letter option. spelled: its
+    name on the command line, where that is not its own. parse: makes a value of a text. is_file: it
+    names a file, or several.
     many: it can be given several times on the command line, whatever its type. preset: where this
     setting is true, the values of others by name, for those that are not given. off: the option
     that turns it off on the command line, where that is not --no-NAME.

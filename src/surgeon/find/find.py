@@ -136,6 +136,10 @@ class CriticalSet:
     @derived
     def parts(self) -> list[Region]:
         """The set as regions."""
+        return self.weights()
+
+    def weights(self) -> list[Region]:
+        """What the set stands for where weights are named."""
         return [_region(one.entry) for one in self.entries]
 
 
@@ -159,6 +163,12 @@ class FindResult(Result):
     @derived
     def verdict(self) -> str:
         return "found" if any(one.vital for one in self.sets) else "none"
+
+    def weights(self) -> list[Region]:
+        """Its first set. Raises: BadInput if there is none."""
+        if not self.sets:
+            raise BadInput("this finding holds no set; name weights instead.")
+        return self.sets[0].weights()
 
     def rows(self) -> list[dict[str, object]]:
         """A row for each set; one row, without the columns of a set, where none was found."""

@@ -87,7 +87,10 @@ def shards_asked(served):
     ]
 
 
-@pytest.mark.parametrize("way", ["plain", "redirected", "broken"])
+@pytest.mark.parametrize(
+    "way",
+    ["plain", *(pytest.param(way, marks=pytest.mark.slow) for way in ("redirected", "broken"))],
+)
 def test_only_what_is_read_is_fetched_and_only_once(way, folder, run, tmp_path):
     total, fingerprint, matrix, size = expected(folder)
     served = hub.Hub(
@@ -163,6 +166,7 @@ def test_what_the_hub_does_not_give(folder, run, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_find_streams_from_the_hub_as_from_a_folder(run, tmp_path):
     """The embedded model through the command line; with --detect-only --layers 0:1 the upper layer
     is never asked for.

@@ -93,6 +93,7 @@ def test_rails_that_leave_nothing(preparation: Preparation, windows: torch.Tenso
             configured(SessionConfig, bad)
 
 
+@pytest.mark.slow
 def test_a_forecast_of_harm_ends_a_session(
     preparation: Preparation, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -166,6 +166,37 @@ class Anatomy:
             and self.model.get_parameter(address.parameter) is stored
         ]
 
+    def stored_zero(self, site: Site) -> float:
+        """The stored number at which a weight takes no part: -1 where a norm stores its scale less
+        one, as Gemma's do, and 0 for everything else.
+
+        It is read off the norm by experiment. Raises: UnknownArchitecture for a norm that is
+        proportional neither to what it stores nor to that plus one.
+        """
+        address, module = self.addresses[self.resolve(site)], self.module(site)
+        is_norm = "norm" in type(module).__name__.lower()
+        if not is_norm or not address.parameter.endswith(".weight"):
+            return 0.0
+        width = self.model.get_parameter(address.parameter).shape
+        x = torch.linspace(-1.0, 2.0, width.numel()).expand(1, 1, *width)
+        bias = {} if getattr(module, "bias", None) is None else {"bias": torch.zeros(width)}
+
+        def called(stored: float) -> Tensor:
+            weights = {"weight": torch.full(width, stored), **bias}
+            y: Tensor = torch.func.functional_call(module, weights, (x,))
+            return y
+
+        with torch.no_grad():
+            at_zero, at_one = called(0.0), called(1.0)
+        if torch.allclose(at_zero, torch.zeros_like(at_zero)):
+            return 0.0
+        if torch.allclose(at_one, 2 * at_zero, rtol=1e-4):
+            return -1.0
+        raise UnknownArchitecture(
+            f"{site} is no plain norm: its output is proportional neither to what is stored nor to"
+            " that plus one, so there is no number that takes a scale out."
+        )
+
     # -- how the map is drawn ------------------------------------------------------------------
 
     def _walk(self) -> Iterator[tuple[Site, Address]]:

@@ -150,7 +150,7 @@ class StreamedAnatomy(Anatomy):
         ]
         try:
             for view, rows, cols, old in undo:
-                view.set_(rows, cols, torch.zeros_like(old))
+                view.set_(rows, cols, torch.full_like(old, self.stored_zero(view.site)))
             yield
         finally:
             for view, rows, cols, old in reversed(undo):
@@ -172,7 +172,8 @@ class StreamedAnatomy(Anatomy):
             for rows, cols in _places(
                 [r for r in self._zeroed if r.site == site], WeightView(site, stored, packing)
             ):
-                WeightView(site, stored, packing).set_(rows, cols, torch.zeros(len(rows)))
+                zeros = torch.full((len(rows),), self.stored_zero(site))
+                WeightView(site, stored, packing).set_(rows, cols, zeros)
             self._last = _Copy(site, stored, packing)
         return self._last
 
@@ -203,7 +204,7 @@ class StreamedAnatomy(Anatomy):
                 if self.addresses[r.site].parameter in {name for name, *_ in self._empty[part]}
             ]
             for view, rows, cols in self._live(mine):
-                view.set_(rows, cols, torch.zeros(len(rows)))
+                view.set_(rows, cols, torch.full((len(rows),), self.stored_zero(view.site)))
         except BaseException:
             self._drop_(part)
             raise

@@ -34,7 +34,8 @@ MODES = {
 def ablate(anatomy: Anatomy, regions: Sequence[Region | Entry | str], mode: str = "zero") -> Patch:
     """The patch that replaces every entry of `regions`, as `mode` says (see MODES).
 
-    The new values are computed in float32 or wider.
+    The new values are computed in float32 or wider. Of a norm they are those of its scale, also
+    where the model stores the scale less one.
     Raises: BadInput for an unknown mode, no region at all, or more entries to spread onto than a
     row has; UnknownSite.
 
@@ -60,7 +61,11 @@ def ablate(anatomy: Anatomy, regions: Sequence[Region | Entry | str], mode: str 
     for site, mask in named.items():
         old = anatomy.view(site).read().cpu()
         weight = old.to(wide(old.dtype))
-        after = _replaced(site, weight, mask, name, number)
+        zero = anatomy.stored_zero(site)  # a norm may store its scale less one
+        if zero == 0:
+            after = _replaced(site, weight, mask, name, number)
+        else:
+            after = _replaced(site, weight - zero, mask, name, number) + zero
         # untouched entries are taken from `old`: a NaN may not survive float32 and back
         matrices[site] = torch.where(differ(after, weight), after.to(old.dtype), old)
     return Patch.from_matrix(anatomy, matrices, {"operation": "ablate", "mode": mode}, named)

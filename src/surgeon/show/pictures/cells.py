@@ -209,7 +209,7 @@ def _check(check: Check) -> Picture:
     was, other = _found(planted.found), _found(rescaled.found)
     rows: list[Sequence[Cell]] = [
         ("planted fragile weight", "found", was, planted.nats, planted.max_abs_difference),
-        ("neuron × 1000", "not found", other, rescaled.nats, rescaled.max_abs_difference),
+        (f"neuron × {rescaled.factor:g}", "not found", other, rescaled.nats, rescaled.max_abs_difference),
     ]
     return Picture(
         "The screen's own controls",

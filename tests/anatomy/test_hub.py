@@ -137,6 +137,7 @@ def test_a_server_without_ranges_gives_the_shards_that_are_needed(folder, run, t
         assert json.loads(done.stdout)["sum"] == expected(folder)[0]
 
 
+@pytest.mark.slow
 def test_what_the_hub_does_not_give(folder, run, tmp_path):
     pickled = tmp_path / "pickled"
     pickled.mkdir()

@@ -22,6 +22,7 @@ WINDOWS = torch.randint(3, 99, (4, 12), generator=torch.Generator().manual_seed(
 CRITICAL = [Entry(Site(1, "mlp.down"), 5, 7)]
 
 
+@pytest.mark.slow
 def test_every_method_with_its_fitted_limits():
     anatomy = planted()
     config = ActivationConfig(bits=4)

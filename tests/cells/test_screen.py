@@ -65,6 +65,7 @@ def test_figures_on_the_judging_cells_against_plain_passes():
     assert result.verified[0].collapse_share == pytest.approx(nats / lead, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_planted_is_found_and_rescaled_is_not():
     result = run(replace(CONFIG, controls_check=True))
     assert CellScreen.from_json(result.to_json()) == result

@@ -71,7 +71,12 @@ def keys_seen(anatomy: Anatomy, windows: Tensor, layer: int) -> Tensor:
     return keys[0]
 
 
-@pytest.mark.parametrize("method", METHODS)
+QUICK = ("rome", "memit", "ft")  # one of each kind
+
+
+@pytest.mark.parametrize(
+    "method", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+)
 def test_the_model_says_the_target_and_the_forecast_holds(
     patient: Patient, preparation: Preparation, method: str
 ) -> None:

@@ -65,6 +65,7 @@ def test_a_session_is_its_edits(
 @pytest.mark.parametrize(
     ("rails", "why"), [({"max_norm": 0.3}, "of its norm"), ({"max_nll_rise": 0.05}, "NLL")]
 )
+@pytest.mark.slow
 def test_what_breaks_a_rail_is_taken_back(
     patient: Patient,
     preparation: Preparation,

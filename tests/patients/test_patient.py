@@ -98,6 +98,7 @@ def test_held_out_phrasings_never_occur_in_the_text():
     assert not [s for s in sentences if s in heldout_text()]
 
 
+@pytest.mark.slow
 def test_the_generator_repeats_itself_and_wrote_the_held_out_text():
     assert list(islice(documents(3, "train"), 50)) == list(islice(documents(3, "train"), 50))
     assert heldout_text().startswith("\n\n".join(islice(documents(0, "heldout"), 20)))

@@ -93,6 +93,7 @@ def test_what_the_hub_does_not_give(model_hub: Any) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_no_network(process: Any, tmp_path: Path) -> None:
     """Nothing listens on port 9 here; and a folder needs no Hub."""
     status, out, err = process(

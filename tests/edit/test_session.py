@@ -40,6 +40,7 @@ def windows(patient: Patient) -> torch.Tensor:
     return load_corpus(patient[1], heldout_text(), "heldout", 128, 6).windows
 
 
+@pytest.mark.slow
 def test_a_session_is_its_edits(
     patient: Patient, preparation: Preparation, windows: torch.Tensor
 ) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from surgeon.anatomy import Anatomy, Entry
-from surgeon.measure import mean_nll
+from surgeon.measure import Reference, mean_nll
 from surgeon.quantize import (
     ActivationConfig,
     ActivationRow,
@@ -86,7 +86,8 @@ def fitted(
     fit, _ = split(windows)
     values = VALUES[config.clip]
     ways = [Treatment(replace(config, method="clip", clip_value=value)) for value in values]
-    rows = activation_table(anatomy, fit, fit, config, weights=weights, ways=ways).rows
+    reference = Reference(anatomy.model, fit)
+    rows = activation_table(anatomy, fit, reference, config, weights=weights, ways=ways).rows
     _, best = min(zip(rows, ways, strict=True), key=lambda pair: _kl(pair[0]))
     return best.config
 

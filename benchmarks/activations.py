@@ -9,24 +9,20 @@ The critical entries are found on all 24.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from activation_table import METHODS, Method, tensor_table, treatments
+from models import heading, line, models_asked_for
 from torch import Tensor
 
-from surgeon.anatomy import Anatomy, Entry, load_model
-from surgeon.corpus import load_corpus, read_text
-from surgeon.find import find
-from surgeon.patients import heldout_text
+from surgeon.anatomy import Anatomy, Entry
+from surgeon.measure import Reference
 from surgeon.quantize import ActivationConfig, ActivationRow, Treatment, activation_table
 from surgeon.quantize.compare import INT8
 from surgeon.studies.quantize import CALIBRATION_WINDOWS, split
 
-JUDGED, WINDOW = 16, 256
-HOLDS = (1, 16, 0)
+JUDGED = 16
 ALPHAS = (0.25, 0.75)
 TENSORS = ("inputs", "down", "residual")
 NAMED = {method.name: method for method in METHODS}
@@ -37,32 +33,16 @@ def number(value: float | None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("models", nargs="*", default=["patient"])
-    for each in parser.parse_args().models:
-        name, _, text = each.partition("=")
-        loaded = load_model(name)
-        anatomy = Anatomy.of(loaded.model)
-        assert loaded.tokenizer is not None
-        source = read_text(text) if text else heldout_text()
-        corpus = load_corpus(
-            loaded.tokenizer,
-            source,
-            Path(text).name or "held-out text",
-            WINDOW,
-            CALIBRATION_WINDOWS + JUDGED,
-        )
-        critical = [c.entry for s in find(anatomy, corpus).sets if s.vital for c in s.entries]
+    for model in models_asked_for(__doc__, CALIBRATION_WINDOWS + JUDGED):
+        anatomy, windows, critical = model.anatomy, model.corpus.windows, model.critical
         where = ", ".join(sorted({f"{e.site} row {e.row}" for e in critical}))
         print(
-            f"\n## {Path(name).name} on {corpus.name}: {len(critical)} critical entries in {where}"
+            f"\n## {model.name} on {model.corpus.name}: {len(critical)} critical entries in {where}"
         )
-        alone(anatomy, corpus.windows, critical)
+        alone(anatomy, windows, critical)
         for bits in (8, 4):
-            together(anatomy, corpus.windows, critical, bits)
-            smoothed(anatomy, corpus.windows, critical, bits)
+            together(anatomy, windows, critical, bits)
+            smoothed(anatomy, windows, critical, bits)
 
 
 def alone(anatomy: Anatomy, windows: Tensor, critical: Sequence[Entry]) -> None:
@@ -71,10 +51,8 @@ def alone(anatomy: Anatomy, windows: Tensor, critical: Sequence[Entry]) -> None:
         " over its median; relative squared error\nof what a hold-out rounds; nats. One entry per"
         " sequence held out, and whole channels.\n"
     )
-    print(
-        "| tensor | peak | channels | error naive | error held, 1 | nats naive | nats held, 1 |"
-        " nats held, all |\n|---|---|---|---|---|---|---|---|"
-    )
+    errors, nats = ("error naive", "error held, 1"), ("nats naive", "nats held, 1")
+    heading("tensor", "peak", "channels", *errors, *nats, "nats held, all")
     config = ActivationConfig(8, "tensor", tensors=TENSORS)
     one_held = tensor_table(anatomy, windows, config, critical)
     all_held = tensor_table(anatomy, windows, replace(config, hold=0), critical)
@@ -86,11 +64,12 @@ def alone(anatomy: Anatomy, windows: Tensor, critical: Sequence[Entry]) -> None:
             cells += [f"{one.held_nats:+.4f}", f"{every.held_nats:+.4f}"]
         else:
             cells += ["", f"{one.naive_nats:+.4f}", "", ""]
-        print("| " + " | ".join(map(str, cells)) + " |")
+        line(*cells)
 
 
 def together(anatomy: Anatomy, windows: Tensor, critical: Sequence[Entry], bits: int) -> None:
     fit, judged = split(windows)
+    reference = Reference(anatomy.model, judged)
     few = [NAMED[name] for name in ("holdout", "control", "largest")]
     whole = [NAMED[name] for name in ("holdout", "control", "smooth, holdout")]
     for tensors, hold, methods in (
@@ -101,42 +80,40 @@ def together(anatomy: Anatomy, windows: Tensor, critical: Sequence[Entry], bits:
     ):
         config = ActivationConfig(bits, hold=hold, tensors=tensors)
         ways = treatments(anatomy, windows, config, methods)
-        result = activation_table(anatomy, fit, judged, config, critical, ways=ways)
+        result = activation_table(anatomy, fit, reference, config, critical, ways=ways)
         if hold == 1:
             print(
                 f"\nW8A{bits}, {' + '.join(tensors)}: NLL {result.nll.intact:.4f} intact,"
                 f" {number(result.nll.weights_only)} with INT8 weights alone, {result.judged_on}"
                 f" windows; {result.smooth}\n"
             )
-            print(
-                "| method | held out | NLL per tensor | KL | top-1 | NLL per token | KL | top-1"
-                " |\n|---|---|---|---|---|---|---|---|"
-            )
+            numbers = ("KL", "top-1")
+            heading("method", "held out", "NLL per tensor", *numbers, "NLL per token", *numbers)
         half = len(methods)
         for method, tensor, token in zip(
             methods, result.rows[:half], result.rows[half:], strict=True
         ):
-            print(line(method, hold, tensor, token), flush=True)
+            line(*cells_of(method, hold, tensor, token))
 
 
-def line(method: Method, hold: int, tensor: ActivationRow, token: ActivationRow) -> str:
+def cells_of(method: Method, hold: int, tensor: ActivationRow, token: ActivationRow) -> list[str]:
     clipped = ""
     if tensor.clip_value is not None and token.clip_value is not None:
         clipped = f" ({tensor.clip_value:g}, {token.clip_value:g})"
     share = f"{hold or 'all'} ({tensor.held:.2g})" if tensor.held else ""
-    numbers = " | ".join(
-        f"{number(row.nll)} | {number(row.kl)} | {row.top1_agreement:.3f}"
-        for row in (tensor, token)
-    )
-    return f"| {method.name}{clipped} | {share} | {numbers} |"
+    cells = [f"{method.name}{clipped}", share]
+    for row in (tensor, token):
+        cells += [number(row.nll), number(row.kl), f"{row.top1_agreement:.3f}"]
+    return cells
 
 
 def smoothed(anatomy: Anatomy, windows: Tensor, critical: Sequence[Entry], bits: int) -> None:
     fit, judged = split(windows)
+    reference = Reference(anatomy.model, judged)
     config = ActivationConfig(bits, per="tensor")
     ways = [Treatment(config, smooth) for smooth in ("norms", "everywhere")]
     for alpha in ALPHAS:
-        result = activation_table(anatomy, fit, judged, config, critical, INT8, alpha, ways)
+        result = activation_table(anatomy, fit, reference, config, critical, INT8, alpha, ways)
         kls = [f"smooth {row.smooth} per tensor {number(row.kl)}" for row in result.rows]
         print(f"\nalpha {alpha}: KL {', '.join(kls)}", flush=True)
 

@@ -9,20 +9,15 @@ on. The critical entries are found.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
+from models import heading, line, models_asked_for
 from peers import GPTQ, PEERS, all_peers, missing_peers
 
-from surgeon.anatomy import Anatomy, load_model
-from surgeon.corpus import load_corpus, read_text
-from surgeon.find import find
 from surgeon.measure import Reference, mean_nll
-from surgeon.patients import heldout_text
 from surgeon.quantize import (
     METHODS,
     Block,
@@ -46,7 +41,7 @@ BLOCKS = (
     "group:128",
     "group:32",
 )
-CALIBRATION, JUDGED, WINDOW = 8, 24, 256
+CALIBRATION, JUDGED = 8, 24
 CLIPS = {
     "z": {"clip": "z"},
     "z per block": {"clip": "z", "clip_per": "block"},
@@ -58,38 +53,23 @@ CLIPS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("models", nargs="*", default=["patient"])
-    for each in parser.parse_args().models:
-        name, _, text = each.partition("=")
-        loaded = load_model(name)
-        anatomy = Anatomy.of(loaded.model)
-        assert loaded.tokenizer is not None
-        source = read_text(text) if text else heldout_text()
-        corpus = load_corpus(
-            loaded.tokenizer,
-            source,
-            Path(text).name or "held-out text",
-            WINDOW,
-            CALIBRATION + JUDGED,
-        )
-        critical = [c.entry for s in find(anatomy, corpus).sets if s.vital for c in s.entries]
+    for model in models_asked_for(__doc__, CALIBRATION + JUDGED):
+        anatomy, corpus, critical = model.anatomy, model.corpus, model.critical
         calibration, windows = corpus.windows[:CALIBRATION], corpus.windows[CALIBRATION:]
         squares = input_mean_squares(
             anatomy, calibration, quantized_sites(anatomy, QuantizeConfig())
         )
         base = mean_nll(anatomy.model, windows)
+        reference = Reference(anatomy.model, windows)
         print(
-            f"\n## {Path(name).name}: NLL {base:.4f} intact, {len(windows)} windows of"
+            f"\n## {model.name}: NLL {base:.4f} intact, {len(windows)} windows of"
             f" {corpus.name}, {len(critical)} critical entries\n"
         )
 
         grids = [Grid(n, block=Block.parse(b)) for n in BITS for b in BLOCKS]
         rows = sweep(
             anatomy,
-            windows,
+            reference,
             QuantizeConfig(),
             grids,
             critical,
@@ -98,7 +78,6 @@ def main() -> None:
         nlls = {(r.bits, r.block, r.method): r.nll for r in rows}
         stored = {(r.bits, r.block): r.bits_per_weight for r in rows if r.method == "rtn"}
         sites = quantized_sites(anatomy, QuantizeConfig())
-        reference = Reference(anatomy.model, windows)
         for bits, block in stored:
             peers = all_peers(anatomy, bits, Block.parse(block), sites, calibration)
             for peer, (tensors, _) in peers.items():
@@ -118,7 +97,7 @@ def main() -> None:
                 nll = [nlls[bits, block, "rtn"]]
                 for settings in CLIPS.values():
                     own = replace(config, **settings)
-                    (held,) = table(anatomy, windows, own, critical, squares, methods=["holdout"])
+                    (held,) = table(anatomy, reference, own, critical, squares, methods=["holdout"])
                     nll.append(held.row.nll)
                 line(bits, block, *best(nll))
     print("\n" + " ".join(missing_peers()))
@@ -132,15 +111,6 @@ def best(values: Sequence[float | None]) -> list[str]:
     """The values as text, the least in bold."""
     least = min(v for v in values if v is not None)
     return ["" if v is None else f"**{v:.4f}**" if v == least else f"{v:.4f}" for v in values]
-
-
-def heading(*cells: object) -> None:
-    line(*cells)
-    line(*("---" for _ in cells))
-
-
-def line(*cells: object) -> None:
-    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ absent.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,16 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"the trained models and texts beside the project are not here ({SHARED})")
     return SHARED
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars."""
+    from transformers.utils import logging as of_transformers
+
+    of_transformers.disable_progress_bar()
+    yield
+    of_transformers.enable_progress_bar()
 
 
 class _Deprecated(logging.Handler):

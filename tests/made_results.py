@@ -82,10 +82,12 @@ from surgeon.studies.edit import EditResult
 from surgeon.studies.edit_layers import LayerRanking, LayerTrial
 from surgeon.studies.edit_many import EditsResult
 from surgeon.studies.export import Exported
+from surgeon.studies.holdout import HeldOut
 from surgeon.studies.index import Index
 from surgeon.studies.index_verify import IndexCheck
 from surgeon.studies.measure import Generation, Measurement, TaskAccuracy
-from surgeon.studies.quantize import Base, HeldOut, QuantizeResult, Written
+from surgeon.studies.quantize import Base, QuantizeResult
+from surgeon.studies.quantized_folder import Written
 from surgeon.studies.recipes.conditioning import Conditioned, Conditioning
 from surgeon.studies.recipes.edits import EditsRecipe, NamedEdit
 from surgeon.studies.recipes.repair import Figure, RepairRecipe

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+
+from surgeon.anatomy import Anatomy
 
 _LLAMA: dict[str, Any] = {
     "vocab_size": 99,
@@ -101,3 +104,16 @@ def tiny_model(
             elif name.endswith("bias"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
     return model.requires_grad_(False)
+
+
+def saved(model: PreTrainedModel, folder: Path) -> str:
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def planted(row: int = 5, col: int = 7) -> Anatomy:
+    """A tiny llama whose channel `row` is far above the others from layer 1 on, by one entry."""
+    anatomy = Anatomy.of(tiny_model("llama"))
+    view = anatomy.view("L1.mlp.down")
+    view.set_(torch.tensor([row]), torch.tensor([col]), torch.tensor([200.0]))
+    return anatomy

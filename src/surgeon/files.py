@@ -78,6 +78,7 @@ def writing(path: Path) -> Iterator[Path]:
         raise BadInput(f"cannot write {path}: there is no folder {path.parent}; make it first.")
     if os.path.isdir(path):
         raise BadInput(f"cannot write {path}: that is a folder; name a file in it.")
+    # the suffix stays: libraries choose a format by it
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         with _in_sentences(path, part):

@@ -50,9 +50,9 @@ def attached(file: str) -> Any:
 @dataclass_transform(frozen_default=True, field_specifiers=(field, attached))
 def record(cls: type[T]) -> type[T]:
     """A frozen dataclass that is part of a result; its repr is one short line."""
-    made: type[T] = dataclass(frozen=True, repr=False)(cls)
-    made.__repr__ = lambda self: _brief(self)  # type: ignore[method-assign,assign]
-    return made
+    frozen: type[T] = dataclass(frozen=True, repr=False)(cls)
+    frozen.__repr__ = lambda self: _brief(self)  # type: ignore[method-assign,assign]
+    return frozen
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field, attached))
@@ -139,14 +139,14 @@ class Result:
 
         Only what is there.
         """
-        found: dict[str, Any] = {}
+        by_file: dict[str, Any] = {}
         for one in fields(self):
             value, file = getattr(self, one.name), one.metadata.get(_ATTACHED)
             if isinstance(value, Result):
-                found |= value.attachments()
+                by_file |= value.attachments()
             elif file and value is not None:
-                found[file] = value
-        return found
+                by_file[file] = value
+        return by_file
 
     def rows(self) -> Sequence[Mapping[str, Any]]:
         """The result as a table, where it is one. Raises: BadInput where it is none."""

@@ -33,10 +33,10 @@ class Declaration:
     """What is known of a setting besides its name, type and default.
 
     choices: the values it can have. low, high: its range, both included; above, below: the same,
-    neither included. metavar: a word for its
-    value in the help. group: the heading it stands under in the help; "" for the handful that
-    people need first. short: a one-letter option. spelled: its name on the command line, where that
-    is not its own. parse: makes a value of a text. is_file: it names a file, or several.
+    neither included. metavar: a word for its value in the help. group: the heading it stands under
+    in the help; "" for the handful that people need first. short: a one-letter option. spelled: its
+    name on the command line, where that is not its own. parse: makes a value of a text. is_file: it
+    names a file, or several.
     many: it can be given several times on the command line, whatever its type. preset: where this
     setting is true, the values of others by name, for those that are not given. off: the option
     that turns it off on the command line, where that is not --no-NAME.
@@ -139,12 +139,12 @@ def settings_of(config: type | Any) -> list[Setting]:
 
     Those of nested classes follow in their place. Raises: TypeError if two have one name.
     """
-    found = list(_walk(config, (), ""))
-    names = [one.name for one in found]
+    declared = list(_walk(config, (), ""))
+    names = [one.name for one in declared]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise TypeError(f"{config} has two settings called {', '.join(twice)}")
-    return found
+    return declared
 
 
 def configured(config: Any, given: Mapping[str, Any], kind: str = "") -> Any:
@@ -170,6 +170,7 @@ def configured(config: Any, given: Mapping[str, Any], kind: str = "") -> Any:
 
 def _with_presets(known: Mapping[str, Setting], given: Mapping[str, Any]) -> Mapping[str, Any]:
     preset: dict[str, Any] = {}
+    # what is given by name goes before what a preset says
     for name, value in given.items():
         if value and name in known:
             preset |= known[name].declaration.preset
@@ -199,7 +200,7 @@ def _check_range(one: Setting, value: Any) -> None:
         return
     if declared.choices and value not in declared.choices:
         raise BadInput(f"‹{one.name}› {value} is not known; use {', '.join(declared.choices)}.")
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if not isinstance(value, int | float) or isinstance(value, bool):  # a bool is an int, too
         return
     if not isfinite(value):
         raise BadInput(f"‹{one.name}› is {value}; it must be a finite number.")

@@ -4,6 +4,7 @@ tensors against the safetensors library.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import struct
@@ -17,7 +18,14 @@ from tiny import tiny_model
 
 from surgeon import Anatomy, apply_to_checkpoint, load_model
 from surgeon.anatomy import Shards, open_stream
-from surgeon.anatomy.folder import DTYPES, INDEX, SINGLE, fingerprint, model_files, overwrite
+from surgeon.anatomy.folder import (
+    DTYPES,
+    INDEX,
+    SINGLE,
+    fingerprint,
+    model_files,
+    overwrite,
+)
 from surgeon.audit import Checkpoint
 from surgeon.errors import BadCheckpoint, PackedWeight
 from surgeon.patch import ablate
@@ -119,6 +127,32 @@ def test_a_fingerprint_is_of_the_model_alone(folder: Path, tmp_path: Path) -> No
     raw[-1] ^= 1
     (folder / SINGLE).write_bytes(raw)
     assert fingerprint(folder) != before
+
+
+@pytest.mark.parametrize("order", ["none", "in order", "backwards", "half", "twice", "copied"])
+def test_a_fingerprint_reads_what_was_not_read_in_order(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str
+) -> None:
+    """What was is hashed on the way, and not read again."""
+    raw = (folder / SINGLE).read_bytes()
+    config = (folder / "config.json").read_bytes()
+    expected = hashlib.sha256(config + hashlib.sha256(raw).digest()).hexdigest()
+    shards = Shards.of("model", folder)
+    names = sorted(shards, key=lambda name: shards.stored[name].start)
+    read = {"in order": names, "backwards": names[::-1], "half": names[: len(names) // 2]}
+    for name in read.get(order, names * 2 if order == "twice" else []):
+        shards.read(name)
+    if order == "copied":
+        shards.copy(SINGLE, tmp_path / "copy")
+        assert (tmp_path / "copy").read_bytes() == raw
+    spans: list[int] = []
+    span = Shards._span
+    monkeypatch.setattr(
+        Shards, "_span", lambda self, s, a, b: spans.append(b - a) or span(self, s, a, b)
+    )
+    assert shards.fingerprint() == expected == shards.fingerprint()
+    assert (sum(spans) == 0) is (order in ("in order", "twice", "copied"))
+    assert sum(spans) < len(raw)  # the header, at least, was read before
 
 
 # -- headers -----------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ fetched["once"] = anatomy.shards.fetched
 assert torch.equal(loaded.model(ids, use_cache=False).logits, logits)
 fetched["twice"] = anatomy.shards.fetched
 total = logits.double().sum().item()
-print(json.dumps({"fetched": fetched, "sum": total, "fingerprint": loaded.fingerprint}))
+print(json.dumps({"fetched": fetched, "sum": total, "fingerprint": anatomy.fingerprint()}))
 """
 
 
@@ -87,7 +87,10 @@ def shards_asked(served):
     ]
 
 
-@pytest.mark.parametrize("way", ["plain", "redirected", "broken"])
+@pytest.mark.parametrize(
+    "way",
+    ["plain", *(pytest.param(way, marks=pytest.mark.slow) for way in ("redirected", "broken"))],
+)
 def test_only_what_is_read_is_fetched_and_only_once(way, folder, run, tmp_path):
     total, fingerprint, matrix, size = expected(folder)
     served = hub.Hub(
@@ -134,6 +137,7 @@ def test_a_server_without_ranges_gives_the_shards_that_are_needed(folder, run, t
         assert json.loads(done.stdout)["sum"] == expected(folder)[0]
 
 
+@pytest.mark.slow
 def test_what_the_hub_does_not_give(folder, run, tmp_path):
     pickled = tmp_path / "pickled"
     pickled.mkdir()
@@ -163,6 +167,7 @@ def test_what_the_hub_does_not_give(folder, run, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_find_streams_from_the_hub_as_from_a_folder(run, tmp_path):
     """The embedded model through the command line; with --detect-only --layers 0:1 the upper layer
     is never asked for.

@@ -4,6 +4,7 @@ it.
 
 from pathlib import Path
 
+import pytest
 from tiny import CONFIGS, tiny_model
 
 from surgeon.anatomy import TABLE, Anatomy, prove
@@ -35,6 +36,7 @@ def row(model_type: str) -> str:
     )
 
 
+@pytest.mark.slow
 def test_the_matrix_is_written_down():
     text = HEAD + "".join(row(t) for t in CONFIGS)
     others = sorted(set(TABLE) - set(CONFIGS))

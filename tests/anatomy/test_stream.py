@@ -41,7 +41,8 @@ def test_the_logits_are_the_same_bits(model_type, dtype, tmp_path):
     assert torch.equal(
         streamed[0].model(IDS, use_cache=False).logits, loaded.model(IDS, use_cache=False).logits
     )
-    assert streamed[0].fingerprint == loaded.fingerprint
+    assert streamed[1].fingerprint() == loaded.fingerprint
+    assert open_stream(folder, dtype, whole=False)[1].fingerprint() is None
     assert held(streamed[1]) == []
     for site in (Site(0, "attn.v"), *streamed[1].downs(1)):
         assert torch.equal(
@@ -68,6 +69,23 @@ def test_the_map_is_proved(model_type, tmp_path):
     _, anatomy = open_stream(folder)
     assert prove(anatomy) == prove(Anatomy.of(load_model(folder).model))
     assert held(anatomy) == []
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2"])
+def test_zeroed_norms_are_what_ablation_makes_of_them(model_type, tmp_path):
+    folder = saved(tmp_path, model_type)
+    loaded = load_model(folder).model
+    other = Anatomy.of(loaded)
+    _, anatomy = open_stream(folder)
+    inner = next(site for site in other.addresses if site.layer == 1 and "norm" in site.role)
+    regions = [Region(Site(None, "final_norm"), 3, 0), Region(inner, 5, 0)]
+    with ablate(other, regions).applied(other), anatomy.zeroed(regions):
+        assert torch.equal(
+            anatomy.model(IDS, use_cache=False).logits, loaded(IDS, use_cache=False).logits
+        )
+        assert torch.equal(anatomy.view(inner).read(), other.view(inner).read())
+    with ablate(other, regions).applied(other), anatomy.holding(1), anatomy.zeroed(regions):
+        assert torch.equal(anatomy.view(inner).read(), other.view(inner).read())
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "gpt_oss"])

@@ -8,17 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import CONFIGS, tiny_model
+from tiny import CONFIGS, saved, tiny_model
 from transformers import PreTrainedModel
 
 from surgeon.anatomy import Anatomy, Entry, Site
 from surgeon.audit import Audit, Curve, SuperActivation, Watched, audit, open_pair
 from surgeon.errors import BadInput
-
-
-def saved(model: PreTrainedModel, folder: Path) -> str:
-    model.save_pretrained(folder)
-    return str(folder)
 
 
 def audited(base: PreTrainedModel, other: PreTrainedModel, folder: Path, *sets: Watched) -> Audit:

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import saved, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -19,11 +19,6 @@ from surgeon.audit import Adapter, GgufFile, Weights, open_pair
 from surgeon.errors import BadCheckpoint, BadInput
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
-
-
-def saved(model: PreTrainedModel, folder: Path) -> str:
-    model.save_pretrained(folder)
-    return str(folder)
 
 
 def opened(base: str, other: Path) -> Weights:

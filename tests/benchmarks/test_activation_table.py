@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 from bench import benchmark
-from tiny import tiny_model
+from tiny import planted
 
-from surgeon.anatomy import Anatomy, Entry, Site
+from surgeon.anatomy import Entry, Site
 from surgeon.measure import Reference, mean_nll
 from surgeon.quantize import ActivationConfig, activation_table, quantized, quantized_activations
 from surgeon.quantize.compare import INT8
@@ -22,20 +22,13 @@ WINDOWS = torch.randint(3, 99, (4, 12), generator=torch.Generator().manual_seed(
 CRITICAL = [Entry(Site(1, "mlp.down"), 5, 7)]
 
 
-def planted():
-    """A model whose channel 5 is far above the others from layer 1 on, by one entry."""
-    model = tiny_model("llama")
-    anatomy = Anatomy.of(model)
-    view = anatomy.view("L1.mlp.down")
-    view.set_(torch.tensor([5]), torch.tensor([7]), torch.tensor([200.0]))
-    return anatomy
-
-
+@pytest.mark.slow
 def test_every_method_with_its_fitted_limits():
     anatomy = planted()
     config = ActivationConfig(bits=4)
     ways = table.treatments(anatomy, WINDOWS, config)
-    rows = activation_table(anatomy, WINDOWS[:2], WINDOWS[2:], config, CRITICAL, ways=ways).rows
+    reference = Reference(anatomy.model, WINDOWS[2:])
+    rows = activation_table(anatomy, WINDOWS[:2], reference, config, CRITICAL, ways=ways).rows
     names = [(m.name, per) for per in ("tensor", "token") for m in table.METHODS]
     named = dict(zip(names, rows, strict=True))
     config_of = dict(zip(names, [way.config for way in ways], strict=True))

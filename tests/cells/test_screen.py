@@ -65,6 +65,7 @@ def test_figures_on_the_judging_cells_against_plain_passes():
     assert result.verified[0].collapse_share == pytest.approx(nats / lead, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_planted_is_found_and_rescaled_is_not():
     result = run(replace(CONFIG, controls_check=True))
     assert CellScreen.from_json(result.to_json()) == result
@@ -162,6 +163,7 @@ def test_the_worst_candidate_is_the_most_damaging_of_all():
     assert worst_candidate(t, 2) == max(nats, key=lambda address: nats[address])
 
 
+@pytest.mark.slow
 def test_what_is_found_becomes_a_patch():
     t = tiny()
     model, planted = plant(t.model, t.batch, t.masked)
@@ -179,6 +181,7 @@ def test_what_is_found_becomes_a_patch():
         regions_of(anatomy, run(replace(CONFIG, min_share=0.9)))
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_figures():
     assert run().to_json() == run().to_json()
 

@@ -88,6 +88,7 @@ def test_demo_tells_the_story_and_leaves_its_folder(
     assert json.loads(measured.out)["nll"] == pytest.approx(repaired["nll"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_another_model_is_shown_without_what_cannot_be_known_of_it(
     surgeon: Any, folder: Path, long_text: Path
 ) -> None:

@@ -148,6 +148,7 @@ def test_edits_one_after_the_other_and_together(surgeon: Any, tmp_path: Path) ->
     assert batch["target_probability"]["after"] > 0.8
 
 
+@pytest.mark.slow
 def test_layers_are_ranked_and_nothing_is_written(surgeon: Any, tmp_path: Path) -> None:
     (tmp_path / "facts.jsonl").write_text(json.dumps(FACT))
     arguments = ("edit", "layers", "patient", "--facts", tmp_path / "facts.jsonl")
@@ -165,6 +166,7 @@ def test_layers_are_ranked_and_nothing_is_written(surgeon: Any, tmp_path: Path) 
     assert LayerRanking.from_json(called.to_json()) == called
 
 
+@pytest.mark.slow
 def test_an_edit_that_would_harm_is_refused(surgeon: Any, tmp_path: Path) -> None:
     """A value far too large, written where the covariance counts for next to nothing."""
     large = ("--value-clamp", "60", "--value-lr", "9", "--value-steps", "3")

@@ -45,6 +45,7 @@ def model_hub(folder: Path, tmp_path: Path) -> Any:
         )
 
 
+@pytest.mark.slow
 def test_a_model_from_the_hub(process: Any, surgeon: Any, folder: Path, model_hub: Any) -> None:
     served, environment = model_hub
     status, out, err = process("sites", f"org/tiny@{hub.COMMIT}", "--json", **environment)
@@ -59,6 +60,7 @@ def test_a_model_from_the_hub(process: Any, surgeon: Any, folder: Path, model_hu
     }
 
 
+@pytest.mark.slow
 def test_what_the_hub_does_not_give(model_hub: Any) -> None:
     """Several commands in one process: the client reads its endpoint when it is imported."""
     refusals = {
@@ -91,6 +93,7 @@ def test_what_the_hub_does_not_give(model_hub: Any) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_no_network(process: Any, tmp_path: Path) -> None:
     """Nothing listens on port 9 here; and a folder needs no Hub."""
     status, out, err = process(

@@ -143,6 +143,7 @@ def test_streamed_it_writes_the_same_bytes(folder: Path, text: Path, tmp_path: P
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_a_sweep_is_bits_by_block_by_method_with_its_front(
     folder: Path, text: Path, tmp_path: Path, surgeon
 ):
@@ -281,6 +282,7 @@ def test_the_lab_gives_what_the_command_gives(folder: Path, text: Path, tmp_path
     assert max(map(len, lines)) <= 100
 
 
+@pytest.mark.slow
 def test_findings_and_addresses_name_what_is_held_out(folder: Path, text: Path):
     lab = surgeon_package.open(str(folder))
     given = {"text": str(text), "window": 16}

@@ -72,6 +72,7 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_pass_that_was_cut_goes_on(
     patient: tuple[Anatomy, PreTrainedTokenizerBase],
     tmp_path: Path,

@@ -71,7 +71,12 @@ def keys_seen(anatomy: Anatomy, windows: Tensor, layer: int) -> Tensor:
     return keys[0]
 
 
-@pytest.mark.parametrize("method", METHODS)
+QUICK = ("rome", "memit", "ft")  # one of each kind
+
+
+@pytest.mark.parametrize(
+    "method", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+)
 def test_the_model_says_the_target_and_the_forecast_holds(
     patient: Patient, preparation: Preparation, method: str
 ) -> None:
@@ -119,6 +124,7 @@ def test_the_model_says_the_target_and_the_forecast_holds(
     assert again.patch.digest == edited.patch.digest
 
 
+@pytest.mark.slow
 def test_rome_holds_at_the_keys_it_was_asked_for(
     patient: Patient, preparation: Preparation
 ) -> None:
@@ -275,6 +281,7 @@ def test_several_layers_share_what_is_missing(kind: str, method: str, patient: P
     assert parts[1] < 0.35
 
 
+@pytest.mark.slow
 def test_several_facts_one_after_the_other(patient: Patient, preparation: Preparation) -> None:
     anatomy, _ = patient
     edited = edit(preparation, FACTS, EditConfig())
@@ -373,6 +380,7 @@ def test_default_layers(depth: int, one: int, several: tuple[int, ...]) -> None:
     assert layers_by_depth(depth, "memit") == several
 
 
+@pytest.mark.slow
 def test_a_second_round_makes_good_what_the_edit_costs(
     patient: Patient, preparation: Preparation
 ) -> None:

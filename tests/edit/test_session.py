@@ -40,6 +40,7 @@ def windows(patient: Patient) -> torch.Tensor:
     return load_corpus(patient[1], heldout_text(), "heldout", 128, 6).windows
 
 
+@pytest.mark.slow
 def test_a_session_is_its_edits(
     patient: Patient, preparation: Preparation, windows: torch.Tensor
 ) -> None:
@@ -65,6 +66,7 @@ def test_a_session_is_its_edits(
 @pytest.mark.parametrize(
     ("rails", "why"), [({"max_norm": 0.3}, "of its norm"), ({"max_nll_rise": 0.05}, "NLL")]
 )
+@pytest.mark.slow
 def test_what_breaks_a_rail_is_taken_back(
     patient: Patient,
     preparation: Preparation,
@@ -93,6 +95,7 @@ def test_rails_that_leave_nothing(preparation: Preparation, windows: torch.Tenso
             configured(SessionConfig, bad)
 
 
+@pytest.mark.slow
 def test_a_forecast_of_harm_ends_a_session(
     preparation: Preparation, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

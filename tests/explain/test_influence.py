@@ -145,6 +145,7 @@ def quantiles(values: list[float]) -> list[float]:
     return [ordered[round(q * (len(ordered) - 1))] for q in (0.05, 0.5, 0.95)]
 
 
+@pytest.mark.slow
 def test_the_bands_are_those_of_a_plain_permutation(case):
     """The nulls again, word by word in plain Python with another source of chance."""
     _, tokenizer, corpus = case

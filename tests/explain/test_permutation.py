@@ -28,6 +28,7 @@ def simulated(seed, effect=0.0):
     return sizes * (level[strata] + word + effect * labels), sizes, labels, strata
 
 
+@pytest.mark.slow
 def test_p_is_uniform_when_there_is_no_effect():
     p = torch.tensor([p_of(*simulated(seed), seed) for seed in range(300)], dtype=torch.float64)
     distance = (p.sort().values - torch.arange(1, 301) / 300).abs().max()

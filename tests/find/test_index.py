@@ -247,6 +247,7 @@ def test_errors_of_folders(tmp_path: Path) -> None:
 # The Hub
 
 
+@pytest.mark.slow
 def test_from_the_hub_only_headers_and_matrices_are_fetched(tmp_path: Path) -> None:
     """In processes of their own, since huggingface_hub reads HF_ENDPOINT when it is imported."""
     folder = qwen(tmp_path / "served")

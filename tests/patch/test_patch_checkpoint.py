@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import CONFIGS, tiny_model
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
 from surgeon.anatomy import Anatomy, Entry, Site
 from surgeon.anatomy.folder import model_files
@@ -40,12 +39,7 @@ from surgeon.patch import (
     undo_on_checkpoint,
 )
 
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

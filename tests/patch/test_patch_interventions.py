@@ -9,6 +9,7 @@ from tiny import tiny_model
 from surgeon.anatomy import Anatomy, Entry, Region, Site
 from surgeon.errors import BadInput, UnknownSite
 from surgeon.patch import ablate, injured, record_channel, restored_channel
+from surgeon.tap import Tap
 
 DOWN = Site(1, "mlp.down")
 IDS = torch.arange(1, 13).view(2, 6)
@@ -30,6 +31,30 @@ def test_modes(mode: str, want: float | None) -> None:
         torch.testing.assert_close(new[mask], old.mean().expand(int(mask.sum())))
     else:
         torch.testing.assert_close(new[mask], want * old[mask])
+
+
+@pytest.mark.parametrize(("model_type", "zero"), [("llama", 0.0), ("gpt2", 0.0), ("gemma2", -1.0)])
+def test_a_norms_scale_is_meant_whatever_it_stores(model_type: str, zero: float) -> None:
+    """The channel behind the norm is zero, or half of what it was, at every token."""
+    model = tiny_model(model_type)
+    anatomy = Anatomy.of(model)
+    site = Site(None, "final_norm")
+    assert anatomy.stored_zero(site) == zero
+    assert anatomy.stored_zero(DOWN) == 0.0
+    bias = anatomy.module(site).bias[3].item() if model_type == "gpt2" else 0.0
+
+    def channel() -> torch.Tensor:
+        leaving: list[torch.Tensor] = []
+        with Tap() as tap, torch.no_grad():
+            tap.on_output(anatomy.module(site), leaving.append)
+            model(IDS)
+        return leaving[0][..., 3] - bias
+
+    intact = channel()
+    for mode, share in (("zero", 0.0), ("scale:0.5", 0.5), ("flip", -1.0)):
+        with injured(anatomy, ["final_norm[3, 0]"], mode):
+            torch.testing.assert_close(channel(), share * intact)
+    assert torch.equal(channel(), intact)
 
 
 def test_spread_keeps_the_sum_of_each_row() -> None:

@@ -89,6 +89,7 @@ def test_facts_hold_in_phrasings_that_training_never_used(known):
     assert sum(p > 0.5 for p in unseen) / len(unseen) > 0.5
 
 
+@pytest.mark.slow
 def test_held_out_phrasings_never_occur_in_the_text():
     sentences = {f"{f.phrasings[i]} {f.object}" for f in facts() for i in f.held_out}
     for split in ("train", "heldout"):
@@ -97,6 +98,7 @@ def test_held_out_phrasings_never_occur_in_the_text():
     assert not [s for s in sentences if s in heldout_text()]
 
 
+@pytest.mark.slow
 def test_the_generator_repeats_itself_and_wrote_the_held_out_text():
     assert list(islice(documents(3, "train"), 50)) == list(islice(documents(3, "train"), 50))
     assert heldout_text().startswith("\n\n".join(islice(documents(0, "heldout"), 20)))
@@ -105,6 +107,7 @@ def test_the_generator_repeats_itself_and_wrote_the_held_out_text():
     assert not [d for d in long if d in train]
 
 
+@pytest.mark.slow
 def test_its_vital_set_arose_in_training():
     """`find` returns it, with at least 0.3 nats of joint damage and at least 10 times its matched
     controls.

@@ -10,11 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import CONFIGS, tiny_model
+from tiny import CONFIGS, planted, tiny_model
 
 from surgeon.anatomy import Anatomy, Entry, Site
 from surgeon.errors import BadInput
-from surgeon.measure import mean_nll
+from surgeon.measure import Reference, mean_nll
 from surgeon.quantize.activations import (
     ActivationConfig,
     held_entries,
@@ -235,15 +235,6 @@ def test_controls_hold_as_many_entries_of_the_same_tensors(method):
         )
 
 
-def planted():
-    """A model whose channel 5 is far above the others from layer 1 on, by one entry."""
-    model = tiny_model("llama")
-    anatomy = Anatomy.of(model)
-    view = anatomy.view("L1.mlp.down")
-    view.set_(torch.tensor([5]), torch.tensor([7]), torch.tensor([200.0]))
-    return anatomy
-
-
 def test_holding_out_a_planted_super_activation_helps_and_its_control_does_not():
     anatomy = planted()
     before = logits(anatomy.model)
@@ -322,7 +313,7 @@ def test_the_table_is_what_its_parts_give():
     state = {n: p.detach().clone() for n, p in anatomy.model.named_parameters()}
     config = ActivationConfig(bits=4)
     fit, judged = WINDOWS[:2], WINDOWS[2:]
-    result = activation_table(anatomy, fit, judged, config, CRITICAL)
+    result = activation_table(anatomy, fit, Reference(anatomy.model, judged), config, CRITICAL)
     assert (result.fitted_on, result.judged_on) == (2, 2)
     assert result.nll.intact == pytest.approx(mean_nll(anatomy.model, judged), abs=1e-6)
     rows = {(r.method, r.smooth, r.per): r for r in result.rows}
@@ -379,8 +370,9 @@ def test_treatments_of_ones_own():
     anatomy = planted()
     clipped = Treatment(ActivationConfig(4, "tensor", "clip", "z", 3.0))
     largest = Treatment(ActivationConfig(4, "token", "largest"), "everywhere")
+    reference = Reference(anatomy.model, WINDOWS[2:])
     result = activation_table(
-        anatomy, WINDOWS[:2], WINDOWS[2:], critical=CRITICAL, ways=[clipped, largest]
+        anatomy, WINDOWS[:2], reference, critical=CRITICAL, ways=[clipped, largest]
     )
     with quantized(anatomy, INT8), quantized_activations(anatomy, clipped.config):
         assert result.rows[0].nll == pytest.approx(mean_nll(anatomy.model, WINDOWS[2:]), abs=1e-6)
@@ -399,7 +391,7 @@ def test_float_weights_are_left_alone_if_asked():
     result = activation_table(
         anatomy,
         WINDOWS[:2],
-        WINDOWS[2:],
+        Reference(anatomy.model, WINDOWS[2:]),
         critical=CRITICAL,
         weights=None,
         ways=[Treatment(ActivationConfig(per="token"))],
@@ -451,7 +443,7 @@ def test_on_a_trained_model_one_entry_held_out_beats_its_control(shared):
     config = ActivationConfig(bits=8, per="tensor")
     methods = ("naive", "holdout", "control")
     ways = [Treatment(replace(config, method=method)) for method in methods]
-    fit, judged = corpus.windows[:6], corpus.windows[6:]
+    fit, judged = corpus.windows[:6], Reference(anatomy.model, corpus.windows[6:])
     table = activation_table(anatomy, fit, judged, config, critical, ways=ways)
     kl = {method: row.kl for method, row in zip(methods, table.rows, strict=True)}
     assert kl["holdout"] < 0.7 * kl["naive"]

@@ -30,6 +30,11 @@ CONFIG = QuantizeConfig(Grid(3, block=Block.parse("flat:256")))
 
 
 @pytest.fixture(scope="module")
+def reference(anatomy: Anatomy) -> Reference:
+    return Reference(anatomy.model, WINDOWS)
+
+
+@pytest.fixture(scope="module")
 def anatomy() -> Anatomy:
     model = tiny_model("llama")
     model.get_parameter("model.layers.0.mlp.down_proj.weight")[5, 7] = 30.0
@@ -39,10 +44,10 @@ def anatomy() -> Anatomy:
 ENTRY = Entry.parse("L0.mlp.down[5, 7]")
 
 
-def test_each_row_is_what_the_model_does_so_quantized(anatomy: Anatomy):
+def test_each_row_is_what_the_model_does_so_quantized(anatomy: Anatomy, reference: Reference):
     judged = table(
         anatomy,
-        WINDOWS,
+        reference,
         CONFIG,
         [ENTRY],
         examine=lambda: {"weight": float(anatomy.view(ENTRY.site).read()[5, 7])},
@@ -53,7 +58,7 @@ def test_each_row_is_what_the_model_does_so_quantized(anatomy: Anatomy):
         with quantized(anatomy, replace(CONFIG, method=row.method), [ENTRY]) as result:
             assert row.nll == mean_nll(anatomy.model, WINDOWS)
             assert row.accuracy == {"weight": float(anatomy.view(ENTRY.site).read()[5, 7])}
-        moved = Reference(anatomy.model, WINDOWS).compare(
+        moved = reference.compare(
             lambda row=row: quantized(anatomy, replace(CONFIG, method=row.method), [ENTRY])
         )
         assert (row.kl, row.top1_agreement, row.bits_per_weight) == (
@@ -81,11 +86,11 @@ def test_each_row_is_what_the_model_does_so_quantized(anatomy: Anatomy):
     assert by["holdout"].kl < by["rtn"].kl
 
 
-def test_a_sweep_is_its_tables(anatomy: Anatomy):
+def test_a_sweep_is_its_tables(anatomy: Anatomy, reference: Reference):
     told: list[tuple[str, int, int]] = []
     rows = sweep(
         anatomy,
-        WINDOWS,
+        reference,
         CONFIG,
         [Grid(n, block=Block(kind)) for n in (8, 3) for kind in ("tensor", "channel")],
         [ENTRY],
@@ -94,7 +99,7 @@ def test_a_sweep_is_its_tables(anatomy: Anatomy):
     assert [(r.bits, r.block, r.method) for r in rows] == [
         (b, k, m) for b in (8, 3) for k in ("tensor", "channel") for m in METHODS
     ]
-    one = table(anatomy, WINDOWS, replace(CONFIG, grid=Grid(3, block=Block("channel"))), [ENTRY])
+    one = table(anatomy, reference, replace(CONFIG, grid=Grid(3, block=Block("channel"))), [ENTRY])
     assert rows[-4:] == [judged.row for judged in one]
     assert told[-1] == ("methods", 16, 16)
 
@@ -116,12 +121,12 @@ def test_the_front_holds_what_nothing_beats():
     assert [(r.bits_per_weight, r.nll) for r in pareto(rows)] == [(3, 9.0), (4, 1.4), (5, 1.0)]
 
 
-def test_a_weighted_search_minds_the_inputs(anatomy: Anatomy):
+def test_a_weighted_search_minds_the_inputs(anatomy: Anatomy, reference: Reference):
     squares = input_mean_squares(anatomy, WINDOWS, quantized_sites(anatomy, CONFIG))
     plain, weighted = (
-        table(anatomy, WINDOWS, replace(CONFIG, weighted=w), [ENTRY], squares, methods=["holdout"])[
-            0
-        ]
+        table(
+            anatomy, reference, replace(CONFIG, weighted=w), [ENTRY], squares, methods=["holdout"]
+        )[0]
         for w in (False, True)
     )
     chosen = [{s: m.clip for s, m in r.weights.matrices.items()} for r in (plain, weighted)]

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from packed import LINEAR, in_memory
 from safetensors.torch import load_file
 from tiny import tiny_model
 from transformers import CompressedTensorsConfig
-from transformers.utils import logging
 
 from surgeon.anatomy import Anatomy, Entry, Site, load_model
 from surgeon.anatomy.load import locate
@@ -23,12 +21,7 @@ from surgeon.errors import BadInput, MissingExtra
 from surgeon.quantize import Block, ExportPlan, Grid, QuantizeConfig, export_compressed, quantize_
 from surgeon.quantize.formats import RECORD
 
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.mark.parametrize(

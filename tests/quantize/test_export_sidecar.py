@@ -126,6 +126,7 @@ def test_logits_of_the_patient_and_size_of_the_folder(tmp_path: Path) -> None:
     assert (tmp_path / "packed" / CORRECTION).stat().st_size < 4_000 + 16 * len(entries)
 
 
+@pytest.mark.slow
 def test_one_import_is_all_it_takes(tmp_path: Path) -> None:
     """In a process of its own, which nothing has prepared; from a folder, and from the Hub."""
     model = tiny_model("llama")

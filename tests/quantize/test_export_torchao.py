@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,19 +14,13 @@ from packed import LINEAR, in_memory
 from safetensors import safe_open
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, TorchAoConfig
-from transformers.utils import logging
 
 from surgeon.anatomy import Entry, Site, load_model
 from surgeon.anatomy.load import locate
 from surgeon.errors import BadInput, MissingExtra
 from surgeon.quantize import Block, ExportPlan, Grid, QuantizeConfig, export_torchao
 
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_hostile_text_creates_no_element_and_no_attribute(hostile: Path, tmp_path: Path):
     text = (hostile / "report.html").read_text(encoding="utf-8")
     kinds = set(Page(text).elements)
@@ -94,6 +95,7 @@ def test_a_name_that_is_not_unicode_is_linked_and_shown():
     assert (link(name), shown(name).encode()) == ("./%FF.json", b"\\udcff.json")
 
 
+@pytest.mark.slow
 def test_the_page_asks_for_nothing_from_outside(tmp_path: Path):
     text = page(tmp_path / "run", "text", "")
     assert len(text.encode()) < 3_000_000

@@ -66,5 +66,5 @@ def test_a_kind_without_pictures_of_its_own_is_shown_by_its_fields():
     values, parts = pictures_of(Strange(0.25, True, [Part("a", 0.5), Part("b", 1.0)]))
     assert values.about == "What it is."
     assert values.shown == Table(("field", "value"), [("damage nats", 0.25), ("found", "yes")])
-    assert parts.headline == "Parts: 2"
+    assert parts.headline == "Parts: 2 rows"
     assert parts.shown == Table(["name", "share"], [["a", 0.5], ["b", 1.0]], of=2)

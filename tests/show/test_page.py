@@ -252,6 +252,7 @@ def test_what_else_lies_in_the_folder_is_listed(run_folder: Folder):
     assert "hidden" not in page
 
 
+@pytest.mark.slow
 def test_the_same_folder_gives_the_same_bytes(run_folder: Folder):
     folder = run_folder(**made_results())
     assert write_report(folder).read_bytes() == write_report(folder).read_bytes()

@@ -15,6 +15,7 @@ from sweep_work import InlineCrew
 
 import surgeon as package
 from surgeon.cli.options import flag
+from surgeon.errors import Refused
 from surgeon.settings import settings_of
 from surgeon.studies.registry import STUDIES, read_result, study_named
 from surgeon.studies.sweep import OPERATIONS
@@ -164,34 +165,42 @@ def test_the_command_line_and_the_lab_give_the_same_numbers(
         assert without(read_result(document).to_json()) == without(expected)
 
 
-@pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_the_lab_and_a_sweep_give_the_same_numbers(
+@pytest.fixture
+def swept_rows(
     surgeon: Any,
     folder: Path,
     reading: dict[str, Any],
-    settings_for: Any,
-    by_method: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    case: Case,
-):
+) -> Callable[[str, dict[str, Any], dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of a plan of one operation; `said_once` are those settings that the plan has."""
     monkeypatch.setattr("surgeon.studies.sweep.LocalCrew", InlineCrew)
+
+    def run(verb: str, settings: dict[str, Any], said_once: dict[str, Any]) -> list[dict[str, Any]]:
+        elsewhere = {"seed", *said_once}
+        params = {name: value for name, value in settings.items() if name not in elsewhere}
+        plan = {
+            "models": [str(folder)],
+            **reading,
+            "seeds": [settings.get("seed", 0)],
+            "operations": [{"name": verb, "params": params}],
+        }
+        path = tmp_path / "plan.yaml"
+        path.write_text(json.dumps(plan))  # JSON is YAML, too
+        status, out, err = surgeon("sweep", path, "-o", tmp_path / "out")
+        assert (status, err) == (0, ""), out
+        answer = query(Store(tmp_path / "out"))
+        return [dict(zip(answer.columns, row, strict=True)) for row in answer.rows]
+
+    return run
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_the_lab_and_a_sweep_give_the_same_numbers(
+    swept_rows: Any, reading: dict[str, Any], settings_for: Any, by_method: Any, case: Case
+):
     settings = settings_for(case)
-    seed = settings.get("seed", 0)
-    said_once = {"seed", *(reading if case.reads else ())}
-    params = {name: value for name, value in settings.items() if name not in said_once}
-    plan = {
-        "models": [str(folder)],
-        **reading,
-        "seeds": [seed],
-        "operations": [{"name": case.verb, "params": params}],
-    }
-    path = tmp_path / "plan.yaml"
-    path.write_text(json.dumps(plan))  # JSON is YAML, too
-    status, out, err = surgeon("sweep", path, "-o", tmp_path / "out")
-    assert (status, err) == (0, ""), out
-    answer = query(Store(tmp_path / "out"))
-    swept = [dict(zip(answer.columns, row, strict=True)) for row in answer.rows]
+    swept = swept_rows(case.verb, settings, reading if case.reads else {})
     expected = [dict(row) for row in by_method(case).rows()]
     assert len(swept) == len(expected) >= 1
     for row, one in zip(swept, expected, strict=True):
@@ -199,3 +208,26 @@ def test_the_lab_and_a_sweep_give_the_same_numbers(
         there = {name: row.get(name) for name in given}
         assert there == given
     assert {row["operation"] for row in swept} == {case.verb}
+
+
+def test_a_sweep_edits_each_fact_of_a_file_alone_on_the_intact_model(
+    lab: package.Lab,
+    swept_rows: Any,
+    reading: dict[str, Any],
+    settings_for: Any,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    for limit in ("WARN", "REFUSE"):  # any edit is refused, but in a sweep, which keeps no patch
+        monkeypatch.setattr(f"surgeon.edit.preflight.{limit}", 0.0)
+    settings = settings_for(Case("edit", {"facts": FACTS, **FEW}))
+    swept = swept_rows("edit", settings, reading)
+    facts = [json.loads(line) for line in Path(settings["facts"]).read_text().splitlines()]
+    alone = [lab.edit(**fact, **FEW, **reading, force=True) for fact in facts]
+    together = lab.edit(**{**settings, "force": True})
+    assert [row["verdict"] for row in swept] == ["refuse", "refuse"]
+    with pytest.raises(Refused):
+        lab.edit(**settings)
+    names = ("subject", "target_before", "target_after", "says_target")
+    expected = [{name: one.rows()[0][name] for name in names} for one in alone]
+    assert [{name: row[name] for name in names} for row in swept] == expected
+    assert [{name: row[name] for name in names} for row in together.rows()] != expected

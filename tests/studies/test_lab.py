@@ -225,6 +225,10 @@ def test_a_sweep_of_one_verb_gives_what_the_verb_gives(lab: Lab, reading: dict[s
         alone = lab.measure(mode=row["mode"], at=row["at"], **reading)
         assert row["damage_nats"] == alone.damage_nats
     assert type(table).from_json(table.to_json()) == table
+    about = table.provenance
+    assert (about.model, about.corpus) == (alone.provenance.model, alone.provenance.corpus)
+    again = eval(str(about.command), {"lab": lab})
+    assert again.table == table.table
 
 
 def test_a_sweep_is_checked_before_its_first_run(lab: Lab, monkeypatch: pytest.MonkeyPatch):
@@ -233,6 +237,8 @@ def test_a_sweep_is_checked_before_its_first_run(lab: Lab, monkeypatch: pytest.M
         lab.sweep("measure", {"mode": ["zero", "banana"]}, at=PLANTED)
     with pytest.raises(BadInput, match="no verb"):
         lab.sweep("mesure", {"mode": ["zero"]})
+    with pytest.raises(BadInput, match="no combination"):
+        lab.sweep("measure", {"mode": []})
 
 
 def test_a_patch_goes_onto_a_plain_model(lab: Lab):

@@ -46,6 +46,7 @@ def kill_one_at_work(after: int = 2) -> threading.Thread:
     return thread
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_the_middle(sweep: Any) -> None:
     killer = kill_one_at_work()
     summary, store = sweep(SIX, partial(LocalCrew, "sweep_work", workers=2, threads=1))

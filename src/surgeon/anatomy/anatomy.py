@@ -185,11 +185,10 @@ class Anatomy:
         It is read off the norm by experiment. Raises: UnknownArchitecture for a norm that is
         proportional neither to what it stores nor to that plus one.
         """
-        address = self.addresses[self.resolve(site)]
-        is_norm = site.role.startswith("norm.") or site.role.split(".")[0] == "final_norm"
+        address, module = self.addresses[self.resolve(site)], self.module(site)
+        is_norm = "norm" in type(module).__name__.lower()
         if not is_norm or not address.parameter.endswith(".weight"):
             return 0.0
-        module = self.module(site)
         width = self.model.get_parameter(address.parameter).shape
         x = torch.linspace(-1.0, 2.0, width.numel()).expand(1, 1, *width)
         bias = {} if getattr(module, "bias", None) is None else {"bias": torch.zeros(width)}
@@ -251,7 +250,7 @@ class Anatomy:
                 yield from _norm_sites(None, f"norm.{path}", path, module)
 
     def _walk_layer(self, index: int, layer: nn.Module) -> Iterator[tuple[Site, Address]]:
-        found = False
+        has_down = False
         prefix = f"{self.layers_path}.{index}"
         for role, location in self.layout.roles.items():
             path, _, part = location.partition("/")
@@ -261,7 +260,7 @@ class Anatomy:
                 continue
             transposed = isinstance(module, Conv1D) or path in self.layout.transposed
             rows = _rows(part, weight.shape[1 if transposed else 0], self.config)
-            found = found or role == "mlp.down"
+            has_down = has_down or role == "mlp.down"
             yield (
                 Site(index, role),
                 Address(
@@ -277,7 +276,7 @@ class Anatomy:
                 continue
             transposed = self.layout.expert_orientation == "in_out"
             rows = _rows(part, fused.shape[2 if transposed else 1], self.config)
-            found = found or role == "mlp.down"
+            has_down = has_down or role == "mlp.down"
             for expert in range(fused.shape[0]):
                 yield (
                     Site(index, role, expert),
@@ -285,7 +284,7 @@ class Anatomy:
                         f"{prefix}.{path}", f"{prefix}.{owner}", Packing(expert, transposed, rows)
                     ),
                 )
-        if not found:
+        if not has_down:
             raise UnknownArchitecture(
                 f"layer {index} of this {type(self.model).__name__} has no MLP output projection"
                 " where the layout says"
@@ -391,10 +390,10 @@ def _submodule(root: nn.Module, path: str) -> nn.Module | None:
 
 
 def _call(model: nn.Module, method: str) -> nn.Module | None:
-    """transformers raises NotImplementedError from these on models that have no such part."""
+    """The part of the model that the method gives; None where it has none."""
     try:
         return getattr(model, method)() if hasattr(model, method) else None
-    except NotImplementedError:
+    except NotImplementedError:  # what transformers raises here of a model without such a part
         return None
 
 

@@ -10,6 +10,9 @@ without gaps or overlaps from the end of the header to the end of the file. Afte
 a shape and a span of bytes. Spans are read with plain reads, not through a memory map: mapped pages
 count against a limit of the address space in full, and against one of resident memory as long as a
 tensor lives in them. `hub.RemoteShards` reads the same spans over the network.
+
+What is read of a file in its order, from the first byte on, goes into its SHA-256 on the way, so
+that the fingerprint of a checkpoint that was read through costs no second reading.
 """
 
 from __future__ import annotations
@@ -56,6 +59,7 @@ _BITS = {name: dtype.itemsize * 8 for name, dtype in DTYPES.items()} | {
     "F4": 4,
 }
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_CHUNK = 2**24  # bytes that are copied or hashed at a time
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -83,6 +87,8 @@ class Shards:
         """Raises: BadCheckpoint if one of `files` is damaged or cannot be read."""
         self.name, self.folder, self.files = name, folder, list(files)
         self.bytes_read = 0
+        # of each file the SHA-256 up to a byte
+        self._hashed = {file: (hashlib.sha256(), 0) for file in self.files}
         self.stored: dict[str, Stored] = {}
         self.metadata: dict[str, str] = {}
         for file in self.files:
@@ -104,8 +110,19 @@ class Shards:
         return [name for name, stored in self.stored.items() if stored.shard == shard]
 
     def fingerprint(self) -> str | None:
-        """See `fingerprint`; None where that cannot be told."""
-        return fingerprint(self.folder)
+        """See `fingerprint`; None where that cannot be told. What was not hashed is read now."""
+        total = hashlib.sha256((self.folder / CONFIG).read_bytes())
+        for shard in self.files:
+            for _ in self._chunks(shard, self._hashed[shard][1]):
+                pass
+            total.update(self._hashed[shard][0].digest())
+        return total.hexdigest()
+
+    def copy(self, shard: str, target: Path) -> None:
+        """Write the bytes of a file to another. Raises: BadCheckpoint if it cannot be read."""
+        with target.open("wb") as file:
+            for chunk in self._chunks(shard, 0):
+                file.write(chunk)
 
     def dtype(self) -> torch.dtype:
         """The dtype of the first tensor of plain numbers. Raises: PackedWeight if there is none."""
@@ -166,8 +183,8 @@ class Shards:
         """Of a shard, in bytes; None if it is not known."""
         return (self.folder / shard).stat().st_size
 
-    def _read_into(self, buffer: memoryview, shard: str, start: int) -> None:
-        stop = start + len(buffer)
+    def _read_into(self, whole: memoryview, shard: str, start: int) -> None:
+        buffer, stop = whole, start + len(whole)
         path, offset = self._place(shard, start, stop)
         try:
             with path.open("rb", buffering=0) as file:
@@ -183,6 +200,16 @@ class Shards:
             raise BadCheckpoint(
                 f"{shard} of {self.name} cannot be read: {error.strerror}."
             ) from error
+        digest, reached = self._hashed[shard]
+        if start <= reached < stop:
+            digest.update(whole[reached - start :])
+            self._hashed[shard] = digest, stop
+
+    def _chunks(self, shard: str, start: int) -> Iterator[bytearray]:
+        """The bytes of a local shard from `start` to its end."""
+        size = (self.folder / shard).stat().st_size
+        for begin in range(start, size, _CHUNK):
+            yield self._span(shard, begin, min(begin + _CHUNK, size))
 
     def _span(self, shard: str, start: int, stop: int) -> bytearray:
         data = bytearray(stop - start)
@@ -359,11 +386,7 @@ def fingerprint(folder: Path) -> str:
     """SHA-256 over config.json and every weight file: two folders share it only if they hold the
     same model.
     """
-    total = hashlib.sha256((folder / CONFIG).read_bytes())
-    for shard in model_files(folder):
-        with (folder / shard).open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
+    return str(Shards.of(str(folder), folder).fingerprint())
 
 
 def overwrite(shard: Path, stored: Stored, tensor: Tensor) -> None:

@@ -144,7 +144,7 @@ class RemoteShards(Shards):
                         f" {shard} of {self.name} ({type(error).__name__}); run the command"
                         " again, it goes on where it stopped."
                     ) from error
-                time.sleep(0.1 * 2**failures)
+                time.sleep(0.1 * 2**failures)  # a server that is busy is asked less and less often
             else:
                 if file.tell() == have:
                     raise BadCheckpoint(

@@ -107,9 +107,8 @@ def hub_errors(name: str) -> Iterator[None]:
             f"the model {repo} on the Hub has no revision {revision}; name a branch, a tag or a"
             " commit of it."
         ) from error
-    except (
-        Exception
-    ) as error:  # besides its own errors the client lets those of its HTTP library through
+    # besides its own errors the client lets those of its HTTP library through
+    except Exception as error:
         raise BadInput(
             f"{name} is neither a local folder nor a model the Hub would give:"
             f" {_first_line(error)}."
@@ -202,9 +201,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Loaded:
         _unpack_(model)
     except (MemoryError, torch.OutOfMemoryError, SurgeonError):
         raise
-    except (
-        Exception
-    ) as error:  # from_pretrained has no common base; whatever it says is about this checkpoint
+    # from_pretrained has no common base; whatever it says is about this checkpoint
+    except Exception as error:
         raise BadCheckpoint(
             f"{name} cannot be loaded by transformers {transformers.__version__}:"
             f" {_first_line(error)}."
@@ -230,9 +228,8 @@ def _unpack_(model: transformers.PreTrainedModel) -> None:
     """
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
     if compressor is not None:
-        with redirect_stderr(
-            io.StringIO()
-        ):  # it draws a progress bar, also where stderr is no terminal
+        # it draws a progress bar, also where stderr is no terminal
+        with redirect_stderr(io.StringIO()):
             compressor.decompress_model(model)
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):

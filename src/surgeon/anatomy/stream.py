@@ -1,10 +1,16 @@
 """A model larger than memory: the embedding and the norms are there, every other part is read when
 it runs and dropped after it.
 
-The model is an ordinary transformers model, built from its configuration on the meta device. Each
-decoder layer, and the output head where it is not the embedding, reads its own weights just before
-it runs. So everything that only runs the model works on it unchanged, at the price of reading the
-checkpoint once for every forward pass.
+How this works. The model is an ordinary transformers model, built from its configuration on the
+meta device. Each decoder layer, and the output head where it is not the embedding, is a part: its
+`forward` is replaced by one that puts the part's weights in their slots, runs, and puts the empty
+parameters back. So everything that only runs the model works on it unchanged, at the price of
+reading the checkpoint once for every forward pass. `holding` keeps a part in memory for a block,
+so that several passes over one layer read it once; it counts, since blocks can be nested.
+
+A weight that is read anew for every pass cannot be changed in place. `zeroed` therefore keeps a
+list of regions and zeroes them in whatever is held and whatever is read; any other write is
+refused, by a view that is a copy.
 """
 
 from __future__ import annotations
@@ -41,11 +47,10 @@ from .view import WeightView
 def open_stream(
     name: str, dtype: str = "auto", device: str = "auto", whole: bool = True
 ) -> tuple[Loaded, StreamedAnatomy]:
-    """Open MODEL (`patient`, a folder, or a Hub id) without reading its layers. The fingerprint is
-    "" unless `whole`.
+    """Open MODEL (`patient`, a folder, or a Hub id) without reading its layers.
 
-    Of a local folder the fingerprint takes reading every byte once. On the Hub only the bytes that
-    are read are fetched.
+    The fingerprint is the anatomy's to tell, see there for `whole`, and "" here. On the Hub only
+    the bytes that are read are fetched.
     Raises: BadInput, BadCheckpoint; UnknownArchitecture outside the table of architectures,
     PackedWeight for quantized weights.
     """
@@ -66,28 +71,29 @@ def open_stream(
         )
     number = DTYPES.get(dtype) or getattr(config, "dtype", None) or shards.dtype()
     model = _skeleton(name, config, number, where)
-    anatomy = StreamedAnatomy(model, TABLE[kind], shards, where)
-    fingerprint = shards.fingerprint() if whole else None
-    return (
-        Loaded(model, load_tokenizer(shards.folder), name, shards.folder, fingerprint or ""),
-        anatomy,
-    )
+    anatomy = StreamedAnatomy(model, TABLE[kind], shards, where, whole)
+    return Loaded(model, load_tokenizer(shards.folder), name, shards.folder, ""), anatomy
 
 
 class StreamedAnatomy(Anatomy):
     """The map of a streamed model. `view` gives the weights of a part that is held, else a copy
     from the checkpoint to read.
 
-    model: on the meta device, but for its buffers. tell: called with (part, of how many) before a
-    part is read.
+    model: on the meta device, but for its buffers. whole: whether it may have a fingerprint, which
+    takes every byte of a local folder. tell: called with (part, of how many) before a part is read.
     Raises: BadCheckpoint if the shards lack a weight of it.
     """
 
     def __init__(
-        self, model: nn.Module, layout: Layout, shards: Shards, device: torch.device
+        self,
+        model: nn.Module,
+        layout: Layout,
+        shards: Shards,
+        device: torch.device,
+        whole: bool = True,
     ) -> None:
         super().__init__(model, layout, "table")
-        self.shards, self.device = shards, device
+        self.shards, self.device, self.whole = shards, device, whole
         self.names = TensorNames(self, shards.stored)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         if wrong := sorted(n for n, p in parameters.items() if not self._stored(n, p)):
@@ -109,6 +115,10 @@ class StreamedAnatomy(Anatomy):
     @property
     def depth(self) -> int:
         return len(self.layers)
+
+    def fingerprint(self) -> str | None:
+        """Of the checkpoint; None unless `whole`. What was read through is not read again."""
+        return self.shards.fingerprint() if self.whole else None
 
     @contextmanager
     def holding(self, layer: int | None) -> Iterator[None]:
@@ -182,7 +192,7 @@ class StreamedAnatomy(Anatomy):
                 self._drop_(part)
 
     def _load_(self, part: str) -> None:
-        self._last = None
+        self._last = None  # what `view` read last; the part itself is in memory from now on
         if self.tell:
             self.tell(self._parts.index(part) + 1, len(self._parts))
         try:
@@ -216,17 +226,16 @@ class StreamedAnatomy(Anatomy):
         """Those of `regions` that lie in weights in memory, one triple a site: (view, rows,
         cols).
         """
-        found = []
+        live: list[tuple[WeightView, Tensor, Tensor]] = []
         for site in dict.fromkeys(r.site for r in regions):
             address = self.addresses[self.resolve(site)]
-            live = self.model.get_parameter(address.parameter)
-            if not live.is_meta:
-                view = WeightView(site, live, address.packing)
-                found += [
-                    (view, rows, cols)
-                    for rows, cols in _places([r for r in regions if r.site == site], view)
-                ]
-        return found
+            weight = self.model.get_parameter(address.parameter)
+            if weight.is_meta:
+                continue
+            view = WeightView(site, weight, address.packing)
+            here = [r for r in regions if r.site == site]
+            live += [(view, rows, cols) for rows, cols in _places(here, view)]
+        return live
 
     # -- building ------------------------------------------------------------------------------
 
@@ -247,12 +256,12 @@ class StreamedAnatomy(Anatomy):
         """The parameters of a part: name, owner, name within the owner, and what stands there while
         the part is not held.
         """
-        found = []
+        slots = []
         for name, empty in parameters.items():
             if name.startswith(f"{part}."):
                 owner, _, leaf = name.rpartition(".")
-                found.append((name, self.model.get_submodule(owner), leaf, empty))
-        return found
+                slots.append((name, self.model.get_submodule(owner), leaf, empty))
+        return slots
 
     def _load_outside(self, parameters: dict[str, nn.Parameter]) -> None:
         """Read what is outside the streamed parts; a tied weight once, for all its names."""
@@ -275,6 +284,7 @@ class StreamedAnatomy(Anatomy):
             with self._holding(part):
                 return forward(*args, **kwargs)
 
+        # on the instance: what nn.Module does around `forward`, hooks above all, stays as it is
         module.__dict__["forward"] = run
 
 
@@ -307,6 +317,7 @@ def _skeleton(
     model = unloaded(name, config, dtype)
     model.eval()  # type: ignore[no-untyped-call]
     model.requires_grad_(False)
+    # some architectures keep parts, like a router, in float32 whatever the dtype
     plan = model._get_dtype_plan(dtype)
     for path, parameter in model.named_parameters():
         wanted = next((d for part, d in plan.items() if part in path.split(".")), None)

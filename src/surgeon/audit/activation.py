@@ -14,7 +14,7 @@ from ..anatomy import Address, Entry, Site
 from ..result import derived, record
 from ..tap import Tap
 
-_BATCH = 4
+_BATCH = 4  # windows at a time: only peaks are kept, and small batches keep memory low
 
 
 @record

@@ -94,9 +94,8 @@ class Adapter(Weights):
         self, site: Site, address: Address, a: Tensor, b: Tensor
     ) -> Float[Tensor, "out in"]:
         """The site's part of scaling B A."""
-        if (
-            site.expert is not None
-        ):  # PEFT's order: A (experts * r, in) by expert, B (out, r * experts) by rank
+        # PEFT's order: A (experts * r, in) by expert, B (out, r * experts) by rank
+        if site.expert is not None:
             experts = self.anatomy.model.get_parameter(address.parameter).shape[0]
             a, b = (
                 a.view(experts, -1, a.shape[1])[site.expert],

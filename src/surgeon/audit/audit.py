@@ -180,6 +180,7 @@ class _Values(NamedTuple):
 def _by_site(base: Weights, watched: Sequence[Watched]) -> dict[Site, list[Entry]]:
     """Every watched entry once, by its site."""
     by_site: dict[Site, list[Entry]] = {}
+    # an entry may belong to several sets
     for entry in dict.fromkeys(entry for one in watched for entry in one.entries):
         by_site.setdefault(base.anatomy.resolve(entry.site), []).append(entry)
     return by_site
@@ -247,6 +248,7 @@ def _check(base: Weights, site: Site, matrix: Tensor, rows: Tensor, cols: Tensor
 
 def _cosine(before: Tensor, after: Tensor, rows: Tensor, cols: Tensor) -> float | None:
     """The cosine of all that is not watched; None where one side is zero or not finite."""
+    # without the watched: one entry a thousand times the others would decide alone
     before, after = before.clone(), after.clone()
     before[rows, cols] = after[rows, cols] = 0
     norms = float(before.norm()) * float(after.norm())
@@ -259,7 +261,7 @@ def _ranks(matrix: Float[Tensor, "out in"], values: Float[Tensor, " n"]) -> list
     finite.
     """
     sizes = values.abs()
-    finite = sizes.isfinite()
+    finite = sizes.isfinite()  # a quantized or merged model may well hold NaN
     if not bool(finite.any()):
         return [None] * len(values)
     magnitudes = matrix.abs().flatten()

@@ -72,6 +72,7 @@ class CriticalWeights(TrainerCallback):  # type: ignore[misc]
         drift = self.drift()
         if logs is not None:
             logs.update(drift)
+        # the trainer has noted its logs before it calls; the same numbers belong into its history
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(drift)
 
@@ -102,6 +103,7 @@ class _Watch:
             )
         self.rows = torch.tensor([entry.row for entry in entries])
         self.cols = torch.tensor([entry.col for entry in entries])
+        # in the stored dtype: putting them back rounds nothing
         self.bits = self.view.get(self.rows, self.cols).clone()
         self.original = self.now()
         zero = self.original.eq(0).nonzero().flatten().tolist()
@@ -113,6 +115,7 @@ class _Watch:
 
     def now(self) -> Tensor:
         """The entries (n,) as they act: with what adapters add."""
+        # in float64, so that a ratio is rounded no further
         values = self.view.get(self.rows, self.cols).double().cpu()
         for adapter in self.adapters():
             delta = self.module.get_delta_weight(adapter).detach()  # type: ignore[operator]

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..anatomy import Anatomy, Packing, Site, WeightView
+from ..anatomy.gguf_names import gguf_spellings
 from ..errors import BadCheckpoint, BadInput, MissingExtra
 from .weights import Weights
 
@@ -51,9 +52,8 @@ class GgufFile(Weights):
             reader = gguf.GGUFReader(path)
             self.architecture = str(reader.fields["general.architecture"].contents())
             self.depth = int(reader.fields[f"{self.architecture}.block_count"].contents())
-        except (
-            Exception
-        ) as error:  # the reader checks little, and any of its steps breaks on a damaged file
+        # the reader checks little, and any of its steps breaks on a damaged file
+        except Exception as error:
             raise BadCheckpoint(
                 f"{path} is damaged or no GGUF file ({error}); write it again."
             ) from error
@@ -75,12 +75,14 @@ class GgufFile(Weights):
         tensor, apart = self._find(site, address.parameter)
         try:
             numbers = self.gguf.dequantize(tensor.data, tensor.tensor_type)
+        # what the package raises for a type that it knows by name and size alone
         except NotImplementedError as error:
             raise BadCheckpoint(
                 f"{self.name} stores {site} as {tensor.tensor_type.name}, which the gguf package"
                 " cannot read."
             ) from error
         self._bytes_read += int(tensor.n_bytes)
+        # a copy, since numpy may give a view of the mapped file, which is read-only
         stored = torch.from_numpy(numbers.copy()).float()
         # (out, in) throughout, but for the embedding, which is (token, channel) here as well
         packing = Packing(
@@ -97,18 +99,10 @@ class GgufFile(Weights):
                 f"{site} is a norm, which GGUF files hold changed; in these audit reads projections"
                 " and embeddings."
             )
-        module = parameter.removesuffix(".weight")
-        alone = (
-            module.replace("gate_up_proj", f"{site.role.rpartition('.')[2]}_proj")
-            if site.expert is not None
-            else module
-        )
-        for spelled, apart in ((module, False), (alone, alone != module)):
-            for name in (
-                self.names.get_name(s) for s in (spelled, spelled.partition(".")[2])
-            ):  # with the base model's prefix, and without
-                if name is not None and f"{name}.weight" in self.tensors:
-                    return self.tensors[f"{name}.weight"], apart
+        for spelled, apart in gguf_spellings(parameter, site):
+            name = self.names.get_name(spelled)
+            if name is not None and f"{name}.weight" in self.tensors:
+                return self.tensors[f"{name}.weight"], apart
         if site.role == "unembed" and self.anatomy.tied_to(site):
             return self.tensors["token_embd.weight"], False
         raise BadInput(
@@ -129,6 +123,7 @@ class GgufFile(Weights):
             heads = (
                 config.num_attention_heads if site.role == "attn.q" else config.num_key_value_heads
             )
+            # there the two channels that rotate together are neighbours, here half a head apart
             return matrix.view(heads, -1, 2, matrix.shape[1]).transpose(1, 2).reshape(matrix.shape)
         if self.architecture not in _IN_ORDER:
             raise BadInput(

@@ -10,6 +10,12 @@ the critical set scaled as a whole (nats per token, of all those lost at 0):
 
 At three times its size a set does 0.7 to 0.9 of what it does at zero, and a flipped sign does worse
 than any; so both are red.
+
+How this works. A ratio is graded by the bounds of a `Curve`, which were set by that table. Entries
+that are vital together write one sum, and a compression may round the small ones of them to zero
+without harm; so of a set the ratio of that sum is graded, each entry with its share. But a sum can
+stay while two large entries change against one another, so an entry that carries much of it is
+graded by itself, too, and the worst verdict is that of the set.
 """
 
 from __future__ import annotations

@@ -31,8 +31,7 @@ def open_pair(
         if not path.is_file():
             raise BadInput(f"there is no file {other}; give the GGUF file to be audited.")
         return first, GgufFile(path, first.anatomy)
-    if (path / CONFIG).is_file() and not any(
-        path.glob("model*.safetensors")
-    ):  # trainers may put the base's config.json beside it
+    # trainers may put the base's config.json beside an adapter, but not its weights
+    if (path / CONFIG).is_file() and not any(path.glob("model*.safetensors")):
         return first, Adapter(path, first)
     return first, Checkpoint(other, first.anatomy, plugins)

@@ -243,9 +243,11 @@ def _unpack(
     """
     start = torch.arange(count) * bits
     word, offset = start // 32, (start % 32)[:, None]
+    # a code may end in the next word; where there is none, what is read is masked away
     after = (word + 1).clamp(max=len(words) - 1)
     out = torch.empty(count, words.shape[1], dtype=torch.uint8)
     for first in range(0, words.shape[1], _CHUNK):
+        # unsigned: shifting a negative number would fill it up with ones
         part = words[:, first : first + _CHUNK].long() & 0xFFFFFFFF
         out[:, first : first + _CHUNK] = (
             (part[word] >> offset) | (part[after] << (32 - offset))
@@ -265,6 +267,7 @@ def _fp4(packed: UInt8[Tensor, "*axes half"]) -> Float[Tensor, "*axes n"]:
 
 def _exponents(scale: Tensor) -> Tensor:
     """Scales that are stored as powers of two, as numbers."""
+    # E8M0: nothing but the exponent of a float, with its bias
     return torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
 
 

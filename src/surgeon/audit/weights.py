@@ -120,7 +120,7 @@ class Checkpoint(Weights):
             form = self.formats[name]
             read = form.read(self.tensors, name.removesuffix(".weight"), self.settings)
             return read, replace(packing, transposed=False) if form.as_linear else packing
-        if packing.expert is not None:
+        if packing.expert is not None:  # of a stacked tensor only that expert's bytes
             return self.tensors.read(name, packing.expert), replace(packing, expert=None)
         stored = self.tensors.read(name)
         if not stored.is_floating_point():

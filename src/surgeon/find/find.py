@@ -159,6 +159,10 @@ class CriticalSet:
     def geometry(self) -> str:
         return geometry([one.entry for one in self.entries])
 
+    def weights(self) -> list[Region]:
+        """What the set stands for where weights are named."""
+        return self.parts
+
 
 @record
 class SearchedHeights(Heights):
@@ -180,6 +184,12 @@ class FindResult(Result):
     @derived
     def verdict(self) -> str:
         return "found" if any(one.vital for one in self.sets) else "none"
+
+    def weights(self) -> list[Region]:
+        """Its first set. Raises: BadInput if there is none."""
+        if not self.sets:
+            raise BadInput("this finding holds no set; name weights instead.")
+        return self.sets[0].weights()
 
     def rows(self) -> list[dict[str, object]]:
         """A row for each set; one row, without the columns of a set, where none was found."""

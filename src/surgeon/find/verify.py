@@ -73,6 +73,10 @@ class Verification(Result):
     criteria: str
     behaviour: Behaviours | None = None
 
+    def weights(self) -> list[Region]:
+        """What was verified."""
+        return self.at
+
     def rows(self) -> list[dict[str, object]]:
         """One row."""
         return [

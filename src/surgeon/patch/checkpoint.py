@@ -1,5 +1,13 @@
 """Patches on a checkpoint folder: the touched tensors are read and overwritten, and the model is
 never built with its weights.
+
+How this works. The model's map is drawn on the meta device, and tells in which tensor of which
+shard a site lies. That tensor is read, a view of it is handed to the same rules as in memory
+(stack.py), and when all patches are on, the folder is copied and the changed tensors are written
+over their bytes in the copy. surgeon_patches.json lists the patches that are on, and the digest of
+each tensor they touched, so that a later undo can tell their changes from somebody else's. A
+low-rank patch does not know the entries it replaced; they are kept in surgeon_patches.undo, as the
+stack keeps them in memory.
 """
 
 from __future__ import annotations

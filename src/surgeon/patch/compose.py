@@ -68,6 +68,8 @@ def _joined(
     )
     for delta in kept:
         rows, cols = delta.points()
+        # the old value is that of the first delta that names an entry, the new one of the last
+        # that changes it
         first = ~named[rows, cols]
         write = first | differ(delta.old, delta.new)
         old[rows[first], cols[first]] = delta.old[first].to(dtype)

@@ -105,6 +105,7 @@ class Content:
         total = hashlib.sha256(json.dumps(self.header(), sort_keys=True).encode())
         for name, tensor in sorted(self.tensors().items()):
             total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
+            # as bytes: numpy has no bfloat16
             total.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
         return total.hexdigest()
 

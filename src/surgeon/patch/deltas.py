@@ -114,6 +114,7 @@ class EntriesDelta(_Kept):
         return {}
 
     def tensors(self) -> dict[str, Tensor]:
+        # half the bytes of int64, and enough for any matrix
         return {"rows": self.rows.int(), "cols": self.cols.int(), "old": self.old, "new": self.new}
 
     @classmethod

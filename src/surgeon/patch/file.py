@@ -68,9 +68,8 @@ def load(path: str | Path) -> Patch:
             if patch.digest != header["sha256"] or set(patch.tensors()) != set(tensors):
                 raise ValueError("its checksum does not fit what it holds")
             return patch
-    except (
-        Exception
-    ) as error:  # a damaged file can break any step, and whatever is raised is about this file
+    # a damaged file can break any step, and whatever is raised is about this file
+    except Exception as error:
         raise BadPatch(
             f"{path} is damaged or is not a patch ({error or type(error).__name__}); write it"
             " again."

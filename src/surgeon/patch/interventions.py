@@ -35,7 +35,8 @@ MODES = {
 def ablate(anatomy: Anatomy, regions: Sequence[Region | Entry | str], mode: str = "zero") -> Patch:
     """The patch that replaces every entry of `regions`, as `mode` says (see MODES).
 
-    The new values are computed in float32 or wider.
+    The new values are computed in float32 or wider. Of a norm they are those of its scale, also
+    where the model stores the scale less one.
     Raises: BadInput for an unknown mode, no region at all, or more entries to spread onto than a
     row has; UnknownSite.
 

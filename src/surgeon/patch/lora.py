@@ -73,7 +73,7 @@ def to_lora(patch: Patch) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
         "r": rank,
-        "lora_alpha": rank,
+        "lora_alpha": rank,  # PEFT scales by alpha / r, which is 1 then
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": (

@@ -1,5 +1,16 @@
 """A patch: a small exact change to a few weights of a frozen base."""
 
+# How this works.
+#
+# A patch is made by holding the matrices that are wanted against those that the model has, bit by
+# bit: what differs is kept, old value and new, in the delta that takes fewest bytes (deltas.py); a
+# low-rank patch keeps its two factors instead. Beside them stands a digest of each matrix before
+# and after (content.py), by which the patch knows its base again, whatever the model is called.
+#
+# Putting on and taking off is stack.py's, which works on views: those of a model in memory here,
+# those of a checkpoint's tensors in checkpoint.py. Both check everything first and write last, so a
+# patch that is refused has changed nothing.
+
 from __future__ import annotations
 
 import json
@@ -91,6 +102,7 @@ class Patch(Content):
 
         Raises: BadInput if one entry is given two values or lies outside its matrix; UnknownSite.
         """
+        # float64 holds the values of every dtype exactly
         numbers = torch.as_tensor(values, dtype=torch.float64).tolist()
         wanted: dict[Entry, float] = {}
         for entry, number in zip(entries, numbers, strict=True):

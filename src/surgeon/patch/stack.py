@@ -43,6 +43,7 @@ class Layer:
 
 
 Stack = list[Layer]  # oldest first
+# beside the models, not on them: a stack must not be copied, saved or kept alive with one
 _STACKS: WeakKeyDictionary[nn.Module, Stack] = WeakKeyDictionary()
 
 

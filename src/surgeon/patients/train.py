@@ -27,7 +27,7 @@ from .generate import documents, facts
 
 BOS = "<|bos|>"
 HELD_OUT_CHARACTERS = 330_000
-CHUNK_DOCUMENTS = 8000
+CHUNK_DOCUMENTS = 8000  # tokenised at a time; windows do not reach from one chunk into the next
 
 
 @dataclass(frozen=True)

@@ -271,9 +271,9 @@ def quantize_activation(
     if config.method == "clip":
         low, high = _limits(groups, config)
         groups = torch.minimum(torch.maximum(groups, low), high)
-    last = 2 ** (config.bits - 1) - 1
+    last = 2 ** (config.bits - 1) - 1  # symmetric: the code -2^(N-1) is not used
     scale = groups.abs().amax(1, keepdim=True) / last
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = torch.where(scale > 0, scale, 1.0)  # of zeros
     result = ((groups / scale).round().clamp(-last, last) * scale).to(x.dtype).view(x.shape)
     return result if held is None else torch.where(held, x, result)
 

@@ -72,6 +72,7 @@ def _by_z(ordinary: Tensor, config: QuantizeConfig) -> Iterator[Clipping]:
     deviations = (blocks - mean[..., None]).abs()
     sd = deviations.square().nanmean(-1).sqrt()
     farthest = float((deviations.nan_to_num(nan=0.0).amax(-1) / sd).nan_to_num(nan=0.0).max())
+    # a little farther, or rounding could clip the farthest entry itself
     searched = (*(z for z in Z_SCORES if z < farthest), farthest * (1 + 1e-6))
     for z in (config.clip_value,) if config.clip_value else searched:
         yield _bounded(mean - z * sd, mean + z * sd, z)
@@ -84,6 +85,7 @@ def _by_percentile(ordinary: Tensor, config: QuantizeConfig) -> Iterator[Clippin
     blocks = _pooled(ordinary, config).sort(-1).values  # NaN comes last
     last = blocks.isnan().logical_not().sum(-1, keepdim=True) - 1
     for percent in (config.clip_value,) if config.clip_value else PERCENTS:
+        # half of what goes is cut at either end
         cut = (last * (100 - percent) / 200).floor().long()
         low, high = (blocks.gather(-1, i.clamp_min(0))[..., 0] for i in (cut, last - cut))
         yield _bounded(low, high, percent)

@@ -4,7 +4,8 @@ All is judged in one way: the NLL on some text, and KL and top-1 agreement with 
 there. `table` and `sweep` compare ways to round weights. `activation_table` compares ways to round
 activations, all with the same rounded weights. What is fitted to text, which is the mean squares of
 a weighted search and the scales of SmoothQuant, is fitted to other windows than those that are
-judged on; the caller gives both. The model is as before after each of them, bit for bit.
+judged on; the caller gives both, the latter as a `Reference`, which keeps what the intact model
+predicts there. The model is as before after each of them, bit for bit.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Judged:
 
 def table(
     anatomy: Anatomy,
-    windows: Int64[Tensor, "n window"],
+    reference: Reference,
     config: QuantizeConfig,
     critical: Sequence[Entry] = (),
     mean_squares: Mapping[Site, Tensor] | None = None,
@@ -72,17 +73,17 @@ def table(
     methods: Sequence[str] = METHODS,
     progress: Tell = silent,
 ) -> list[Judged]:
-    """The same bits and blocks with each method, judged on `windows`.
+    """The same bits and blocks with each method, held against one reference.
 
     examine: called on the model as it stands, accuracy by task. Raises: as `quantize_`.
     """
     configs = [replace(config, method=method) for method in methods]
-    return list(_judge(anatomy, windows, configs, critical, mean_squares, examine, progress))
+    return list(_judge(anatomy, reference, configs, critical, mean_squares, examine, progress))
 
 
 def sweep(
     anatomy: Anatomy,
-    windows: Int64[Tensor, "n window"],
+    reference: Reference,
     config: QuantizeConfig,
     grids: Sequence[Grid],
     critical: Sequence[Entry] = (),
@@ -92,7 +93,7 @@ def sweep(
 ) -> list[Row]:
     """Each of the grids with each method. Raises: as `quantize_`."""
     configs = [replace(config, grid=grid, method=m) for grid in grids for m in METHODS]
-    judged = _judge(anatomy, windows, configs, critical, mean_squares, examine, progress)
+    judged = _judge(anatomy, reference, configs, critical, mean_squares, examine, progress)
     return [one.row for one in judged]
 
 
@@ -101,6 +102,7 @@ def pareto(rows: Iterable[Row]) -> list[Row]:
 
     From few bits to many.
     """
+    # from few bits to many a row is on the front if it is better than all before it
     known = [(row.bits_per_weight, row.nll, row) for row in rows if row.nll is not None]
     front: list[Row] = []
     least = float("inf")
@@ -113,7 +115,7 @@ def pareto(rows: Iterable[Row]) -> list[Row]:
 
 def _judge(
     anatomy: Anatomy,
-    windows: Tensor,
+    reference: Reference,
     configs: Sequence[QuantizeConfig],
     critical: Sequence[Entry],
     mean_squares: Mapping[Site, Tensor] | None,
@@ -121,7 +123,7 @@ def _judge(
     progress: Tell,
 ) -> Iterator[Judged]:
     """Each of the ways to quantize, held against one reference."""
-    reference = Reference(anatomy.model, windows)
+    # one at a time, so that no more than one rounded copy of the model is in memory
     for done, config in enumerate(configs):
         ready = prepare(anatomy, config, critical, mean_squares)
         measured = reference.compare(ready.applied)
@@ -240,7 +242,7 @@ def treatments(config: ActivationConfig) -> list[Treatment]:
 def activation_table(
     anatomy: Anatomy,
     fit: Int64[Tensor, "n window"],
-    judged: Int64[Tensor, "m window"],
+    reference: Reference,
     config: ActivationConfig = NAIVE,
     critical: Sequence[Entry] = (),
     weights: QuantizeConfig | None = INT8,
@@ -250,19 +252,19 @@ def activation_table(
 ) -> ActivationTable:
     """Ways of rounding activations beside one another, all with the same rounded weights.
 
-    fit: what SmoothQuant takes its scales from. config: bits, what is rounded, and how much is held
-    out. weights: None leaves them as they are. alpha: of SmoothQuant. ways: default, the
-    `treatments` of `config`.
+    fit: the windows that SmoothQuant takes its scales from. config: bits, what is rounded, and how
+    much is held out. weights: None leaves them as they are. alpha: of SmoothQuant. ways: default,
+    the `treatments` of `config`.
     Raises: as `places`, `prepare` and `smoothing`.
     """
     ways = treatments(config) if ways is None else ways
+    # rounded once for all ways that have the same weights, since only the activations differ
     plain = None if weights is None else prepare(anatomy, weights, critical)
     kinds = [kind for kind in SMOOTHED if any(way.smooth == kind for way in ways)]
     smooth = {
         kind: smoothing(anatomy, fit, alpha, kind == "everywhere", config.roles) for kind in kinds
     }
     rounded = {kind: _prepared(anatomy, smooth[kind], weights, critical) for kind in kinds}
-    reference = Reference(anatomy.model, judged)
     rows = []
     for done, way in enumerate(ways):
         if way.smooth is None:
@@ -292,7 +294,7 @@ def activation_table(
         alpha,
         list(critical),
         len(fit),
-        len(judged),
+        len(reference.windows),
         ActivationNLL(reference.compare(nullcontext).nll, alone),
         {k: SmoothedCount(len(one.folded), len(one.divisors)) for k, one in smooth.items()},
         rows,

@@ -4,6 +4,13 @@ offsets of each block.
     grid = Grid(bits=4, block=Block.parse("group:128"))
     quantize_matrix(weight, grid).dequantize()
 
+How this works. `Block.split` turns a matrix into one axis more, whose last is the entries of a
+block; where blocks reach over the edge it pads with NaN, which no statistic counts. The least and
+the greatest entry of a block give its scale and offset, every entry the nearest code, and
+`Block.join` puts the codes back to (out, in). All is done in float32, whatever the matrix is
+stored in, and `dequantize` is the way back in memory and for the packed files of Surgeon's own: so
+such a folder means the same bits as a model quantized in memory.
+
 Levels. Symmetric: codes -(2^(N-1) - 1) to 2^(N-1) - 1, which are 2^N - 1 levels, zero among them.
 Asymmetric: codes 0 to 2^N - 1, which are 2^N - 1 steps of (max - min) / (2^N - 1). Yu et al. 2024
 (arXiv:2411.07191) print 2^(N-1) - 1 steps there, which would waste half of the codes.
@@ -79,7 +86,7 @@ class Block:
         if self.size is None:
             return (1, 1) if self.kind == "tensor" else (n_out, 1)
         if self.kind == "group":
-            return n_out, -(-n_in // self.size)
+            return n_out, -(-n_in // self.size)  # rounded up
         if self.kind == "flat":
             return (-(-n_out * n_in // self.size),)
         return -(-n_out // self.size), -(-n_in // self.size)
@@ -218,6 +225,7 @@ def quantize_matrix(
             " checkpoint again."
         )
     blocks = limited(grid.block.split(wide), low, high)
+    # NaN is padding here: it may be neither the least nor the greatest
     least = blocks.nan_to_num(nan=torch.inf).amin(-1)
     most = blocks.nan_to_num(nan=-torch.inf).amax(-1)
     first, last = grid.codes
@@ -233,6 +241,7 @@ def quantize_matrix(
         zero = -least / scale
     steps = (blocks / scale[..., None] + zero[..., None]).round_()
     codes = steps.clamp_(first, last).nan_to_num_(nan=0.0)
+    # codes 0 to 255 do not fit int8
     kind = torch.int8 if grid.symmetric or grid.bits < 8 else torch.int32
     return Quantized(grid.block.join(codes, shape).to(kind).contiguous(), scale, zero, grid, shape)
 

@@ -83,6 +83,7 @@ def treat(
     clip = clipping(matrix, config, held, weights) if config.clips else None
     low, high = (None, None) if clip is None else (clip.low, clip.high)
     quantized = quantize_matrix(matrix, config.grid, low, high)
+    # never narrower than the original, so that entries put back are exact
     result = quantized.dequantize().to(torch.promote_types(matrix.dtype, torch.float32))
     if config.restores:
         result[rows, cols] = matrix[rows, cols].to(result)
@@ -106,6 +107,7 @@ def treat(
 
 def _beyond(matrix: Tensor, config: QuantizeConfig, low: Limit, high: Limit) -> int:
     blocks = config.grid.block.split(matrix.float())
+    # NaN, which pads the last blocks, differs from itself
     return int((limited(blocks, low, high) != blocks).sum() - blocks.isnan().sum())
 
 

@@ -185,6 +185,7 @@ def _quantize(
             " text, or do not weigh."
         )
     entries = by_site(anatomy, critical)
+    # all checks before the first change, so that nothing is half quantized
     for site, view in views.items():
         config.grid.check(view.shape)
         if not bool(torch.isfinite(view.read()).all()):
@@ -235,6 +236,7 @@ def input_mean_squares(
 
     def watcher(name: str) -> Callable[[Tensor], None]:
         def add(x: Tensor) -> None:
+            # in float64: sums over all tokens of a text
             rows = x.detach().double().flatten(0, -2)
             sums[name] = sums.get(name, 0) + rows.square().sum(0).cpu()
             counts[name] = counts.get(name, 0) + len(rows)
@@ -244,6 +246,7 @@ def input_mean_squares(
     device = next(anatomy.model.parameters()).device
     parts = batches(windows)
     with Tap() as tap:
+        # fused q, k and v are one module, and so are the experts of a layer
         for name in sorted(set(reachable.values())):
             tap.on_input(anatomy.model.get_submodule(name), watcher(name))
         for done, ids in enumerate(parts):

@@ -101,6 +101,7 @@ def smoothing(
     divisors: dict[str, Tensor] = {}
     folded: list[str] = []
     for group in _groups(anatomy, wanted & set(maxima), sites):
+        # a group may have readers that are not rounded; they are multiplied, but have no say
         quantized = [m for m in group.modules if m in maxima]
         scale = _scale(
             maxima[quantized[0]],
@@ -172,6 +173,7 @@ def _scale(
     inputs: Float[Tensor, " channels"], columns: Float[Tensor, " channels"], alpha: float
 ) -> Float[Tensor, " channels"]:
     scale = (inputs.pow(alpha) / columns.clamp_min(LEAST).pow(1 - alpha)).clamp_min(LEAST)
+    # a dead channel or column tells nothing
     return torch.where((inputs > 0) & (columns > 0), scale, 1.0)
 
 
@@ -179,6 +181,7 @@ def _groups(anatomy: Anatomy, wanted: set[str], sites: Mapping[str, list[Site]])
     """The wanted modules, those together that read the output of one norm, with all its other
     readers where it can be folded into.
     """
+    # any tokens do, as long as they differ
     ids = torch.arange(PROBE)[None] * 7 % anatomy.view("embed").shape[1]
     norm_of: dict[tuple[int, int], str] = {}
     read: dict[str, tuple[int, int]] = {}

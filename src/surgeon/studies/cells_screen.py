@@ -182,6 +182,13 @@ class CellScreen(Result):
         found = [v.addresses for v in self.verified if v.found]
         return list(dict.fromkeys(address for addresses in found for address in addresses))
 
+    def weights(self) -> list[Region]:
+        """What was found. Raises: BadInput if nothing was."""
+        entries: list[Region] = self.entries
+        if not entries:
+            raise BadInput("this screen found nothing; name weights instead.")
+        return entries
+
     @derived
     def verdict(self) -> str:
         return "found" if self.entries else "none"

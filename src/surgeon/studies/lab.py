@@ -114,6 +114,8 @@ class Lab(Desk):
 
     @property
     def fingerprint(self) -> str | None:
+        if isinstance(self.anatomy, StreamedAnatomy):
+            return self.anatomy.fingerprint()
         return self.loaded.fingerprint or None
 
     @property

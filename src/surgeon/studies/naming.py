@@ -9,9 +9,8 @@ from typing import Any
 
 from ..anatomy import Anatomy, Entry, Region
 from ..errors import BadInput, SurgeonError
-from ..find import CriticalSet, FindConfig, FindResult, Verification, VerifyConfig, find
+from ..find import CriticalSet, FindConfig, FindResult, VerifyConfig, find
 from ..patch import Patch, load
-from .cells_screen import CellScreen
 from .lab import Lab, TextSettings
 
 VITAL = "vital"
@@ -30,10 +29,9 @@ def regions_of(
 ) -> list[Region]:
     """The regions that `at` names: texts, entries, regions, a critical set, a result, or several.
 
-    place: the lab of the model, or its map alone. A FindResult stands for its first set, a
-    CellScreen for what it found. The text
-    `vital` stands for the first set that `find` returns on this text, which takes a lab. setting:
-    whose value `at` is.
+    place: the lab of the model, or its map alone. A set or a result stands for its `weights()`. The
+    text `vital` stands for the first set that `find` returns on this text, which takes a lab.
+    setting: whose value `at` is.
     Raises: BadInput, UnknownSite; BadInput if two share an entry, which would be counted twice, or
     if nothing is named.
     """
@@ -54,18 +52,8 @@ def _named(place: Lab | Anatomy, at: Any, text: TextSettings, seed: int) -> Iter
     elif isinstance(at, str | Entry | Region):
         anatomy = place if isinstance(place, Anatomy) else place.anatomy
         yield anatomy.region(str(at))
-    elif isinstance(at, CriticalSet):
-        yield from at.parts
-    elif isinstance(at, Verification):
-        yield from at.at
-    elif isinstance(at, FindResult):
-        if not at.sets:
-            raise BadInput("this finding holds no set; name weights instead.")
-        yield from at.sets[0].parts
-    elif isinstance(at, CellScreen):
-        if not at.entries:
-            raise BadInput("this screen found nothing; name weights instead.")
-        yield from at.entries
+    elif hasattr(at, "weights"):  # a set, or a result that says itself which weights it is about
+        yield from at.weights()
     elif isinstance(at, Sequence):
         for one in at:
             yield from _named(place, one, text, seed)

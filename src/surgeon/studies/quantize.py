@@ -6,26 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import isfinite
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..anatomy import Entry, Site, StreamedAnatomy
-from ..anatomy.load import locate
+from ..anatomy import Site, StreamedAnatomy
 from ..errors import BadInput, SurgeonError
-from ..files import check_new_folder, unfinished
-from ..find import FindResult
-from ..find.verify import entries_of
-from ..measure import mean_nll, require_causal, task_accuracy
+from ..measure import Reference, mean_nll, require_causal, task_accuracy
 from ..quantize import (
-    EXPORTS,
     ActivationConfig,
     ActivationTable,
     Block,
-    ExportPlan,
     Grid,
-    MatrixReport,
     QuantizeConfig,
     RoundedWeights,
     Row,
@@ -38,46 +30,20 @@ from ..quantize import (
     table,
     tensor_types,
 )
-from ..quantize.formats import KEEP, TYPES
 from ..quantize.grid import BLOCKS, LEAST_BITS, MOST_BITS
 from ..result import Result, derived, record, result
 from ..settings import nested, setting
+from .holdout import FIND, HeldOut, check_critical, held_out
 from .lab import Lab, TextSettings
-from .naming import regions_of, several, vital_sets
+from .naming import several
+from .quantized_folder import ExportSettings, Written, source_of, written
 
 SWEPT_BITS = (8, 4, 3)
 SWEPT_BLOCKS = ("tensor", "channel", "group:128", "group:32", "flat:262144", "square:512")
 DEFAULT_BLOCK = "group:128"
 CALIBRATION_WINDOWS = 8
-FIND, NONE = "find", "none"
 ACTIVATION_BITS = {"INT8": 8, "INT4": 4}
 NO_OP = 1e-3  # nats: less than that is called next to nothing
-
-
-@dataclass(frozen=True)
-class ExportSettings:
-    """What is written, and how."""
-
-    output: str | None = setting(
-        None,
-        "new folder for the quantized checkpoint; without it only the table is made",
-        short="-o",
-        metavar="DIR",
-    )
-    export: str = setting("dense", "format that is written", choices=sorted(EXPORTS))
-    keep: str = setting(
-        "8bit",
-        "how compressed-tensors and torchao keep the matrices with critical entries: they have no"
-        " room for single ones",
-        choices=KEEP,
-        group="Export",
-    )
-    gguf: str | None = setting(
-        None,
-        "show the --tensor-type flags with which llama-quantize keeps those matrices so",
-        choices=TYPES,
-        group="Export",
-    )
 
 
 @dataclass(frozen=True)
@@ -112,8 +78,7 @@ class Settings:
 
     The table shows each half of that, clip-only and restore-only, beside the whole. What is fitted
     to text (a weighted search, SmoothQuant) is fitted to its first windows, and nothing is judged
-    on those. Of a streamed model
-    a checkpoint is written without a table.
+    on those. Of a streamed model a checkpoint is written without a table.
     """
 
     bits: int | tuple[int, ...] = setting(
@@ -147,11 +112,7 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        named = several(self.critical)
-        if len(named) > 1 and any(one in (FIND, NONE) for one in named if isinstance(one, str)):
-            raise BadInput(
-                "‹critical› find and ‹critical› none stand alone; name entries, or one of the two."
-            )
+        check_critical(self.critical)
         grids = self.grids
         if self.sweep and (self.export.output is not None or self.activations.activations):
             raise BadInput(
@@ -163,8 +124,6 @@ class Settings:
                 f"quantize needs one ‹bits›, {LEAST_BITS} to {MOST_BITS}, and at most one ‹block›;"
                 " several go with ‹sweep›."
             )
-        if self.export.output is not None:
-            check_new_folder(Path(self.export.output))
 
     @property
     def grids(self) -> list[Grid]:
@@ -191,28 +150,6 @@ class Base:
 
     nll: float
     accuracy: dict[str, float]
-
-
-@record
-class HeldOut:
-    """The critical entries, and where they come from."""
-
-    entries: list[Entry]
-    source: str
-
-
-@record
-class Written:
-    """A checkpoint that was written.
-
-    matrices: what was done to each, which its format may not allow to be what the table is of; None
-    where a matrix is as it was.
-    """
-
-    kind: str
-    folder: str
-    bytes: int
-    matrices: dict[Site, MatrixReport | None]
 
 
 @result("quantize")
@@ -263,11 +200,11 @@ class QuantizeResult(Result):
 
 
 def run(lab: Lab, settings: Settings) -> QuantizeResult:
-    source = _source(lab, settings)
+    source = source_of(lab, settings.export)
     streamed = isinstance(lab.anatomy, StreamedAnatomy)
     if streamed:
         _check_streamed(settings)
-    critical, named = _critical(lab, settings)
+    critical, named = held_out(lab, settings.critical, settings.text, settings.seed)
     settings = replace(
         settings,
         bits=tuple(several(settings.bits)),
@@ -277,28 +214,28 @@ def run(lab: Lab, settings: Settings) -> QuantizeResult:
     gguf = settings.export.gguf
     kept = None if gguf is None else tensor_types(lab.anatomy, critical.entries, gguf)
     if streamed:
-        provenance = lab.provenance(settings)
-        written = _write(lab, settings, source, critical, {})
-        return QuantizeResult(0, 0, critical, export=written, gguf=kept, provenance=provenance)
+        folder = written(lab, settings.export, source, settings.config, critical.entries, {})
+        provenance = lab.provenance(settings)  # after the writing, which has hashed what it read
+        return QuantizeResult(0, 0, critical, export=folder, gguf=kept, provenance=provenance)
 
     require_causal(lab.model)
     corpus = lab.corpus(settings.text)
     provenance = lab.provenance(settings, corpus.record())
-    judged = corpus.windows
-    calibration = judged[:0]
+    calibration, windows = corpus.windows[:0], corpus.windows
     if settings.fits:
-        calibration, judged = split(judged, corpus.name)
+        calibration, windows = split(windows, corpus.name)
+    reference = Reference(lab.model, windows)
     examine = _examination(lab, settings)
-    base = _base(lab, judged, examine)
+    base = _base(lab, windows, examine)
     squares = _mean_squares(lab, settings, calibration)
     report = QuantizeResult(
-        len(calibration), len(judged), critical, base, gguf=kept, provenance=provenance
+        len(calibration), len(windows), critical, base, gguf=kept, provenance=provenance
     )
     method = settings.config
     if settings.sweep:
         rows = sweep(
             lab.anatomy,
-            judged,
+            reference,
             method,
             settings.grids,
             critical.entries,
@@ -307,13 +244,15 @@ def run(lab: Lab, settings: Settings) -> QuantizeResult:
             lab.tell,
         )
         return replace(report, table=rows)
-    ways = table(lab.anatomy, judged, method, critical.entries, squares, examine, progress=lab.tell)
+    ways = table(
+        lab.anatomy, reference, method, critical.entries, squares, examine, progress=lab.tell
+    )
     return replace(
         report,
         table=[way.row for way in ways],
         weights=next(way.weights for way in ways if way.row.method == method.method),
-        activations=_activations(lab, settings, calibration, judged, critical),
-        export=_write(lab, settings, source, critical, squares),
+        activations=_activations(lab, settings, calibration, reference, critical),
+        export=written(lab, settings.export, source, method, critical.entries, squares),
     )
 
 
@@ -334,20 +273,6 @@ def split(windows: Tensor, name: str = "the text") -> tuple[Tensor, Tensor]:
 # -- the parts of a run ---------------------------------------------------------------------------
 
 
-def _source(lab: Lab, settings: Settings) -> Path:
-    """The folder that is quantized, where one is to be written. Raises: BadInput."""
-    if settings.export.output is None:
-        return lab.loaded.folder
-    if lab.opened_by is None:
-        raise BadInput(
-            "a checkpoint is written from the files of a model, and one that was made of a module"
-            " has none; save it, and open its folder."
-        )
-    source = locate(lab.opened_by)
-    check_new_folder(Path(settings.export.output), source)
-    return source
-
-
 def _check_streamed(settings: Settings) -> None:
     """Raises: BadInput for what takes a model in memory."""
     needs = (settings.sweep, settings.quantize.weighted, settings.activations.activations)
@@ -358,33 +283,15 @@ def _check_streamed(settings: Settings) -> None:
         )
 
 
-def _critical(lab: Lab, settings: Settings) -> tuple[HeldOut, list[str]]:
-    """The entries to hold out, and what a record of the settings names them by."""
-    named = several(settings.critical) or [FIND]
-    if list(named) == [NONE]:
-        return HeldOut([], "none asked for"), [NONE]
-    if list(named) == [FIND]:
-        finding = vital_sets(lab, settings.text, settings.seed)
-        entries = [one.entry for each in finding.sets if each.vital for one in each.entries]
-        return HeldOut(entries, f"find: {finding.verdict}"), [FIND]
-    # of a finding every vital set counts, not only the first
-    sets = [one.sets if isinstance(one, FindResult) else [one] for one in named]
-    parts = regions_of(
-        lab, [one for each in sets for one in each], settings.text, settings.seed, "critical"
-    )
-    entries = [entry for part in parts for entry in entries_of(lab.anatomy, part)]
-    return HeldOut(entries, "named"), [str(part) for part in parts]
-
-
 def _examination(lab: Lab, settings: Settings) -> Callable[[], Mapping[str, float]] | None:
     if not settings.tasks:
         return None
     return partial(task_accuracy, lab.model, lab.tokenizer, settings.tasks, settings.limit)
 
 
-def _base(lab: Lab, judged: Tensor, examine: Callable[[], Mapping[str, float]] | None) -> Base:
+def _base(lab: Lab, windows: Tensor, examine: Callable[[], Mapping[str, float]] | None) -> Base:
     """Raises: SurgeonError if the predictions of the intact model are not finite."""
-    nll = mean_nll(lab.model, judged)
+    nll = mean_nll(lab.model, windows)
     if not isfinite(nll):
         raise SurgeonError(
             f"the NLL of the intact model is {nll} on this text: its predictions are not finite;"
@@ -401,7 +308,7 @@ def _mean_squares(lab: Lab, settings: Settings, calibration: Tensor) -> dict[Sit
 
 
 def _activations(
-    lab: Lab, settings: Settings, calibration: Tensor, judged: Tensor, critical: HeldOut
+    lab: Lab, settings: Settings, calibration: Tensor, reference: Reference, critical: HeldOut
 ) -> ActivationTable | None:
     """The table of activations.
 
@@ -414,38 +321,13 @@ def _activations(
     return activation_table(
         lab.anatomy,
         calibration,
-        judged,
+        reference,
         ActivationConfig(ACTIVATION_BITS[asked.activations], hold=asked.hold),
         critical.entries,
         replace(settings.config, weighted=False),
         asked.alpha,
         progress=lab.tell,
     )
-
-
-def _write(
-    lab: Lab,
-    settings: Settings,
-    source: Path,
-    critical: HeldOut,
-    squares: Mapping[Site, Tensor],
-) -> Written | None:
-    asked = settings.export
-    if asked.output is None:
-        return None
-    target = Path(asked.output)
-    plan = ExportPlan(
-        source, target, settings.config, tuple(critical.entries), squares, lab.tell, asked.keep
-    )
-    try:
-        matrices = EXPORTS[asked.export](plan)
-    except KeyboardInterrupt:
-        # unlike other work, this goes on where it was stopped, which must be said
-        raise KeyboardInterrupt(
-            f"finished shards stay in {unfinished(target)}, and the same command goes on from them."
-        ) from None
-    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    return Written(asked.export, str(target), size, matrices)
 
 
 def _notes(report: QuantizeResult) -> Sequence[str]:

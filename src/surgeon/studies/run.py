@@ -48,10 +48,10 @@ def run(desk: Desk, settings: Settings) -> RepairRecipe | EditsRecipe | Conditio
     recipe = read_recipe(Path(settings.recipe), settings.model, settings.text)
     kinds = list(dict.fromkeys(work for key, work in KINDS.items() if key in recipe.body))
     if len(kinds) != 1:
-        held = [key for key in KINDS if key in recipe.body]
+        there = [key for key in KINDS if key in recipe.body]
         raise BadInput(
             f"{recipe.path} should hold one of {', '.join(KINDS)}, and it holds"
-            f" {' and '.join(held) or 'none of them'}."
+            f" {' and '.join(there) or 'none of them'}."
         )
     result: Any = kinds[0](desk, recipe)
     about = result.provenance

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..anatomy import Site
+from ..patch.content import dtype_name
 from ..result import Result, record, result
 from .lab import Lab
 
@@ -64,7 +65,7 @@ def run(lab: Lab, settings: Settings) -> SiteList:
                 "(in, out)" if address.packing.transposed else "(out, in)",
                 "" if address.packing.rows is None else "part of a fused weight",
                 address.parameter,
-                str(view.dtype).removeprefix("torch."),
+                dtype_name(view.dtype),
                 anatomy.tied_to(site),
             )
         )

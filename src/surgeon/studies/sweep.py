@@ -4,10 +4,11 @@ operation of a plan, and its settings are the operation's parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import transformers
 
@@ -19,15 +20,56 @@ from ..sweep.local import LocalCrew
 from ..sweep.plan import expand, read_plan
 from ..sweep.schedule import Crew, Summary, run_tasks
 from ..sweep.store import Store
-from ..sweep.task import Task
+from ..sweep.task import Operation, Row, Task
+from . import edit
 from .desk import Desk
-from .lab import open_lab
+from .lab import Lab, open_lab
 from .registry import STUDIES
 
 __all__ = ["OPERATIONS", "Settings", "SweepResult", "open_lab", "run"]
 
+
+@dataclass(frozen=True)
+class _Edits:
+    """Edits that had nothing to do with one another, as one table."""
+
+    edits: list[edit.EditResult]
+
+    def rows(self) -> list[Row]:
+        return [
+            {**row, "verdict": one.preflight.verdict} for one in self.edits for row in one.rows()
+        ]
+
+
+class _EachEdit:
+    """`edit` as an operation: each fact of a file is edited alone, on the intact model.
+
+    A sweep asks what edits do and keeps no patch, so the forecast refuses none: it is a column.
+    """
+
+    settings = edit.Settings
+    seeded = True
+
+    def run(self, lab: Lab, given: Mapping[str, Any]) -> _Edits:
+        settings = STUDIES["edit"].configured(given)
+        # the file as a whole says who the neighbours of each fact are
+        facts = edit.completed(
+            lab, edit.asked(settings.fact, settings.source), settings.scoring.text.bos
+        )
+        each = [
+            replace(
+                settings, fact=edit.FactSettings(), source=edit.FactsSettings([fact]), force=True
+            )
+            for fact in facts
+        ]
+        return _Edits([edit.run(lab, one) for one in each])
+
+
 # workers import both by the name of this module
-OPERATIONS = {name: study for name, study in STUDIES.items() if study.opens}
+OPERATIONS: dict[str, Operation] = {
+    **{name: study for name, study in STUDIES.items() if study.opens},
+    "edit": _EachEdit(),
+}
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from itertools import product
 from math import isfinite
 from typing import Any
@@ -79,18 +78,53 @@ def swept(
     choices = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
     for choice in choices:
         study.configured({**settings, **choice})
-    table: list[dict[str, Any]] = []
+    results = []
     for done, choice in enumerate(choices):
         desk.tell(verb, done, len(choices))
-        rows = study.run(desk, {**settings, **choice}).rows()
-        table += [{**_plain_row(choice), **_plain_row(row)} for row in rows]
+        results.append(study.run(desk, {**settings, **choice}))
+    if not results:
+        raise BadInput("the grid has no combination; give at least one value of each setting.")
+    table = [
+        {**_row({name: _recorded(result, name) for name in grid}), **_row(row)}
+        for result in results
+        for row in result.rows()
+    ]
     columns = list(dict.fromkeys(name for row in table for name in row))
-    about = Provenance(desk.name, desk.fingerprint, surgeon=version("weight-surgeon"))
-    return SweepTable("", 0, columns, table, provenance=about)
+    return SweepTable("", 0, columns, table, provenance=_about(verb, grid, settings, results))
 
 
-def _plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _plain(plain(value)) for name, value in row.items()}
+def _recorded(result: Result, name: str) -> Any:
+    """A setting as the result records it; a list of one thing as that."""
+    value = result.provenance.settings[name]
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def _row(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _plain(plain(value)) for name, value in values.items()}
+
+
+def _about(
+    verb: str,
+    grid: Mapping[str, Sequence[Any]],
+    settings: Mapping[str, Any],
+    results: Sequence[Result],
+) -> Provenance:
+    """How the table was made; the corpus, where all results have the same."""
+    first = results[0].provenance
+    fixed = {name: _recorded(results[0], name) for name in settings}
+    varied: dict[str, list[Any]] = {name: [] for name in grid}
+    for one in results:
+        for name, values in varied.items():
+            value = _recorded(one, name)
+            values += [] if value in values else [value]
+    words = [repr(verb), repr(varied), *(f"{name}={value!r}" for name, value in fixed.items())]
+    same = all(result.provenance.corpus == first.corpus for result in results)
+    return replace(
+        first,
+        corpus=first.corpus if same else None,
+        settings={"verb": verb, "grid": varied, **fixed},
+        command=f"lab.sweep({', '.join(words)})",
+    )
 
 
 def run(desk: Desk, settings: Settings) -> SweepTable:

@@ -12,9 +12,8 @@ from typing import Any
 
 from ..errors import BadInput, MissingExtra
 from .schedule import Crew, Event
-from .worker import Worker
+from .worker import THREADS, Worker
 
-THREADS = 4
 # seconds to wait for an answer from the address of a cluster; Ray itself would try for minutes
 CONNECT = 10.0
 
@@ -80,22 +79,16 @@ class RayCrew(Crew):
         if address not in (None, "auto"):
             _require_answer(str(address))
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-        local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        local: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        where = {"address": "local", **local} if address is None else {"address": address}
         try:
-            (
-                self.ray.init(address="local", **local, **quiet)
-                if address is None
-                else self.ray.init(address=address, **quiet)
-            )
+            self.ray.init(**where, **quiet)
         except Exception as error:  # Ray raises many types here, all of them about the connection
             said = (str(error).strip().splitlines() or [repr(error)])[0].rstrip(".")
             # from Ray 2.59 on a cluster may ask for a token, and a driver with an address offers
             # its own only when it is told to
-            hint = (
-                ""
-                if address is None
-                else "; if the cluster asks for a token, set RAY_AUTH_MODE=token here too"
-            )
+            hint = "; if the cluster asks for a token, set RAY_AUTH_MODE=token here too"
+            hint = "" if address is None else hint
             raise BadInput(
                 f"no Ray cluster could be joined at {address or 'this machine'}: {said}{hint}."
             ) from error
@@ -143,12 +136,12 @@ def _require_answer(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         raise BadInput(
-            f"--address {address} is not known; use auto, host:port, or ray://host:port."
+            f"‹address› {address} is not known; use auto, host:port, or ray://host:port."
         )
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT).close()
     except (OSError, OverflowError) as error:
         raise BadInput(
             f"no Ray cluster answers at {address} ({error}); start one with `ray start --head`, or"
-            " leave --address out."
+            " leave ‹address› out."
         ) from error

@@ -13,9 +13,7 @@ from typing import Any
 import torch
 
 from .schedule import Crew, Event
-from .worker import Worker
-
-THREADS = 4  # of a worker, where nothing is said: more help a small model little
+from .worker import THREADS, Worker
 
 
 def cores() -> int:
@@ -33,16 +31,16 @@ class LocalCrew(Crew):
         self, registry: str, most: int, workers: int | None = None, threads: int | None = None
     ) -> None:
         there = cores()
+        most_threads = THREADS if workers is None else there // workers
         # what the environment allows torch, as OMP_NUM_THREADS does, is kept to
-        self.threads = threads or max(
-            1, min(torch.get_num_threads(), THREADS if workers is None else there // workers)
-        )
+        self.threads = threads or max(1, min(torch.get_num_threads(), most_threads))
         self.size = min(most, workers or max(1, there // self.threads))
         self.registry = registry
         self._hired = 0
         self._workers: dict[int, tuple[Any, Connection]] = {}
 
     def hire(self) -> int:
+        # not forked: torch's threads and locks do not survive a fork
         context = get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(

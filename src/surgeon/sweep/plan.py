@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..anatomy.folder import fingerprint
 from ..anatomy.load import DTYPES, load_tokenizer, locate, read_config
@@ -20,6 +20,7 @@ from ..errors import BadInput
 from ..settings import Setting, configured, nearest, setting, settings_of, values_of
 from .task import Operation, Task, Text, corpus_digest, shared
 
+T = TypeVar("T")
 MOST_TASKS = 100_000  # that one grid may multiply out to
 VITAL = "vital"  # the set that `find` returns; what an operation on weights takes if none are named
 
@@ -103,7 +104,7 @@ def expand(plan: Plan) -> list[Task]:
 
     Raises: BadInput, BadCheckpoint, BadText for a model or a text that cannot be used.
     """
-    found: dict[str, Task] = {}
+    tasks: dict[str, Task] = {}
     for name, where in plan.models.items():
         folder = locate(where)
         config, tokenizer = read_config(folder).get_text_config(), load_tokenizer(folder)
@@ -138,8 +139,8 @@ def expand(plan: Plan) -> list[Task]:
                         work.inputs,
                         seed,
                     )
-                    found.setdefault(task.id, task)
-    return list(found.values())
+                    tasks.setdefault(task.id, task)
+    return list(tasks.values())
 
 
 def _work(path: Path, where: str, item: Any, operations: Mapping[str, Operation]) -> Iterator[Work]:
@@ -278,10 +279,11 @@ def _some(value: Any, what: str) -> list[Any]:
     return value
 
 
-def _list_of(kind: type, value: Any, what: str) -> list[Any]:
+def _list_of(kind: type[T], value: Any, what: str) -> list[T]:
     """A list of texts or of whole numbers. Raises: BadInput."""
     wanted = "texts" if kind is str else "whole numbers"
-    for item in _some(value, what):
-        if type(item) is not kind:
+    items = _some(value, what)
+    for item in items:
+        if type(item) is not kind:  # not isinstance: YAML's true is a whole number to Python
             raise BadInput(f"{what} should be a list of {wanted}; it holds {item!r}.")
-    return value  # type: ignore[no-any-return]
+    return items

@@ -1,5 +1,16 @@
 """Who does what: tasks handed to workers model by model, the lost ones again, results into the
 store as they come.
+
+How this works. An engine is a `Crew`: it hires workers, hands one task at a time to each, and tells
+in events what became of them. One loop here owns all that is known: which tasks wait, who is at
+which, who has which model open. A worker that is free gets a task of the model that it has open,
+since opening one costs more than most tasks; else it goes to the model with most left to do for
+those who are at it. A result goes into the store as soon as it is there, in this one process, so
+nothing is lost that was finished.
+
+A worker that dies takes its task down with it. The task waits again, in front, for the next worker;
+one that has taken several down counts as failed, since it may be what kills them. Workers that die
+before they have started say that none can be; then the run ends with what the last one said.
 """
 
 from __future__ import annotations
@@ -12,14 +23,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import SurgeonError
+from ..progress import Tell, silent
 from .store import Store
 from .task import Task
 
 ATTEMPTS = 3  # how often a task may take its worker down before it counts as failed
 STARTS = 3  # how many workers in a row may die before one has started
 PATIENCE = 600.0  # seconds without any worker, starting or at work, that says something
-Group = tuple[str, str, str]
-Progress = Callable[[str, int, int], None]
+Group = tuple[str, str, str]  # folder or Hub id, dtype, device: what a worker has open
 
 
 @dataclass(frozen=True)
@@ -73,21 +84,12 @@ class Summary:
     done: int
     failures: list[Failure]
 
-    def to_json(self) -> dict[str, Any]:
-        failed = [{"id": f.task.id, "task": f.task.says, "error": f.error} for f in self.failures]
-        return {
-            "tasks": self.tasks,
-            "done_before": self.before,
-            "done": self.done,
-            "failed": failed,
-        }
-
 
 def run_tasks(
     tasks: Sequence[Task],
     store: Store,
     make_crew: Callable[[int], Crew],
-    progress: Progress | None = None,
+    progress: Tell = silent,
 ) -> Summary:
     """Do what is missing in the store, which the caller holds open for writing (`Store.writing`).
 
@@ -111,21 +113,14 @@ def run_tasks(
 class _Shift:
     """One run over the missing tasks."""
 
-    def __init__(
-        self, store: Store, tasks: Sequence[Task], before: int, progress: Progress | None
-    ) -> None:
-        self.store, self.before, self.total, self.progress = (
-            store,
-            before,
-            before + len(tasks),
-            progress,
-        )
+    def __init__(self, store: Store, tasks: Sequence[Task], before: int, progress: Tell) -> None:
+        self.store, self.before, self.progress = store, before, progress
+        self.total = before + len(tasks)
         self.waiting: dict[Group, deque[Task]] = {}
         for task in tasks:
             self.waiting.setdefault(_group(task), deque()).append(task)
-        self.holds: dict[
-            int, Group | None
-        ] = {}  # every worker that has started, and the model that it has open
+        # every worker that has started, and the model that it has open
+        self.holds: dict[int, Group | None] = {}
         self.busy: dict[int, Task] = {}
         self.losses: Counter[str] = Counter()
         self.done = 0
@@ -160,11 +155,8 @@ class _Shift:
                 if failed_starts == STARTS and not self.holds:
                     raise SurgeonError(f"workers do not start: {event.text}")
                 self._lost(event)
-                if (
-                    failed_starts < STARTS
-                    and len(self.waiting)
-                    and len(self.holds) + len(starting) < crew.size
-                ):
+                room = len(self.holds) + len(starting) < crew.size
+                if failed_starts < STARTS and self.waiting and room:
                     starting.add(crew.hire())
 
     def _choose(self, worker: int) -> Task:
@@ -211,8 +203,7 @@ class _Shift:
         self.failures.append(Failure(task, error))
 
     def _tell(self) -> None:
-        if self.progress is not None:
-            self.progress("tasks", self.before + self.done + len(self.failures), self.total)
+        self.progress("tasks", self.before + self.done + len(self.failures), self.total)
 
 
 def _group(task: Task) -> Group:

@@ -4,6 +4,13 @@ records of errors.
 DIR/manifest.json        the plan as it was last run, and every task with its id
 DIR/results/ID.parquet   the rows of a finished task
 DIR/errors/ID.json       why a task failed; the next run tries it again
+
+How this works. The id of a task is the hash of its content, so a file that has it as its name is
+the result of that very task, whenever and by whichever plan it was made. There is no list of what
+is done: a task is done if its file is there. One process writes, under the lock of the manifest;
+every file is renamed into its place when it is whole, so that a run may be killed at any time, and
+what it left under a temporary name is cleared away by the next. The manifest says which of the
+files belong to the plan as it is now; the tables read no others.
 """
 
 from __future__ import annotations
@@ -77,11 +84,8 @@ class Store:
 
         known = task.columns()
         whole = [{**known, **row} for row in rows]
-        names = [
-            n
-            for n in dict.fromkeys(n for row in whole for n in row)
-            if any(row.get(n) is not None for row in whole)
-        ]
+        every = dict.fromkeys(name for row in whole for name in row)
+        names = [name for name in every if any(row.get(name) is not None for row in whole)]
         table = pyarrow.table({name: [row.get(name) for row in whole] for name in names})
         table = table.replace_schema_metadata(
             {"surgeon": json.dumps(task.to_json(), sort_keys=True)}

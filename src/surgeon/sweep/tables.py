@@ -106,6 +106,7 @@ def _loaded(store: Store) -> tuple[Any, int]:
             f"a result in {store.folder} cannot be read ({_line(error)}); delete that file and run"
             " the sweep again."
         ) from error
+    # after the reading, which needs it; people's SQL comes next, and could read and write any file
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
     return connection, len(tasks) - len(files)
@@ -115,10 +116,10 @@ def _ask(connection: Any, sql: str, missing: int) -> Answer:
     import duckdb
 
     try:
-        found = connection.execute(sql)
-        if found is None or found.description is None:
+        cursor = connection.execute(sql)
+        if cursor is None or cursor.description is None:  # as of an empty one
             raise BadInput(f"{sql!r} asks for nothing; write a SELECT on the table results.")
-        return Answer([d[0] for d in found.description], found.fetchall(), missing)
+        return Answer([d[0] for d in cursor.description], cursor.fetchall(), missing)
     except duckdb.Error as error:
         raise BadInput(f"DuckDB cannot run {sql!r}: {_line(error)}") from error
 

@@ -10,8 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from ..result import Result
-
 if TYPE_CHECKING:  # a table of results needs no model
     import transformers
 
@@ -20,6 +18,13 @@ if TYPE_CHECKING:  # a table of results needs no model
 FORMAT = 2  # raised when the same task gives other rows than before, within one release
 TEXT_SETTINGS = ("text", "window", "windows")
 Row = dict[str, Any]  # column to text, number, truth value or None
+
+
+@runtime_checkable
+class Table(Protocol):
+    """What an operation gives: a `Result` with rows, or several as one."""
+
+    def rows(self) -> list[Row]: ...
 
 
 @runtime_checkable
@@ -37,7 +42,7 @@ class Operation(Protocol):
     @property
     def seeded(self) -> bool: ...
 
-    def run(self, lab: Any, given: Mapping[str, Any]) -> Result: ...
+    def run(self, lab: Any, given: Mapping[str, Any]) -> Table: ...
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from ..errors import SurgeonError
 from ..settings import settings_of
 from .task import Operation, Row, Task, Text, corpus_digest, plain
 
+THREADS = 4  # of a worker, where nothing is said: more help a small model little
+
 
 class Worker:
     """A worker.
@@ -27,7 +29,7 @@ class Worker:
     def __init__(self, registry: str, threads: int) -> None:
         torch.set_num_threads(threads)
         self.registry: Any = importlib.import_module(registry)
-        self.held: tuple[str, str, str, str] | None = None
+        self.opened: tuple[str, str, str, str] | None = None
         self.lab: Any = None
         self.texts: dict[Text, str] = {}  # the digest of each that was read
 
@@ -49,12 +51,11 @@ class Worker:
             return json.dumps({"error": str(error), "details": None})
         except (MemoryError, torch.OutOfMemoryError):
             said, details = (
-                "out of memory; try fewer --workers, fewer or shorter windows, or a smaller dtype.",
+                "out of memory; try fewer workers, fewer or shorter windows, or a smaller dtype.",
                 None,
             )
-        except (
-            Exception
-        ) as error:  # one task of many: what went wrong is recorded, and the others go on
+        # one task of many: what went wrong is recorded, and the others go on
+        except Exception as error:
             said, details = f"{type(error).__name__}: {error}", traceback.format_exc()
         self._drop()  # in what state the model is, nobody knows
         return json.dumps({"error": said, "details": details})
@@ -65,6 +66,7 @@ class Worker:
         """
         self._open(task)
         operation: Operation = self.registry.OPERATIONS[task.operation]
+        # a task gives the same rows whatever this worker did before it
         torch.manual_seed(task.seed or 0)
         known = {one.name for one in settings_of(operation.settings)}
         result = operation.run(self.lab, task.given(known))
@@ -83,7 +85,7 @@ class Worker:
         Raises: SurgeonError if either is not what was planned.
         """
         wanted = (task.where, task.dtype, task.device, task.fingerprint)
-        if self.held != wanted:
+        if self.opened != wanted:
             self._drop()
             self.lab = self.registry.open_lab(task.where, dtype=task.dtype, device=task.device)
             if self.lab.fingerprint != task.fingerprint:
@@ -91,7 +93,7 @@ class Worker:
                     f"the weights of {task.model} changed after the sweep was planned; run it"
                     " again."
                 )
-            self.held = wanted
+            self.opened = wanted
         if task.text not in self.texts:
             self.texts[task.text] = corpus_digest(task.text.read(self.lab.tokenizer))
         if self.texts[task.text] != task.corpus:
@@ -101,6 +103,6 @@ class Worker:
             )
 
     def _drop(self) -> None:
-        self.held, self.lab = None, None
+        self.opened, self.lab = None, None
         self.texts.clear()
         gc.collect()  # a map and its model point at each other

@@ -1,8 +1,13 @@
 """Export in the pack-quantized format of compressed-tensors, which transformers and vLLM read.
 
-2 to 8 bits, symmetric, per channel or per group, Linear layers and experts. The format has no room
-for single entries, so a matrix with critical ones is kept at 8 bits or dense; transformers unpacks
-all experts alike, so an expert cannot be kept. transformers 5 cannot load packed offsets, so
+How this works. The weight of a Linear layer becomes three tensors: its codes, packed into 32-bit
+words by the library's own function, its scales and its shape. config.json has groups, each with the
+grid of the layers that it names: one for all Linear layers, and where critical matrices are kept at
+8 bits, one for these. What stays dense, the output head for one, is listed as ignored. The format
+has no room for single entries, so a matrix with critical ones is kept at 8 bits or dense.
+
+2 to 8 bits, symmetric, per channel or per group, Linear layers and experts. transformers unpacks
+all experts alike, so an expert cannot be kept; and it cannot load packed offsets (5.x), so
 asymmetric grids are refused.
 """
 
@@ -43,7 +48,7 @@ def export_compressed(plan: ExportPlan) -> Reports:
             f"{asked} cannot be loaded from compressed-tensors; use symmetric channel or group:N,"
             " or ‹export› sidecar."
         )
-    source = Source(plan.folder, plan.config)
+    source = plan.source
     divided(source, grid, _KIND)
     modules = linear_layers(source, plan, _KIND, experts=True)
     critical = critical_modules(plan, modules, source)

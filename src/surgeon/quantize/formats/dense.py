@@ -1,10 +1,13 @@
 """Export as plain safetensors in the checkpoint's own dtype ("fake quant"): every weight is what
 its code means, for any loader.
+
+How this works. A shard is copied byte by byte, and each quantized matrix is then written over its
+own bytes in the copy, rounded to the dtype that is stored there. So names, order, metadata and all
+that is not quantized stay as they are, and a fused tensor needs no care: a view writes its rows.
 """
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from ...anatomy.folder import overwrite
@@ -21,7 +24,7 @@ def export_dense(plan: ExportPlan) -> Reports:
 
     def write_shard(source: Source, shard: str, output: Path, tell: Done) -> Reports:
         # names, shapes and dtypes stay, so the file does too, but for the numbers
-        shutil.copyfile(source.folder / shard, output)
+        source.shards.copy(shard, output)
         critical = by_site(source.anatomy, plan.critical)
         reports: Reports = {}
         for name in source.shards.within(shard):

@@ -1,9 +1,9 @@
 """Quantize a checkpoint folder shard by shard: what an export is given, and how it writes.
 
-One tensor is in memory at a time, whatever the size of the model. An export is one function of an
-`ExportPlan`; the formats differ in what they make of a shard, and in what they add to the folder in
-the end, and `write_folder` does the rest: it looks before it writes, goes through the shards,
-copies the other files of the source, and records what was done.
+How this works. One tensor is in memory at a time, whatever the size of the model. An export is one
+function of an `ExportPlan`; the formats differ in what they make of a shard, and in what they add
+to the folder in the end, and `write_folder` does the rest: it looks before it writes, goes through
+the shards, copies the other files of the source, and records what was done.
 
 The work goes on in `.TARGET.part` beside the target, see `files.writing_folder`. Its manifest holds
 a hash of all settings, and, for each finished shard, what was done to its matrices. After an
@@ -18,6 +18,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,10 @@ class ExportPlan:
 
     critical: the entries that `config.method` may hold out. mean_squares: E[x^2] of each column of
     a site, (in,), where the clip search is weighted by it. The model is not in memory:
-    `Source(plan.folder)` gives its map and its tensors, one at a time, and `holdout.treat` the
-    codes of a matrix, the same as in memory. keep: what a format that has no room for single
-    entries does with the matrices that hold critical ones: "8bit" or "dense".
+    `source` gives its map and its tensors, one at a time, and `holdout.treat` the codes of a
+    matrix, the same as in memory. keep: what a format that has no room for single entries does with
+    the matrices that hold critical ones: "8bit" or "dense". shards: the tensors of the folder,
+    where they are open already.
     """
 
     folder: Path
@@ -74,6 +76,12 @@ class ExportPlan:
     mean_squares: Mapping[Site, Tensor] = field(default_factory=dict)
     progress: Tell = silent
     keep: str = "8bit"
+    shards: Shards | None = None
+
+    @cached_property
+    def source(self) -> Source:
+        """The folder, opened once. Raises: as `Source`."""
+        return Source(self.folder, self.config, self.shards)
 
 
 Export = Callable[[ExportPlan], Reports]
@@ -86,9 +94,9 @@ class Source:
     Raises: BadCheckpoint; PackedWeight if it is quantized already.
     """
 
-    def __init__(self, folder: Path, config: QuantizeConfig) -> None:
+    def __init__(self, folder: Path, config: QuantizeConfig, shards: Shards | None = None) -> None:
         self.folder = folder
-        self.shards = Shards.of(str(folder), folder)
+        self.shards = shards or Shards.of(str(folder), folder)
         self.config = read_config(folder)
         if getattr(self.config, "quantization_config", None) is not None:
             raise PackedWeight(
@@ -130,7 +138,7 @@ def write_folder(
     another process writes the target.
     """
     files.check_new_folder(plan.target, plan.folder)
-    source = Source(plan.folder, plan.config)
+    source = plan.source
     for site in quantized_sites(source.anatomy, plan.config):
         plan.config.grid.check(source.anatomy.view(site).shape)
     by_site(source.anatomy, plan.critical)
@@ -171,6 +179,7 @@ def _write_shards(
 
     for shard in source.shards.files:
         if shard not in shards:
+            # the manifest after the shard: what it names is whole
             reports = write_shard(source, shard, part / shard, tell)
             shards[shard] = as_json(reports)
             _write_json(part / MANIFEST, manifest)
@@ -211,7 +220,7 @@ def _opened(part: Path, settings: str) -> dict[str, Any]:
         if manifest["settings"] == settings and whole:
             return manifest
     except (OSError, ValueError, KeyError, TypeError):
-        pass
+        pass  # none yet, or one that was cut off: begin anew
     shutil.rmtree(part)
     part.mkdir()
     manifest = {"settings": settings, "shards": {}}

@@ -4,8 +4,11 @@ higher precision.
     llama-quantize --tensor-type 'blk\\.2\\.ffn_down\\.weight=q8_0' model-f16.gguf model-q4.gguf
     Q4_K_M
 
-llama-quantize reads each name as a regular expression that may match anywhere in the tensor's name,
-so dots are escaped.
+How this works. Surgeon writes no GGUF file. llama.cpp has two steps, a converter that renames the
+parameters and packs the experts of a layer together, and llama-quantize, which rounds. What the
+converter calls a parameter stands in the table of the `gguf` package, so the names of the tensors
+that hold critical entries are known without a file. llama-quantize reads each name as a regular
+expression that may match anywhere in the tensor's name, so dots are escaped.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import re
 from collections.abc import Iterable
 
 from ...anatomy import Anatomy, Entry, Site
+from ...anatomy.gguf_names import gguf_spellings
 from ...errors import BadInput, MissingExtra
 from ...result import derived, record
 
@@ -85,10 +89,8 @@ def tensor_types(
         anatomy.resolve(c.site if isinstance(c, Entry) else c) for c in critical
     ):
         parameter = anatomy.addresses[site].parameter
-        tensor = next(
-            (n for n in (names.get_name(p) for p in _spellings(parameter, site)) if n is not None),
-            None,
-        )
+        tensors = [names.get_name(spelled) for spelled, _ in gguf_spellings(parameter, site)]
+        tensor = next((one for one in tensors if one is not None), None)
         if tensor is None:
             raise BadInput(
                 f"the gguf package has no tensor for {site} ({parameter}) in a {name} model, so"
@@ -96,16 +98,3 @@ def tensor_types(
             )
         kept.setdefault(f"{tensor}.weight", []).append(site)
     return TensorTypes({tensor: tuple(sites) for tensor, sites in kept.items()}, kind)
-
-
-def _spellings(parameter: str, site: Site) -> list[str]:
-    """The parameter as the converter may find it: without `.weight`, without the base model's
-    prefix, gate and up apart.
-    """
-    module = parameter.removesuffix(".weight")
-    apart = (
-        module.replace("gate_up_proj", f"{site.role.rpartition('.')[2]}_proj")
-        if site.expert is not None
-        else module
-    )
-    return [spelled for name in (module, apart) for spelled in (name, name.partition(".")[2])]

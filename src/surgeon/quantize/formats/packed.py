@@ -1,5 +1,14 @@
 """What the exports of packed weights have in common: shard by shard, each tensor of quantized
 matrices is replaced by its parts.
+
+How this works. A tensor of the checkpoint may hold several matrices (fused q, k and v), a matrix
+may be stored in parts of a model's parameter (experts), and a format may know nothing but whole
+Linear layers. So a tensor is read with all the views on it, each view is quantized by itself, as in
+memory, and then the format's `encode` makes of the tensor and its codes the tensors that stand in
+its place; a tensor that is not encoded is written as it is, or as what its codes mean. Formats
+without room for single entries keep the matrices that hold critical ones at 8 bits or dense, by
+`keeper`; and where a format wants one matrix of a fused tensor, `whole` joins the codes again,
+which works because blocks of a channel or a group never reach from one matrix into the next.
 """
 
 from __future__ import annotations
@@ -113,10 +122,11 @@ def keeper(plan: ExportPlan, kind: str, source: Source) -> Callable[[Site], Quan
             f" {' or '.join(KEEP)}."
         )
     kept: set[Site] = set()
-    for held in source.sites.values():
-        together = {site for site, _ in held}
+    for places in source.sites.values():
+        together = {site for site, _ in places}
         if together & _kept(plan):
             kept |= together
+    # unclipped, so that the critical entry keeps its size
     eight = replace(plan.config, grid=replace(plan.config.grid, bits=8), method="rtn")
     # nothing is put back in any of these formats
     others = replace(plan.config, method="clip" if plan.config.clips else "rtn")
@@ -136,8 +146,8 @@ def linear_layers(
     """
     kept = _kept(plan)
     modules = {}
-    for name, held in source.sites.items():
-        site, packing = held[0]
+    for name, places in source.sites.items():
+        site, packing = places[0]
         if experts and site.expert is not None and packing.expert is None:
             if site in kept:
                 raise BadInput(
@@ -148,9 +158,8 @@ def linear_layers(
             continue
         address = source.anatomy.addresses[site]
         module = source.anatomy.model.get_submodule(address.module)
-        if (
-            type(module) is not nn.Linear
-        ):  # a subclass may use its weight in ways that a packed one cannot follow
+        # a subclass may use its weight in ways that a packed one cannot follow
+        if type(module) is not nn.Linear:
             what = (
                 "part of one tensor for all experts"
                 if site.expert is not None
@@ -165,9 +174,9 @@ def linear_layers(
                 f"only some rows of {address.parameter} are to be quantized, and {kind} packs it"
                 " whole; name all of its roles."
             )
-        if len(held) > 1 and plan.config.grid.block.kind not in ("channel", "group"):
+        if len(places) > 1 and plan.config.grid.block.kind not in ("channel", "group"):
             raise BadInput(
-                f"{address.parameter} holds {', '.join(str(s) for s, _ in held)}, and blocks of"
+                f"{address.parameter} holds {', '.join(str(s) for s, _ in places)}, and blocks of"
                 f" {plan.config.grid.block} would reach from one into the other in a {kind} export;"
                 " use channel or group:N."
             )
@@ -193,8 +202,8 @@ def divided(source: Source, grid: Grid, kind: str) -> None:
     """Raises: BadInput if the blocks reach over the edge of a matrix, for which a format has no
     room.
     """
-    for held in source.sites.values():
-        for site, _ in held:
+    for places in source.sites.values():
+        for site, _ in places:
             n_out, n_in = source.anatomy.view(site).shape
             if not grid.block.divides((n_out, n_in)):
                 raise BadInput(
@@ -207,13 +216,8 @@ def divided(source: Source, grid: Grid, kind: str) -> None:
 def critical_modules(plan: ExportPlan, modules: Mapping[str, str], source: Source) -> list[str]:
     """The modules that hold critical entries, if the method keeps them."""
     kept = _kept(plan)
-    return sorted(
-        {
-            modules[name]
-            for name, held in source.sites.items()
-            if any(site in kept for site, _ in held)
-        }
-    )
+    holding = [n for n, places in source.sites.items() if any(site in kept for site, _ in places)]
+    return sorted({modules[name] for name in holding})
 
 
 def _kept(plan: ExportPlan) -> set[Site]:

@@ -1,5 +1,10 @@
 """Codes of 2 to 8 bits without gaps between them: eight codes make as many bytes as they have
 bits.
+
+How this works. Codes are counted from the least on, so that none is negative. Eight of them, each
+shifted by its place times N bits, are added up in one 64-bit word, whose lowest N bytes are then
+all that they are; the bytes of the words follow one another. Unpacking fills each N bytes up to a
+word again. Both go through the matrix in chunks, since a code takes eight bytes on the way.
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ from torch import Tensor
 
 from ..grid import Grid, Quantized
 
-_CHUNK = 1 << 23  # codes packed at a time: eight bytes of scratch each
+_CHUNK = 1 << 23  # codes at a time
 
 
 def pack(codes: Integer[Tensor, "*shape"], grid: Grid) -> UInt8[Tensor, " bytes"]:

@@ -3,6 +3,14 @@
 After `import surgeon.quantize.formats.sidecar_loader` the folder loads with
 `AutoModelForCausalLM.from_pretrained(folder)`. All bit widths and blocks, and every architecture
 that Surgeon knows, experts included; a 4-bit folder is small on disk, in memory the model is dense.
+
+How this works. Each tensor of quantized matrices is replaced by four: the packed codes of all its
+matrices, one after the other, their scales, their offsets where there are any, and their shapes. A
+tensor of which only some rows are quantized is written as what its codes mean. When the shards are
+written, the packed ones are read back, and a patch is made on what they unpack to, which sets the
+critical entries to their original values; it lies beside the weights, and config.json names its
+digest. So the loader can tell that codes and patch belong together, and applying it checks the
+hash of every matrix that it touches.
 """
 
 from __future__ import annotations
@@ -38,7 +46,7 @@ def export_sidecar(plan: ExportPlan) -> Reports:
     Raises: as `write_folder`; BadCheckpoint if the quantized matrices are stored in several dtypes.
     """
 
-    source = Source(plan.folder, plan.config)
+    source = plan.source
     packed = [name for name in source.sites if covered(source, name)]
     dtypes = {PLAIN[source.shards.stored[name].dtype] for name in packed}
     if len(dtypes) != 1:
@@ -93,12 +101,12 @@ def _correction(
     deltas: list[Delta] = []
     bases: dict[Site, BaseTensor] = {}
     for name in packed:
-        held = source.sites[name]
-        if not any(site in critical for site, _ in held):
+        places = source.sites[name]
+        if not any(site in critical for site, _ in places):
             continue
         original = source.shards.read(name)
         read = {p: written.read(f"{name}_{p}") for p in PARTS if f"{name}_{p}" in written}
-        for (site, packing), quantized in zip(held, pieces(read, plan.config.grid), strict=True):
+        for (site, packing), quantized in zip(places, pieces(read, plan.config.grid), strict=True):
             if site in critical:
                 view = WeightView(site, original, packing)
                 delta, bases[site] = _put_back(

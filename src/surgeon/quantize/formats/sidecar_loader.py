@@ -3,11 +3,11 @@
     import surgeon.quantize.formats.sidecar_loader
     model = AutoModelForCausalLM.from_pretrained(folder)
 
-The weights are packed in the file only. transformers reads the file tensor by tensor, and collects
-those that `SidecarQuantizer.serialized_names` says belong together; `Unpack` makes a dense weight
-of them, the matrices of fused weights in their places, and those of experts for transformers to
-merge. When all weights are there, the sidecar patch puts the critical entries back. What results is
-a dense model like any other, which can be trained, patched and saved.
+How this works. The weights are packed in the file only. transformers reads the file tensor by
+tensor, and collects those that `SidecarQuantizer.serialized_names` says belong together; `Unpack`
+makes a dense weight of them, the matrices of fused weights in their places, and those of experts
+for transformers to merge. When all weights are there, the sidecar patch puts the critical entries
+back. What results is a dense model like any other, which can be trained, patched and saved.
 """
 
 from __future__ import annotations
@@ -82,9 +82,8 @@ class SidecarQuantizer(HfQuantizer):
         self.serialized_names = {
             leaf: [f"{leaf}_{part}" for part in PARTS] for leaf in quantization_config.packed
         }
-        if (
-            "weight" in self.serialized_names
-        ):  # dense ones too, for those of experts may have to be merged
+        # dense ones too, for those of experts may have to be merged
+        if "weight" in self.serialized_names:
             self.serialized_names["weight"].insert(0, "weight")
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
@@ -114,17 +113,15 @@ class SidecarQuantizer(HfQuantizer):
         return dtype
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        with torch.device(
-            "cpu"
-        ):  # the model is being built on meta, where row numbers would be lost
+        # the model is being built on meta, where row numbers would be lost
+        with torch.device("cpu"):
             anatomy = Anatomy.of(model)
         for site, address in anatomy.addresses.items():
             self.places.setdefault(address.parameter, []).append((site, address.packing))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        model._weight_conversions = (
-            None  # saved as any dense model, not turned back into packed names
-        )
+        # saved as any dense model, not turned back into packed names
+        model._weight_conversions = None
         digest = self.quantization_config.correction
         if digest is not None:
             path = _beside(model, CORRECTION)
@@ -152,9 +149,8 @@ class Unpack(ConversionOps):
     """Tensors of the file to dense weights of the model; dense ones pass."""
 
     def __init__(self, hf_quantizer: SidecarQuantizer) -> None:
-        self.hf_quantizer = (
-            hf_quantizer  # by this name transformers sees that tensors are not to be cast before
-        )
+        # by this name transformers sees that tensors are not to be cast before
+        self.hf_quantizer = hf_quantizer
 
     def convert(
         self,

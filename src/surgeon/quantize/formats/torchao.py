@@ -1,5 +1,10 @@
 """Export for torchao, as safetensors that transformers loads through its torchao integration.
 
+How this works. The codes of a Linear layer become a tensor class of torchao, which torchao itself
+takes apart into plain tensors for the file; what it needs to put them together again stands in the
+metadata of the file. config.json holds torchao's configuration, which says to transformers which
+modules are of that class, and would quantize the base model in the same places.
+
 torchao runs codes of 2 to 8 bits on any device in one form only, `IntxUnpackedToInt8Tensor`, which
 spends a byte on each: the folder is as large at 2 bits as at 8. Its denser forms need kernels that
 exist for GPUs alone. Per channel or per group; symmetric, or with offsets where the model is
@@ -53,7 +58,7 @@ def export_torchao(plan: ExportPlan) -> Reports:
             f"blocks of {grid.block} cannot be loaded by torchao; use channel or group:N, or"
             " ‹export› sidecar."
         )
-    source = Source(plan.folder, plan.config)
+    source = plan.source
     divided(source, grid, _KIND)
     modules = linear_layers(source, plan, _KIND)
     dtypes = {PLAIN[source.shards.stored[name].dtype] for name in modules}

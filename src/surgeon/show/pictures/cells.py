@@ -207,9 +207,10 @@ def _check(check: Check) -> Picture:
     planted, rescaled = check.planted, check.rescaled
     verdict = "as it must be" if check.passed else "the screen fails here"
     was, other = _found(planted.found), _found(rescaled.found)
+    neuron = f"neuron × {rescaled.factor:g}"
     rows: list[Sequence[Cell]] = [
         ("planted fragile weight", "found", was, planted.nats, planted.max_abs_difference),
-        ("neuron × 1000", "not found", other, rescaled.nats, rescaled.max_abs_difference),
+        (neuron, "not found", other, rescaled.nats, rescaled.max_abs_difference),
     ]
     return Picture(
         "The screen's own controls",

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 
 from ...quantize import ActivationTable, RoundedWeights
 from ...quantize import Row as Judged
-from ...studies.quantize import Base, QuantizeResult, Written
+from ...studies.quantize import Base, QuantizeResult
+from ...studies.quantized_folder import Written
 from .charts import Row, scatter
 from .picture import Cell, Claim, Headline, Picture, Table, many, model_name, nats
 

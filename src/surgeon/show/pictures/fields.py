@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ...result import Provenance, Result, fields_of
-from .picture import Cell, Headline, Picture, Table, model_name
+from .picture import Cell, Headline, Picture, Table, many, model_name
 
 MOST_ROWS = 200
 _ABOUT = {"kind", "version", *fields_of(Provenance)}  # what the page shows in other places
@@ -25,7 +25,8 @@ def field_pictures(result: Result) -> Iterator[Picture]:
         sentence = field_headline(result).sentence
         yield Picture(kind, sentence, about, shown=Table(("field", "value"), values))
     for name, rows in tables.items():
-        yield Picture(kind, f"{_spaced(name).capitalize()}: {len(rows)}", about, shown=_table(rows))
+        headline = f"{_spaced(name).capitalize()}: {many(len(rows), 'row')}"
+        yield Picture(kind, headline, "" if values else about, shown=_table(rows))
 
 
 def field_headline(result: Result) -> Headline:

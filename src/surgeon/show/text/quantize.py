@@ -5,7 +5,8 @@ from __future__ import annotations
 from rich.table import Table
 
 from ...quantize import QuantizeConfig, RoundedWeights, Row, TensorTypes
-from ...studies.quantize import Base, QuantizeResult, Written
+from ...studies.quantize import Base, QuantizeResult
+from ...studies.quantized_folder import Written
 from ..console import out, print_table, shown
 from .activations import print_activations
 

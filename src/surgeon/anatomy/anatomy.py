@@ -147,8 +147,8 @@ class Anatomy:
         address = self.addresses[site]
         return WeightView(site, self.model.get_parameter(address.parameter), address.packing)
 
-    def holding(self, layer: int) -> AbstractContextManager[None]:
-        """Within the block the weights of that layer are in memory.
+    def holding(self, layer: int | None) -> AbstractContextManager[None]:
+        """Within the block the weights of that layer (None: of the output head) are in memory.
 
         Here they always are; a streamed model reads them from disk for the block.
         """

@@ -5,7 +5,8 @@ ones.
 from .controls import matched_controls
 from .detect import Candidate, DetectConfig, Detection, Rejection, detect
 from .experts import ExpertProfile, profile_experts
-from .find import CriticalSet, FindConfig, FindResult, find
+from .find import FindConfig, find
+from .results import CriticalSet, FindResult
 from .verify import Verification, VerifyConfig, verify
 
 __all__ = [

@@ -13,8 +13,8 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from ..anatomy import Anatomy, Region, Site, StreamedAnatomy, WeightView
-from ..measure.intact import IntactRun
-from ..measure.sequential import looks_at
+from ..measure.intact import IntactRun, Sample
+from ..measure.sequential import stages_of
 from .causal import restored_nll
 
 Count = Callable[[int, int], None]  # is told the steps done, of how many
@@ -46,8 +46,8 @@ class Variant:
 class Damage(ABC):
     """Damage of variants of the model on fixed windows (or cells), in nats per token (or value).
 
-    looks: after how many windows a comparison may be looked at, the last being all: where some of
-    the windows cost less than all, it can be stopped when it is decided.
+    stages: what a comparison may be looked at on, one after another, the last being everything:
+    where a sample costs less than all, it can be stopped when it is decided.
     """
 
     @property
@@ -56,17 +56,30 @@ class Damage(ABC):
         """NLL of the intact model, of each window."""
 
     @property
-    def looks(self) -> list[int]:
-        return [len(self.base)]
+    def stages(self) -> list[Sample]:
+        return [Sample(torch.arange(len(self.base)))]
+
+    def few(self, tokens: int) -> Sample:
+        """The smallest sample of about so many tokens; everything, where no sample costs less."""
+        return self.stages[-1]
 
     @abstractmethod
     def of(
         self,
         variants: Sequence[Variant],
         count: Count | None = None,
-        chosen: Int64[Tensor, " k"] | None = None,
+        sample: Sample | None = None,
     ) -> list[Float64[Tensor, " k"]]:
-        """Damage of each variant, of each of the chosen windows; of all where none are chosen."""
+        """Damage of each variant by window, on a sample; on everything where none is given."""
+
+    def with_beginning(
+        self, regions: Sequence[Region]
+    ) -> tuple[Float64[Tensor, " n"], Float64[Tensor, " n"]]:
+        """Damage with all of `regions` zeroed together, of each window and of the beginning that
+        the stages before the last read of it.
+        """
+        whole = self(regions)
+        return whole, whole
 
     def __call__(self, regions: Sequence[Region]) -> Float64[Tensor, " n"]:
         """Damage of each window with all of `regions` zeroed together."""
@@ -87,13 +100,13 @@ class DamageOfEvidence(Damage):
         self,
         variants: Sequence[Variant],
         count: Count | None = None,
-        chosen: Int64[Tensor, " k"] | None = None,
+        sample: Sample | None = None,
     ) -> list[Float64[Tensor, " k"]]:
-        everywhere = slice(None) if chosen is None else chosen
+        windows = slice(None) if sample is None else sample.windows
         damages = []
         for number, variant in enumerate(variants, 1):
             with zeroed(self.anatomy, variant.zeroed):
-                damages.append((self._nll() - self._base)[everywhere])
+                damages.append((self._nll() - self._base)[windows])
             if count:
                 count(number, len(variants))
         return damages
@@ -111,29 +124,51 @@ class DamageInMemory(Damage):
         return self._run.nll
 
     @property
-    def looks(self) -> list[int]:
-        return looks_at(len(self.windows))
+    def stages(self) -> list[Sample]:
+        return stages_of(*self.windows.shape)
+
+    def few(self, tokens: int) -> Sample:
+        width = self.windows.shape[1]
+        each = ((stage, stage.tokens or width) for stage in self.stages)
+        enough = (stage for stage, long in each if len(stage.windows) * long >= tokens)
+        return next(enough, self.stages[-1])
 
     def of(
         self,
         variants: Sequence[Variant],
         count: Count | None = None,
-        chosen: Int64[Tensor, " k"] | None = None,
+        sample: Sample | None = None,
     ) -> list[Float64[Tensor, " k"]]:
-        chosen = torch.arange(len(self.windows)) if chosen is None else chosen
+        sample = sample or self.stages[-1]
+        base = self._run.nll_on(sample)
         damages = []
         for number, variant in enumerate(variants, 1):
-            damages.append(self._one(variant, chosen) - self.base[chosen])
+            damages.append(self._one(variant, sample) - base)
             if count:
                 count(number, len(variants))
         return damages
 
-    def _one(self, variant: Variant, chosen: Int64[Tensor, " k"]) -> Float64[Tensor, " k"]:
+    def with_beginning(
+        self, regions: Sequence[Region]
+    ) -> tuple[Float64[Tensor, " n"], Float64[Tensor, " n"]]:
+        losses = self._losses(regions, self.stages[-1])
+        whole = losses.mean(1) - self.base
+        tokens = self.stages[0].tokens
+        if tokens is None:
+            return whole, whole
+        beginning = losses[:, : tokens - 1].mean(1)
+        return whole, beginning - self._run.nll_on(Sample(self.stages[-1].windows, tokens))
+
+    def _one(self, variant: Variant, sample: Sample) -> Float64[Tensor, " k"]:
         if variant.restored:
-            return restored_nll(self.anatomy, variant.zeroed, self.windows[chosen])
-        lowest = self.anatomy.first_changed(region.site for region in variant.zeroed)
-        with zeroed(self.anatomy, variant.zeroed):
-            return self._run.changed(lowest, chosen)
+            windows = self.windows[sample.windows, : sample.tokens]
+            return restored_nll(self.anatomy, variant.zeroed, windows)
+        return self._losses(variant.zeroed, sample).mean(1)
+
+    def _losses(self, regions: Sequence[Region], sample: Sample) -> Float64[Tensor, "k predicted"]:
+        lowest = self.anatomy.first_changed(region.site for region in regions)
+        with zeroed(self.anatomy, regions):
+            return self._run.losses(lowest, sample)
 
 
 @contextmanager

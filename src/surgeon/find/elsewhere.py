@@ -4,85 +4,102 @@
 #
 # The published super weights write a channel of the residual stream that stays high, and detection
 # looks for those. A weight can be vital in other ways: the scale of a norm that reads such a
-# channel, a row of the last layers, a token of the embedding. So the first-order map
-# (first_order.py) estimates what every weight would cost, in one backward pass. It ranks well and
-# measures badly, so its largest of each kind are zeroed one by one: first on a few windows, then,
-# where that looks dear, on all probe windows. A line is dropped where one of its entries does
-# nearly the same alone, and an entry where its line does much more. What is left is verified as any
-# set is, on windows that neither the map nor this choice has seen, beside controls of the same
-# kind.
+# channel, a row of the last layers, a token of the embedding. So every weight gets an estimate of
+# what it would cost (estimates.py), and the largest of each kind are zeroed one by one on a sample.
+# Two lines that are one thing are measured once: a tied weight has two names, and a neuron dies by
+# its column of `mlp.down` as by its row of `mlp.up`. Of a line and an entry in it the one is kept
+# that says it best. What is left is verified as any set is, on windows that neither the estimate
+# nor this choice has seen, beside controls of the same kind.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import partial
+from math import isclose
 
-import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from ..anatomy import Anatomy, Entry, Region
+from ..anatomy import Anatomy, Region, Site
 from ..progress import Tell
-from .damage import Count, Damage, Variant
-from .first_order import Estimate, first_order
+from ..result import record
+from .damage import Damage, Variant
+from .estimates import TOKENS, Estimate, estimates
 
-TOKENS = 1024  # that go forward and back at once; more make the map no better and need more memory
+LOOK_TOKENS = 128  # on which each is measured
+SAME = 1e-3  # estimates of two lines that differ by less are of one thing
+ORDER = {
+    "scale": 0,
+    "column": 1,
+    "row": 2,
+    "token": 3,
+    "entry": 4,
+}  # which of two names of one thing is kept
 
 
-@dataclass(frozen=True)
+@record
 class Suspect:
-    """A region, what the first-order map said of it, and its damage on the probe windows."""
+    """A region, what was estimated of it, and its measured damage on a sample, in nats per token.
 
-    estimate: Estimate
+    first, bend: the terms of the estimate, see estimates.py.
+    """
+
+    part: Region
+    kind: str
+    first: float
+    bend: float
     nats: float
-
-    @property
-    def part(self) -> Region:
-        return self.estimate.part
 
 
 def suspects(
-    anatomy: Anatomy,
-    windows: Int64[Tensor, "n window"],
-    damage: Damage,
-    most: int,
-    min_nats: float,
-    cover: float,
-    tell: Tell,
+    anatomy: Anatomy, windows: Int64[Tensor, "n window"], damage: Damage, most: int, tell: Tell
 ) -> list[Suspect]:
-    """The regions that cost at least `min_nats` on the probe windows, the dearest first; of a line
-    and its entries those that say it best.
+    """The `most` weights of each kind with the largest estimates, measured; dearest first.
 
-    damage: on these windows. most: how many estimates of each kind are measured. cover: an entry
-    that does this share of its line's damage stands for the line.
+    damage: on these windows.
     """
-    several = max(1, TOKENS // windows.shape[1])
-    estimates = first_order(anatomy, windows[:several], most)
-    few = torch.arange(damage.looks[0])
-    dear = _measured(damage, estimates, few, 0.5 * min_nats, partial(tell, "look"))
-    if len(few) < len(windows):
-        again = [one.estimate for one in dear]
-        dear = _measured(damage, again, None, min_nats, partial(tell, "measure"))
-    return _without_doubles(sorted(dear, key=lambda one: -one.nats), cover)
+    tell("estimate", 0, 1)
+    width = min(windows.shape[1], max(2, TOKENS // len(windows)))
+    named = _once(anatomy, estimates(anatomy, windows[:, :width], most))
+    damages = damage.of(
+        [Variant([one.part]) for one in named], partial(tell, "look"), damage.few(LOOK_TOKENS)
+    )
+    measured = [
+        Suspect(one.part, one.kind, one.first, one.bend, float(nats.mean()))
+        for one, nats in zip(named, damages, strict=True)
+    ]
+    return sorted(measured, key=lambda one: -one.nats)
 
 
-def _measured(
-    damage: Damage,
-    estimates: Sequence[Estimate],
-    chosen: Int64[Tensor, " k"] | None,
-    least: float,
-    count: Count,
-) -> list[Suspect]:
-    """Those of the estimates that cost at least so much on the chosen windows."""
-    variants = [Variant([one.part]) for one in estimates]
-    nats = [float(one.mean()) for one in damage.of(variants, count, chosen)]
-    return [Suspect(e, n) for e, n in zip(estimates, nats, strict=True) if n >= least]
+def _once(anatomy: Anatomy, named: Iterable[Estimate]) -> list[Estimate]:
+    """Each thing under one of its names."""
+    kept: list[Estimate] = []
+    tied = bool(anatomy.tied_to(Site(None, "embed")))
+    for one in sorted(named, key=lambda one: ORDER[one.kind]):
+        part = _untied(one.part) if tied else one.part
+        if any(other.part == part or _is_same(one, other) for other in kept):
+            continue
+        kept.append(Estimate(part, one.kind, one.first, one.bend))
+    return kept
 
 
-def _without_doubles(ordered: Sequence[Suspect], cover: float) -> list[Suspect]:
-    """Of every line and the entries in it that are suspect: the entry, where it does `cover` of the
-    line's damage, else the line. Ordered by damage.
+def _untied(part: Region) -> Region:
+    """A part of an output head that is the embedding, under the embedding's name."""
+    if part.site.role != "unembed":
+        return part
+    return Region(Site(None, "embed"), part.col, part.row)
+
+
+def _is_same(one: Estimate, other: Estimate) -> bool:
+    return one.part.site != other.part.site and all(
+        isclose(a, b, rel_tol=SAME) and a != 0
+        for a, b in ((one.first, other.first), (one.bend, other.bend))
+    )
+
+
+def without_doubles(ordered: Sequence[Suspect], cover: float) -> list[Suspect]:
+    """Of every line and the entries in it: the entry, where it does `cover` of the line's damage,
+    else the line.
     """
     kept: list[Suspect] = []
     for one in ordered:
@@ -107,11 +124,3 @@ def crosses(one: Region, other: Region) -> bool:
     return all(
         a is None or b is None or a == b for a, b in ((one.row, other.row), (one.col, other.col))
     )
-
-
-def explained(one: Suspect, known: Collection[Entry], joint_nats: float, cover: float) -> bool:
-    """Whether a set that is known already does what this region does: the region holds, or is, one
-    of its entries, and costs no more than the set.
-    """
-    holds = any(crosses(one.part, Region(e.site, e.row, e.col)) for e in known)
-    return holds and joint_nats >= cover * one.nats

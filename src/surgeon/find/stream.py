@@ -20,10 +20,11 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 from torch import Tensor
 
 from ..anatomy import Anatomy, Site, StreamedAnatomy
+from ..measure.intact import Sample
 from ..measure.likelihood import batches, require_causal, window_nll
 from ..tap import (
     LayerCall,
@@ -94,11 +95,11 @@ class DamageStreamed(Damage):
         self,
         variants: Sequence[Variant],
         count: Count | None = None,
-        chosen: Int64[Tensor, " k"] | None = None,
+        sample: Sample | None = None,
     ) -> list[Float64[Tensor, " k"]]:
         """count: called after every block, with the blocks done.
 
-        All windows are run, whichever are chosen: reading the blocks is what takes the time.
+        All windows are run, whatever the sample: reading the blocks is what takes the time.
         """
         size = sum(s.nbytes for s in self._entering[0])
         many = max(1, STATE_BYTES // size)
@@ -111,8 +112,8 @@ class DamageStreamed(Damage):
                     count(number * depth + done, len(groups) * depth)
 
             losses += self._pass(group, blocks)
-        everywhere = slice(None) if chosen is None else chosen
-        return [(nll - self.base)[everywhere] for nll in losses]
+        windows = slice(None) if sample is None else sample.windows
+        return [(nll - self.base)[windows] for nll in losses]
 
     @torch.no_grad()
     def _pass(self, variants: Sequence[Variant], count: Count | None) -> list[Tensor]:

@@ -9,8 +9,9 @@ the same operation on other weights of the same matrices, matched in size and la
 (controls.py). The damage of each variant is known window by window: the bootstrap draws windows,
 and the verdict (measure/verdict.py) asks for a large damage, far above the worst control.
 
-Where some windows cost less than all, a control is measured on as many as it takes to say that it
-does too little damage to count (measure/sequential.py); mostly two to four do.
+Where a sample costs less than everything, a control is measured on as much as it takes to say that
+it does too little damage to count (measure/sequential.py); mostly the beginnings of a few windows
+do.
 """
 
 from __future__ import annotations
@@ -20,20 +21,29 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
-from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from ..anatomy import Anatomy, Entry, Region
 from ..corpus import Corpus
 from ..errors import BadInput
-from ..measure import Behaviours, Controls, VitalConfig, interval, is_close, is_vital, p_value
+from ..measure import (
+    Behaviours,
+    Controls,
+    VitalConfig,
+    interval,
+    is_close,
+    is_vital,
+    p_value,
+    severity,
+)
+from ..measure.intact import Sample
 from ..measure.sequential import below
 from ..progress import Tell, silent
-from ..result import Result, result
+from ..result import Result, derived, result
 from ..settings import setting
 from .causal import written_channels
 from .controls import matched_controls
-from .damage import Damage, Evidence, Variant
+from .damage import Evidence, Variant
 from .stream import damage_on
 
 
@@ -73,6 +83,11 @@ class Verification(Result):
     criteria: str
     behaviour: Behaviours | None = None
 
+    @derived
+    def severity(self) -> str | None:
+        """How bad the damage is, None where nothing is vital."""
+        return severity(self.ci95[0]) if self.vital else None
+
     def weights(self) -> list[Region]:
         """What was verified."""
         return self.at
@@ -105,92 +120,132 @@ def verify(
     config: VerifyConfig = VerifyConfig(),
     progress: Tell = silent,
     listed: int | None = None,
-    damage: Damage | None = None,
-    aside_on: Int64[Tensor, " k"] | None = None,
 ) -> Verification:
     """Zero each part alone, all together, and all but one; the same on matched controls.
 
-    `listed` limits single and leave-one-out damage to the first parts. damage: the means to measure
-    on this corpus, where they are at hand. aside_on: the windows on which what decides nothing is
-    measured, that is the parts alone, all but one, and restored; not given: all. Parts are entries,
-    whole rows `[88, :]` or columns `[:, 165]`. The model is left as it was.
+    `listed` limits single and leave-one-out damage to the first parts. Parts are entries, whole
+    rows `[88, :]` or columns `[:, 165]`. The model is left as it was.
     Raises: BadInput, UnknownSite for parts this model does not have, or if no part is given.
     """
-    if not parts:
-        raise BadInput(
-            "no entry was given to verify; name at least one, like 'L0.mlp.down[88, 165]'."
-        )
-    entries = [e for part in parts for e in entries_of(anatomy, part)]
-    alone = parts[:listed] if len(parts) > 1 else []
-    drawn = matched_controls(anatomy, entries, config.controls, config.seed)
-
-    # where a channel peaks is asked of windows of text; other evidence has none
-    restorable = isinstance(corpus, Corpus) and bool(written_channels(parts))
-    variants = {
-        "joint": [Variant(parts)],
-        "single": [Variant([part]) for part in alone],
-        "left out": [Variant([other for other in parts if other is not part]) for part in alone],
-        "control": [Variant([Region(e.site, e.row, e.col) for e in control]) for control in drawn],
-        "restored": [Variant(parts, restored=True)] if restorable else [],
-    }
-
-    if damage is None:
-        evidence = corpus.windows if isinstance(corpus, Corpus) else corpus
-        damage = damage_on(anatomy, evidence, anatomy.first_changed(p.site for p in parts))
-    by_window = _measured(damage, variants, config, aside_on, progress)
-    nats = {name: [float(one.mean()) for one in each] for name, each in by_window.items()}
-
-    (joint_nats,) = nats["joint"]
-    ci95 = interval(by_window["joint"][0], config.seed)
-    windows = [len(one) for one in by_window["control"]]
-    controls = Controls(nats["control"], control_kind(parts), windows)
-    return Verification(
-        at=list(parts),
-        base_nll=float(damage.base.mean()),
-        tokens=corpus.predicted,
-        windows=len(damage.base),
-        single_nats=nats["single"] or [joint_nats],
-        joint_nats=joint_nats,
-        leave_one_out_nats=nats["left out"] or [0.0],
-        ci95=ci95,
-        p_value=p_value(joint_nats, controls.nats),
-        restored_nats=next(iter(nats["restored"]), None),
-        controls=controls,
-        vital=is_vital(joint_nats, ci95, controls, config),
-        close=is_close(joint_nats, controls, config),
-        criteria=config.criteria,
-    )
+    lowest = anatomy.first_changed(part.site for part in parts) if parts else 0
+    return Verifier(anatomy, corpus, config, progress, listed, lowest)(parts)
 
 
-def _measured(
-    damage: Damage,
-    variants: Mapping[str, Sequence[Variant]],
-    config: VerifyConfig,
-    aside_on: Int64[Tensor, " k"] | None,
-    progress: Tell,
-) -> dict[str, list[Float64[Tensor, " k"]]]:
-    """The damage of each variant, by window, under the names of the variants; of controls perhaps
-    on some of the windows.
+class Verifier:
+    """Verifies one set after another on the same evidence.
+
+    lowest: the first layer that a set can change.
     """
-    count = partial(progress, "verify")
-    if config.exhaustive or len(damage.looks) == 1:
-        together = [variant for group in variants.values() for variant in group]
-        damages = iter(damage.of(together, count))
-        return {name: list(islice(damages, len(group))) for name, group in variants.items()}
-    by_window = {
-        name: damage.of(group, count, None if name == "joint" else aside_on)
-        for name, group in variants.items()
-        if name != "control"
-    }
-    controls = variants["control"]
-    by_window["control"] = below(
-        lambda which, chosen: damage.of([controls[i] for i in which], count, chosen),
-        len(controls),
-        config.bar(float(by_window["joint"][0].mean())),
-        damage.looks,
-        config.seed,
-    )
-    return by_window
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        corpus: Corpus | Evidence,
+        config: VerifyConfig,
+        progress: Tell,
+        listed: int | None,
+        lowest: int = 0,
+    ) -> None:
+        self.anatomy, self.corpus, self.config = anatomy, corpus, config
+        self.listed, self.count = listed, partial(progress, "verify")
+        evidence = corpus.windows if isinstance(corpus, Corpus) else corpus
+        self.damage = damage_on(anatomy, evidence, lowest)
+        self.stops_early = not config.exhaustive and len(self.damage.stages) > 1
+        self._joint: dict[tuple[Region, ...], tuple[Tensor, Tensor]] = {}
+
+    def joint(self, parts: Sequence[Region]) -> float:
+        """Damage of the parts together on everything, in nats per token."""
+        return float(self._together(parts)[0].mean())
+
+    def __call__(
+        self,
+        parts: Sequence[Region],
+        aside_on: Sample | None = None,
+        taken: Sequence[Region] = (),
+    ) -> Verification:
+        """aside_on: the sample on which what decides nothing is measured, that is the parts alone,
+        all but one, and restored, and only for a set that is vital; not given: everything, for any.
+        taken: other weights that may be no controls.
+        """
+        if not parts:
+            raise BadInput(
+                "no entry was given to verify; name at least one, like 'L0.mlp.down[88, 165]'."
+            )
+        drawn = matched_controls(self.anatomy, parts, self.config.controls, self.config.seed, taken)
+        matched = control_kind(parts, taken)
+        if self.stops_early:
+            joint, _ = self._together(parts)
+            controls = self._stopped_controls(parts, drawn, matched)
+            vital = is_vital(
+                float(joint.mean()), interval(joint, self.config.seed), controls, self.config
+            )
+            aside = self._aside(parts) if vital or aside_on is None else {}
+            by_window = {name: self.damage.of(v, self.count, aside_on) for name, v in aside.items()}
+        else:  # together, so that a model that is read from disk is read once for all of them
+            variants = {"joint": [Variant(parts)], "controls": [Variant(one) for one in drawn]}
+            by_window = self._at_once(variants | self._aside(parts))
+            (joint,) = by_window["joint"]
+            controls = Controls([float(one.mean()) for one in by_window["controls"]], matched)
+        nats = {name: [float(one.mean()) for one in each] for name, each in by_window.items()}
+        joint_nats = float(joint.mean())
+        ci95 = interval(joint, self.config.seed)
+        return Verification(
+            at=list(parts),
+            base_nll=float(self.damage.base.mean()),
+            tokens=self.corpus.predicted,
+            windows=len(self.damage.base),
+            single_nats=nats.get("single") or [joint_nats],
+            joint_nats=joint_nats,
+            leave_one_out_nats=nats.get("left out") or [0.0],
+            ci95=ci95,
+            p_value=p_value(joint_nats, controls.nats),
+            restored_nats=next(iter(nats.get("restored", [])), None),
+            controls=controls,
+            vital=is_vital(joint_nats, ci95, controls, self.config),
+            close=is_close(joint_nats, controls, self.config),
+            criteria=self.config.criteria,
+        )
+
+    def _aside(self, parts: Sequence[Region]) -> dict[str, list[Variant]]:
+        """What is measured beside the joint damage, and decides nothing."""
+        alone = parts[: self.listed] if len(parts) > 1 else []
+        rests = [[other for other in parts if other is not part] for part in alone]
+        # where a channel peaks is asked of windows of text; other evidence has none
+        restorable = isinstance(self.corpus, Corpus) and bool(written_channels(parts))
+        return {
+            "single": [Variant([part]) for part in alone],
+            "left out": [Variant(rest) for rest in rests],
+            "restored": [Variant(parts, restored=True)] if restorable else [],
+        }
+
+    def _together(self, parts: Sequence[Region]) -> tuple[Tensor, Tensor]:
+        key = tuple(parts)
+        if key not in self._joint:
+            self._joint[key] = self.damage.with_beginning(parts)
+        return self._joint[key]
+
+    def _stopped_controls(
+        self, parts: Sequence[Region], drawn: Sequence[Sequence[Region]], matched: str
+    ) -> Controls:
+        """Each control measured until it is decided whether it is small beside the joint damage."""
+        # beginnings of windows are compared with beginnings
+        joint_nats = min(float(one.mean()) for one in self._together(parts))
+        nats, used = below(
+            lambda which, sample: self.damage.of(
+                [Variant(drawn[i]) for i in which], self.count, sample
+            ),
+            len(drawn),
+            self.config.bar(joint_nats),
+            self.damage.stages,
+        )
+        windows, tokens = zip(*((len(one.windows), one.tokens) for one in used), strict=True)
+        return Controls([float(one.mean()) for one in nats], matched, [*windows], [*tokens])
+
+    def _at_once(self, variants: Mapping[str, Sequence[Variant]]) -> dict[str, list[Tensor]]:
+        """The damage of every variant by window, all measured together and on everything."""
+        together = [variant for each in variants.values() for variant in each]
+        damages = iter(self.damage.of(together, self.count))
+        return {name: list(islice(damages, len(each))) for name, each in variants.items()}
 
 
 def entries_of(anatomy: Anatomy, part: Region) -> list[Entry]:
@@ -200,10 +255,11 @@ def entries_of(anatomy: Anatomy, part: Region) -> list[Entry]:
     return [Entry(site, r, c) for r, c in zip(rows, cols, strict=True)]
 
 
-def control_kind(parts: Sequence[Region]) -> str:
+def control_kind(parts: Sequence[Region], taken: Sequence[Region] = ()) -> str:
+    """How the controls were matched, in words."""
+    without = ", without others that cost much themselves" if taken else ""
     kinds = {p.geometry for p in parts}
-    if kinds == {"row"}:
-        return "whole rows of the same matrix, nearest in norm"
-    if kinds == {"column"}:
-        return "whole columns of the same matrix, nearest in norm"
-    return "entries of the same matrices, matched in |w|, laid out the same way"
+    if kinds <= {"row", "column"}:
+        lines = " and ".join(f"{kind}s" for kind in sorted(kinds, reverse=True))
+        return f"whole {lines} of the same matrix, nearest in norm{without}"
+    return f"entries of the same matrices, matched in |w|, laid out the same way{without}"

@@ -32,7 +32,7 @@ from .scorecard import (
     with_neighbours,
 )
 from .tasks import task_accuracy
-from .verdict import Controls, VitalConfig, is_close, is_vital, p_value
+from .verdict import Controls, VitalConfig, is_close, is_vital, p_value, severity
 
 __all__ = [
     "STOP_WORDS",
@@ -69,6 +69,7 @@ __all__ = [
     "perplexity",
     "require_causal",
     "scorecard",
+    "severity",
     "stop_word_ids",
     "stop_word_share",
     "task_accuracy",

@@ -3,9 +3,12 @@
 # How this works.
 #
 # A change of weights in layer L leaves everything below L as it is. So the intact model runs once
-# over all windows; the states that enter its layers are kept, and its NLL. A changed model then
-# begins at the highest kept layer that lies at or below its first change, and it may run on some of
-# the windows only.
+# over all windows; the states that enter its layers are kept, and its loss at every token. A
+# changed model then begins at the highest kept layer that lies at or below its first change.
+#
+# It need not run on everything. A causal model knows nothing of what follows a token, so the first
+# tokens of a window are as they are in the whole window; a `Sample` is the first tokens of some of
+# the windows. Many short beginnings say more than few whole windows of the same cost.
 #
 # The states of every layer are kept where there is room for them, else those of every second,
 # third, ... layer; a change in between begins a little lower than it could.
@@ -13,6 +16,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import ceil
 
 import torch
@@ -20,9 +24,17 @@ from jaxtyping import Float64, Int64
 from torch import Tensor, nn
 
 from ..tap import LayerInput, Tap, resume, returns_tuple
-from .likelihood import batches, logits_of, nll_sums
+from .likelihood import batches, logits_of, token_nll
 
 STATE_BYTES = 2**30  # of hidden states that are kept
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The first `tokens` tokens of these windows; whole windows where no number is given."""
+
+    windows: Int64[Tensor, " k"]
+    tokens: int | None = None
 
 
 class IntactRun:
@@ -44,11 +56,22 @@ class IntactRun:
         self.windows = windows.to(next(model.parameters()).device)
         self._as_tuple = returns_tuple(model, layers, input_ids=self.windows[:1, :2])
         self._states: dict[int, Tensor] = {}  # by the layer that they enter
-        self.nll = self._run(room)
+        self._losses = self._run(room)
 
-    def _run(self, room: int) -> Float64[Tensor, " n"]:
+    @property
+    def nll(self) -> Float64[Tensor, " n"]:
+        return self._losses.mean(1)
+
+    def nll_on(self, sample: Sample) -> Float64[Tensor, " k"]:
+        """Of the intact model on a sample."""
+        return self._losses[sample.windows, : self._width(sample) - 1].mean(1)
+
+    def _width(self, sample: Sample) -> int:
+        return sample.tokens or self.windows.shape[1]
+
+    def _run(self, room: int) -> Float64[Tensor, "n predicted"]:
         leaving: list[list[Tensor]] = [[] for _ in self.layers]
-        sums = []
+        losses = []
         depth = len(self.layers)
         step = 0  # layers from one that is kept to the next; known once a state has been seen
         for ids in batches(self.windows):
@@ -56,7 +79,7 @@ class IntactRun:
                 for index, layer in enumerate(self.layers):
                     if step == 0 or (index + 1) % step == 0:
                         tap.on_output(layer, leaving[index].append)
-                sums.append(nll_sums(logits_of(self.model, ids), ids))
+                losses.append(token_nll(logits_of(self.model, ids), ids))
             if step == 0:
                 size = leaving[0][0].nbytes * len(self.windows) // len(ids)
                 step = ceil(depth / max(1, room // size))
@@ -65,27 +88,30 @@ class IntactRun:
             for index in range(depth)
             if (index + 1) % step == 0
         }
-        return torch.cat(sums) / (self.windows.shape[1] - 1)
+        return torch.cat(losses)
 
-    @torch.no_grad()
-    def changed(
-        self, lowest: int, chosen: Int64[Tensor, " k"] | None = None
-    ) -> Float64[Tensor, " k"]:
-        """NLL of the model as it is now, on the chosen windows; all of them where none are chosen.
+    def changed(self, lowest: int, sample: Sample | None = None) -> Float64[Tensor, " k"]:
+        """NLL of the model as it is now, on a sample; on all windows where none is given.
 
         lowest: the first layer that may differ from the intact model; the number of layers where
         only what follows them may.
         """
-        chosen = torch.arange(len(self.windows)) if chosen is None else chosen
+        return self.losses(lowest, sample).mean(1)
+
+    @torch.no_grad()
+    def losses(self, lowest: int, sample: Sample | None = None) -> Float64[Tensor, "k predicted"]:
+        """The same for each predicted token."""
+        sample = sample or Sample(torch.arange(len(self.windows)))
         start = max((layer for layer in self._states if layer <= lowest), default=0)
-        sums = []
-        for part in batches(chosen[:, None].expand(-1, self.windows.shape[1])):
+        width = self._width(sample)
+        losses = []
+        for part in batches(sample.windows[:, None].expand(-1, width)):
             picked = part[:, 0].to(self.windows.device)
-            ids = self.windows[picked]
+            ids = self.windows[picked, :width]
             if start == 0:
-                sums.append(nll_sums(logits_of(self.model, ids), ids))
+                losses.append(token_nll(logits_of(self.model, ids), ids))
                 continue
-            entry = LayerInput(start, self._states[start][picked], self._as_tuple)
+            entry = LayerInput(start, self._states[start][picked, :width], self._as_tuple)
             with resume(self.layers, entry):
-                sums.append(nll_sums(logits_of(self.model, ids), ids))
-        return torch.cat(sums) / (self.windows.shape[1] - 1)
+                losses.append(token_nll(logits_of(self.model, ids), ids))
+        return torch.cat(losses)

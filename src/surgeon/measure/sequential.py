@@ -1,12 +1,13 @@
 """Comparisons that stop when they are decided: is a mean over windows below a bar?
 
-How this works. The windows are taken in random order, and the mean is looked at after 2, 4, 8, ...
-of them. At a look Student's t-test says how likely a mean on the other side of the bar would show
-what was seen; the comparison is decided if that is less likely than its share of the error. The
-error of a verdict is shared out evenly over its comparisons and their looks (alpha spending), so it
-bounds the chance that any of them was decided wrongly, as far as the damages of the windows are not
-wildly skewed. What is not decided before is measured on all windows, and then there is nothing left
-to infer. tests/measure/test_sequential.py measures the error rate by simulation.
+How this works. The windows are taken in random order, and the mean is looked at in stages: on the
+first tokens of 4, 8, 16, ... windows (of windows that are short anyway: on the whole of them). At a
+stage Student's t-test says how likely a mean on the other side of the bar would show what was seen;
+the comparison is decided if that is less likely than its share of the error. The error of a verdict
+is shared out evenly over its comparisons and their stages (alpha spending), so it bounds the chance
+that any of them was decided wrongly, as far as the damages of the windows are not wildly skewed.
+What is not decided before is measured on all tokens, and then there is nothing left to infer.
+tests/measure/test_sequential.py measures the error rate by simulation.
 """
 
 from __future__ import annotations
@@ -15,53 +16,69 @@ from collections.abc import Callable, Sequence
 from math import atan, cos, pi, sin, sqrt
 
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 from torch import Tensor
 
-FIRST_LOOK = 2
+from .intact import Sample
+
+FIRST_STAGE = 4  # windows
+BEGINNING = 32  # tokens of a window that a stage before the last reads
 ERROR = 0.01  # of a verdict: that any of its comparisons is stopped on the wrong side
 
 
-def looks_at(n: int) -> list[int]:
-    """After how many of n windows a comparison is looked at.
+def stages_of(n: int, window: int, seed: int = 0) -> list[Sample]:
+    """What a comparison is looked at on, one after another; the last is all of the n windows.
 
-    >>> looks_at(12)
-    [2, 4, 8, 12]
+    >>> [(len(one.windows), one.tokens) for one in stages_of(12, 128)]
+    [(4, 32), (8, 32), (12, 32), (12, None)]
+    >>> [(len(one.windows), one.tokens) for one in stages_of(12, 40)]
+    [(4, None), (8, None), (12, None)]
     """
-    looks = [FIRST_LOOK]
-    while looks[-1] * 2 < n:
-        looks.append(looks[-1] * 2)
-    return [*looks, n] if looks[-1] < n else [n]
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    sizes = [FIRST_STAGE]
+    while sizes[-1] < n:
+        sizes.append(min(2 * sizes[-1], n))
+    if sizes[-1] > n:
+        return [Sample(torch.arange(n))]
+    is_long = window >= 2 * BEGINNING
+    early = [Sample(order[:k], BEGINNING if is_long else None) for k in sizes]
+    return [*(early if is_long else early[:-1]), Sample(torch.arange(n))]
 
 
 def below(
-    measure: Callable[[Sequence[int], Int64[Tensor, " k"]], list[Float64[Tensor, " k"]]],
+    measure: Callable[[Sequence[int], Sample], list[Float64[Tensor, " k"]]],
     many: int,
     bar: float,
-    looks: Sequence[int],
-    seed: int,
-) -> list[Float64[Tensor, " k"]]:
-    """The values of `many` things, each on as many windows as it takes to say whether its mean is
-    below the bar. Once one is above, the others are not taken further.
+    stages: Sequence[Sample],
+) -> tuple[list[Float64[Tensor, " k"]], list[Sample]]:
+    """The values of `many` things by window, each in as many stages as it takes to say whether its
+    mean is below the bar, and the stage of each. Once one is above, the others are not taken
+    further.
 
-    measure: values of the things with these numbers on the chosen windows. looks: as `looks_at`
-    gives them; the last is the number of windows.
+    measure: values of the things with these numbers on a sample.
     """
-    order = torch.randperm(looks[-1], generator=torch.Generator().manual_seed(seed))
-    error = ERROR / (many * max(1, len(looks) - 1))
+    error = ERROR / (many * max(1, len(stages) - 1))
     values = [torch.empty(0, dtype=torch.float64)] * many
+    used = [stages[0]] * many
     undecided = list(range(many))
-    done = 0
-    for look in looks:
-        seen = measure(undecided, order[done:look])
+    before: Sample | None = None
+    for stage in stages:
+        fresh = stage.windows
+        if before is not None and before.tokens == stage.tokens:
+            fresh = fresh[~torch.isin(fresh, before.windows)]
+        seen = measure(undecided, Sample(fresh, stage.tokens))
+        old = len(stage.windows) - len(fresh)
         for number, more in zip(undecided, seen, strict=True):
-            values[number] = torch.cat([values[number], more])
-        done = look
+            values[number] = torch.cat([values[number][:old], more])
+            used[number] = stage
+        if stage is stages[-1]:
+            break
         sides = {number: side(values[number], bar, error) for number in undecided}
         undecided = [number for number, one in sides.items() if one is None]
         if "above" in sides.values() or not undecided:
             break
-    return values
+        before = stage
+    return values, used
 
 
 def side(values: Float64[Tensor, " k"], bar: float, error: float) -> str | None:
@@ -70,7 +87,7 @@ def side(values: Float64[Tensor, " k"], bar: float, error: float) -> str | None:
     error: how likely the answer may be wrong.
     """
     k = len(values)
-    if k < FIRST_LOOK:
+    if k < 2:
         return None
     away = float(values.mean()) - bar
     spread = float(values.std()) / sqrt(k)

@@ -17,6 +17,7 @@ from ..settings import check_values, setting
 
 LEAST_CONTROLS = 20  # with fewer, no damage can be unlike the controls at the 5% level
 ALPHA = 0.05
+FATAL, SEVERE = 2.0, 0.3  # nats per token; two make a perplexity of 17 one of 126
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,14 @@ class VitalConfig:
 class Controls:
     """Damage of the matched control sets, in nats per token, and how they were matched.
 
-    windows: on how many windows each was measured; not given where each was on all.
+    windows, tokens: on how many windows each was measured, and on how many tokens of each, None
+    where on all of them; not given where each was on everything.
     """
 
     nats: list[float]
     matched: str
     windows: list[int] | None = None
+    tokens: list[int | None] | None = None
 
     @derived
     def n(self) -> int:
@@ -95,3 +98,13 @@ def is_close(joint_nats: float, controls: Controls, config: VitalConfig) -> bool
     """Whether the damage is within a tenth of one of the thresholds that decide."""
     thresholds = [config.min_nats, config.min_ratio * max(controls.max_nats, 0.0)]
     return any(0.9 * bar <= joint_nats <= 1.1 * bar for bar in thresholds if bar > 0)
+
+
+def severity(low: float) -> str:
+    """How bad a vital set's damage is, by the lower end of its 95% interval in nats: fatal from 2
+    on, severe from 0.3 on, else marginal.
+
+    >>> severity(9.1), severity(0.5), severity(0.11)
+    ('fatal', 'severe', 'marginal')
+    """
+    return "fatal" if low >= FATAL else "severe" if low >= SEVERE else "marginal"

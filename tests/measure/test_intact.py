@@ -9,7 +9,7 @@ from tiny import CONFIGS, tiny_model
 from surgeon.anatomy import Anatomy, Region
 from surgeon.find.damage import DamageInMemory, Variant, zeroed
 from surgeon.measure import window_nll
-from surgeon.measure.intact import IntactRun
+from surgeon.measure.intact import IntactRun, Sample
 from surgeon.patch import ablate
 
 WINDOWS = torch.randint(3, 99, (7, 24), generator=torch.Generator().manual_seed(0))
@@ -29,8 +29,11 @@ def test_a_changed_model_has_the_nll_of_a_whole_pass(model_type: str):
         lowest = anatomy.first_changed([part.site])
         with ablate(anatomy, [part]).applied(anatomy):
             assert torch.equal(run.changed(lowest), window_nll(model, WINDOWS))
-            some = run.changed(lowest, torch.tensor([5, 2]))
+            some = run.changed(lowest, Sample(torch.tensor([5, 2])))
             assert some.tolist() == pytest.approx(run.changed(0)[[5, 2]].tolist(), abs=1e-6)
+            beginning = run.changed(lowest, Sample(torch.tensor([5, 2]), 9))
+            whole = window_nll(model, WINDOWS[[5, 2], :9])
+            assert beginning.tolist() == pytest.approx(whole.tolist(), abs=1e-5)
 
 
 def known(anatomy: Anatomy) -> set[str]:
@@ -75,9 +78,32 @@ def test_zeroing_leaves_the_bits_as_they_were():
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_damage_of_chosen_windows_is_that_of_all():
+def test_damage_of_a_sample_is_that_of_its_windows():
     anatomy = Anatomy.of(tiny_model("llama"))
     damage = DamageInMemory(anatomy, WINDOWS)
     variant = Variant([Region.parse("L0.mlp.down[3, :]")])
-    (whole,), (some,) = damage.of([variant]), damage.of([variant], None, torch.tensor([4, 0]))
+    (whole,) = damage.of([variant])
+    (some,) = damage.of([variant], sample=Sample(torch.tensor([4, 0])))
     assert some.tolist() == pytest.approx(whole[[4, 0]].tolist(), abs=1e-6)
+
+
+def test_damage_of_beginnings_comes_with_that_of_the_whole():
+    long = torch.randint(3, 99, (5, 72), generator=torch.Generator().manual_seed(1))
+    anatomy = Anatomy.of(tiny_model("llama"))
+    damage = DamageInMemory(anatomy, long)
+    part = Region.parse("L0.mlp.down[3, :]")
+    whole, beginning = damage.with_beginning([part])
+    assert torch.equal(whole, damage([part]))
+    tokens = damage.stages[0].tokens
+    (alone,) = DamageInMemory(anatomy, long[:, :tokens]).of([Variant([part])])
+    assert beginning.tolist() == pytest.approx(alone.tolist(), abs=1e-6)
+
+
+def test_a_sample_is_the_smallest_that_is_enough():
+    anatomy = Anatomy.of(tiny_model("llama"))
+    long = torch.randint(3, 99, (12, 72), generator=torch.Generator().manual_seed(1))
+    damage = DamageInMemory(anatomy, long)
+    sizes = [
+        (n, len(one.windows), one.tokens) for n in (1, 128, 129, 400) for one in [damage.few(n)]
+    ]
+    assert sizes == [(1, 4, 32), (128, 4, 32), (129, 8, 32), (400, 12, None)]

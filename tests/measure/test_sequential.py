@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import sqrt
 
 import pytest
 import torch
 from scipy.stats import t as student
 
-from surgeon.measure.sequential import ERROR, _tail, below, looks_at, side
+from surgeon.measure.intact import Sample
+from surgeon.measure.sequential import ERROR, _tail, below, side, stages_of
 
 WINDOWS = 16
 
 
-def test_looks_double_and_end_with_all():
-    assert [looks_at(n) for n in (1, 2, 3, 8, 9)] == [[1], [2], [2, 3], [2, 4, 8], [2, 4, 8, 9]]
+def test_stages_double_and_end_with_all():
+    def shape(n: int, window: int) -> list[tuple[int, int | None]]:
+        return [(len(one.windows), one.tokens) for one in stages_of(n, window)]
+
+    assert [shape(n, 40) for n in (1, 3, 4, 8)] == [
+        [(1, None)],
+        [(3, None)],
+        [(4, None)],
+        [(4, None), (8, None)],
+    ]
+    assert shape(4, 64) == [(4, 32), (4, None)]
+    assert shape(9, 64) == [(4, 32), (8, 32), (9, 32), (9, None)]
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 8, 15, 31])
@@ -23,19 +35,27 @@ def test_the_tail_is_that_of_students_distribution(freedom: int):
         assert _tail(t, freedom) == pytest.approx(student.sf(t, freedom), rel=1e-6, abs=1e-12)
 
 
+def taken_in_stages(
+    damages: torch.Tensor, bar: float, window: int
+) -> tuple[list[torch.Tensor], int]:
+    """The values as `below` takes them, and how many. damages: (control, window)."""
+    taken = []
+
+    def measure(which: Sequence[int], sample: Sample) -> list[torch.Tensor]:
+        taken.append(len(which) * len(sample.windows))
+        return [damages[i, sample.windows] for i in which]
+
+    values, _ = below(measure, len(damages), bar, stages_of(damages.shape[1], window))
+    return values, sum(taken)
+
+
 def verdicts(damages: torch.Tensor, bar: float) -> tuple[list[bool], list[bool], int]:
     """Whether each control is below the bar: as the stopped means say, and as all windows do; and
-    the windows that were taken. damages: (control, window).
+    the windows that were taken.
     """
-    values = below(
-        lambda which, chosen: [damages[i, chosen] for i in which],
-        len(damages),
-        bar,
-        looks_at(damages.shape[1]),
-        seed=0,
-    )
+    values, taken = taken_in_stages(damages, bar, window=40)
     stopped = [bool(one.mean() < bar) for one in values]
-    return stopped, (damages.mean(1) < bar).tolist(), sum(map(len, values))
+    return stopped, (damages.mean(1) < bar).tolist(), taken
 
 
 @pytest.mark.parametrize("spread", ["normal", "skewed"])
@@ -66,18 +86,17 @@ def test_small_controls_take_few_windows():
 def test_what_is_near_the_bar_is_measured_on_all():
     generator = torch.Generator().manual_seed(1)
     damages = 1.0 + torch.randn(5, WINDOWS, generator=generator, dtype=torch.float64)
-    values = below(
-        lambda which, chosen: [damages[i, chosen] for i in which], 5, 1.0, looks_at(WINDOWS), 0
-    )
-    assert [len(one) for one in values] == [WINDOWS] * 5
-    assert [float(one.mean()) for one in values] == pytest.approx(damages.mean(1).tolist())
+    for window in (40, 64):  # of which the stages before the last read all, and the beginnings
+        values, _ = taken_in_stages(damages, 1.0, window)
+        assert [len(one) for one in values] == [WINDOWS] * 5
+        assert [float(one.mean()) for one in values] == pytest.approx(damages.mean(1).tolist())
 
 
 def test_one_above_ends_the_comparison():
     damages = torch.zeros(3, WINDOWS, dtype=torch.float64)
     damages[1] = 5.0
     taken = verdicts(damages, bar=1.0)[2]
-    assert taken == 3 * 2
+    assert taken == 3 * 4
 
 
 def test_equal_values_need_no_test():

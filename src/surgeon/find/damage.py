@@ -113,10 +113,15 @@ class DamageOfEvidence(Damage):
 
 
 class DamageInMemory(Damage):
-    """One variant after another, each from the first layer that it changes."""
+    """One variant after another, each from the first layer that it changes.
 
-    def __init__(self, anatomy: Anatomy, windows: Int64[Tensor, "n window"]) -> None:
-        self.anatomy, self.windows = anatomy, windows
+    exhaustive: whether everything is measured on all windows, and nothing on a sample.
+    """
+
+    def __init__(
+        self, anatomy: Anatomy, windows: Int64[Tensor, "n window"], exhaustive: bool = False
+    ) -> None:
+        self.anatomy, self.windows, self.exhaustive = anatomy, windows, exhaustive
         self._run = IntactRun(anatomy.model, anatomy.layers, windows)
 
     @property
@@ -125,7 +130,8 @@ class DamageInMemory(Damage):
 
     @property
     def stages(self) -> list[Sample]:
-        return stages_of(*self.windows.shape)
+        stages = stages_of(*self.windows.shape)
+        return stages[-1:] if self.exhaustive else stages
 
     def few(self, tokens: int) -> Sample:
         width = self.windows.shape[1]

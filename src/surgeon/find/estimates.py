@@ -273,7 +273,8 @@ class _Best:
 def _when_back(written: partial[None], y: Tensor) -> None:
     """Call `written(y, g)` once the gradient g of y is known."""
     if y.requires_grad:
-        y.register_hook(lambda g: written(y.detach(), g))  # type: ignore[no-untyped-call]
+        now = y.detach().clone()  # some models add to it in place
+        y.register_hook(lambda g: written(now, g))  # type: ignore[no-untyped-call]
 
 
 def _aliased(into: list[Tensor], x: Tensor) -> Tensor:

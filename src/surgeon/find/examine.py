@@ -64,7 +64,7 @@ class Examiner:
         progress: Tell,
     ) -> None:
         self.anatomy, self.verifying, self.cover = anatomy, verifying, cover
-        self.damage = damage_on(anatomy, probe, 0)
+        self.damage = damage_on(anatomy, probe, 0, verifying.exhaustive)
         self.verifier = Verifier(anatomy, held_out, verifying, progress, listed)
         self.few = self.damage.few(CHOICE_TOKENS)
         self.sets: list[CriticalSet] = []
@@ -107,7 +107,7 @@ class Examiner:
         full = max(curve.known.values())
         verified = self._verified([_region(c.entry) for c in chosen])
         if isinstance(verified, Rejection):
-            where = f"{where} ({chosen[0].entry})"
+            where = f"{where} ({ordered[0].entry})"
             return replace(verified, entry=where, height=height, entries=len(ordered))
         return CriticalSet.of(
             verified,

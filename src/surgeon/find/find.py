@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..anatomy import Anatomy, Region, Site, StreamedAnatomy
+from ..anatomy import Anatomy, Region, Site
 from ..corpus import Corpus
 from ..errors import BadInput
 from ..progress import Tell, silent
@@ -105,7 +105,7 @@ def find(
     if len(weak) > 1 and not examiner.sets:  # nothing is vital alone; perhaps they are together
         examiner.accepts(weak)
     measured: list[Suspect] = []
-    if config.only == "everything" and not isinstance(anatomy, StreamedAnatomy):
+    if config.only == "everything":
         measured = suspects(anatomy, probe, examiner.damage, config.measured, progress)
         examiner.weigh(without_doubles(measured, cover), config.sets)
     sets = sorted(examiner.sets, key=lambda one: -one.damage.joint_nats)

@@ -47,9 +47,13 @@ Channel = tuple[Site, int]
 Peaks = dict[Channel, list[Tensor]]
 
 
-def damage_on(anatomy: Anatomy, judged_on: Tensor | Evidence, lowest_layer: int) -> Damage:
+def damage_on(
+    anatomy: Anatomy, judged_on: Tensor | Evidence, lowest_layer: int, exhaustive: bool = False
+) -> Damage:
     """The means to measure damage of changes at or above one layer, on windows (n, window) of text
     or on other evidence; for a streamed model in few passes over it.
+
+    exhaustive: whether nothing is to be measured on a sample, where that would cost less.
 
     Raises: BadInput for windows and a model that does not predict the next token.
     """
@@ -59,7 +63,7 @@ def damage_on(anatomy: Anatomy, judged_on: Tensor | Evidence, lowest_layer: int)
     require_causal(anatomy.model)
     if isinstance(anatomy, StreamedAnatomy):
         return DamageStreamed(anatomy, judged_on, lowest_layer)
-    return DamageInMemory(anatomy, judged_on)
+    return DamageInMemory(anatomy, judged_on, exhaustive)
 
 
 class DamageStreamed(Damage):
@@ -83,6 +87,10 @@ class DamageStreamed(Damage):
         self.calls: list[list[LayerCall]] = [calls for _, calls in skeletons]
         self._entering: dict[int, States] = {0: [states for states, _ in skeletons]}
         self._base: Tensor | None = None
+
+    @property
+    def stages(self) -> list[Sample]:
+        return [Sample(torch.arange(sum(map(len, self.ids))))]
 
     @property
     def base(self) -> Float64[Tensor, " n"]:
@@ -118,11 +126,14 @@ class DamageStreamed(Damage):
     @torch.no_grad()
     def _pass(self, variants: Sequence[Variant], count: Count | None) -> list[Tensor]:
         """NLL (n,) of each variant; of the intact model too, if that is not known yet."""
-        runs = [_Run(variant) for variant in variants]
+        runs = [_Run(variant, self.anatomy) for variant in variants]
         channels = sorted({channel for run in runs for channel in run.channels})
         last = len(self.layers) - 1
-        lowest = min((run.first for run in runs), default=self.lowest_layer)
+        lowest = min([last, *(run.first for run in runs)] if runs else [self.lowest_layer])
         begin = max(layer for layer in self._entering if layer <= lowest)
+        for run in runs:
+            if run.is_embedded:
+                run.states = self._embedded(run)
         intact_until = last if self._base is None else _needed(runs, channels, last)
 
         intact: States = self._entering[begin]
@@ -141,14 +152,26 @@ class DamageStreamed(Damage):
         with self.anatomy.holding(None):
             if self._base is None:
                 self._base = self._nll(intact)
-            return [self._nll(run.states) for run in runs]
+            return [self._nll_of(run, intact) for run in runs]
+
+    def _embedded(self, run: _Run) -> States:
+        """The states that enter the first layer of a variant whose embedding is changed."""
+        with self.anatomy.zeroed(run.outside):
+            return [
+                layer_calls(self.anatomy.model, self.layers, self.as_tuple, input_ids=ids)[0]
+                for ids in self.ids
+            ]
+
+    def _nll_of(self, run: _Run, intact: States) -> Tensor:
+        with self.anatomy.zeroed(run.outside) if run.outside else nullcontext():
+            return self._nll(intact if run.first == len(self.layers) else run.states)
 
     def _variants_through(
         self, index: int, runs: Sequence[_Run], entering: States, clean: Peaks
     ) -> None:
         """Every variant that has left the intact model, through one layer."""
         for run in runs:
-            if run.first == index:
+            if run.first == index and not run.is_embedded:
                 run.states = entering
             if run.first <= index:
                 run.states = self._broken(index, run, clean)
@@ -194,13 +217,19 @@ class DamageStreamed(Damage):
 
 
 class _Run:
-    """A variant on its way through the blocks."""
+    """A variant on its way through the blocks.
+
+    outside: what it changes outside the layers. is_embedded: whether it differs from the intact
+    model before the first of them.
+    """
 
     states: States
 
-    def __init__(self, variant: Variant) -> None:
+    def __init__(self, variant: Variant, anatomy: Anatomy) -> None:
         self.variant = variant
-        self.first = min(_layer(r.site) for r in variant.zeroed)
+        self.first = anatomy.first_changed(r.site for r in variant.zeroed)
+        self.outside = [r for r in variant.zeroed if r.site.layer is None]
+        self.is_embedded = any(anatomy.first_changed([r.site]) == 0 for r in self.outside)
         self.channels = written_channels(variant.zeroed) if variant.restored else []
 
 

@@ -53,7 +53,7 @@ class VerifyConfig(VitalConfig):
 
     seed: int = setting(0, "seed of the controls and of the bootstrap", low=0, high=2**32 - 1)
     exhaustive: bool = setting(
-        False, "measure every control on every window; nothing is stopped early", group="Verdict"
+        False, "measure everything on every window; nothing is decided on a sample", group="Verdict"
     )
 
 
@@ -149,8 +149,8 @@ class Verifier:
         self.anatomy, self.corpus, self.config = anatomy, corpus, config
         self.listed, self.count = listed, partial(progress, "verify")
         evidence = corpus.windows if isinstance(corpus, Corpus) else corpus
-        self.damage = damage_on(anatomy, evidence, lowest)
-        self.stops_early = not config.exhaustive and len(self.damage.stages) > 1
+        self.damage = damage_on(anatomy, evidence, lowest, config.exhaustive)
+        self.stops_early = len(self.damage.stages) > 1
         self._joint: dict[tuple[Region, ...], tuple[Tensor, Tensor]] = {}
 
     def joint(self, parts: Sequence[Region]) -> float:

@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import ceil
 
@@ -108,10 +109,9 @@ class IntactRun:
         for part in batches(sample.windows[:, None].expand(-1, width)):
             picked = part[:, 0].to(self.windows.device)
             ids = self.windows[picked, :width]
-            if start == 0:
-                losses.append(token_nll(logits_of(self.model, ids), ids))
-                continue
-            entry = LayerInput(start, self._states[start][picked, :width], self._as_tuple)
-            with resume(self.layers, entry):
+            entry = None
+            if start > 0:
+                entry = LayerInput(start, self._states[start][picked, :width], self._as_tuple)
+            with nullcontext() if entry is None else resume(self.layers, entry):
                 losses.append(token_nll(logits_of(self.model, ids), ids))
         return torch.cat(losses)

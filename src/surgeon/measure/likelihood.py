@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from math import exp
 
 import torch
@@ -67,16 +68,10 @@ def _nll_of(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]
 
 
-def nll_sums(logits: Tensor, ids: Tensor) -> Float64[Tensor, " batch"]:
-    """Sum over the predicted tokens of each window."""
-    return token_nll(logits, ids).sum(1)
-
-
 @torch.no_grad()
 def window_nll(model: nn.Module, windows: Int64[Tensor, "n window"]) -> Float64[Tensor, " n"]:
     """Mean NLL of each window, in nats per token. Float32 logits, float64 sums."""
-    sums = torch.cat([nll_sums(logits_of(model, ids), ids) for ids in batches(windows)])
-    return sums / (windows.shape[1] - 1)
+    return torch.cat([token_nll(logits_of(model, ids), ids) for ids in batches(windows)]).mean(1)
 
 
 def mean_nll(model: nn.Module, windows: Int64[Tensor, "n window"]) -> float:
@@ -117,11 +112,8 @@ class ResumedNLL:
 
     @torch.no_grad()
     def __call__(self) -> Float64[Tensor, " n"]:
-        sums = []
+        losses = []
         for ids, entry in zip(batches(self.windows), self.entries, strict=True):
-            if entry is None:
-                sums.append(nll_sums(logits_of(self.model, ids), ids))
-            else:
-                with resume(self.layers, entry):
-                    sums.append(nll_sums(logits_of(self.model, ids), ids))
-        return torch.cat(sums) / (self.windows.shape[1] - 1)
+            with nullcontext() if entry is None else resume(self.layers, entry):
+                losses.append(token_nll(logits_of(self.model, ids), ids))
+        return torch.cat(losses).mean(1)

@@ -33,12 +33,14 @@ from surgeon.find import (
     Detection,
     ExpertProfile,
     FindResult,
+    Link,
     Rejection,
+    Suspect,
     Verification,
 )
 from surgeon.find.detect import Contribution, Heights
-from surgeon.find.find import CriticalEntry, SearchedHeights, SetDamage
 from surgeon.find.index import AGREES, Check, Published
+from surgeon.find.results import CriticalEntry, SearchedHeights, SetDamage
 from surgeon.measure import (
     BeforeAfter,
     Behaviour,
@@ -156,11 +158,28 @@ def controls(text: str) -> Controls:
 def find_result(text: str = "text") -> FindResult:
     entries = [CriticalEntry(Entry(DOWN, 3, col), -2.5, 0.4, 7) for col in (5, 6)]
     damage = SetDamage(0.75, [0.5, 0.25], [0.1, 0.2], (0.6, 0.9), 0.0476, None, 500, 1.0, 8)
-    critical = CriticalSet([3], [[2.0, 9.0, 8.0]], 1.0, entries, damage, controls(text), True, text)
+    critical = CriticalSet(
+        [Region(DOWN, 3, 5), Region(DOWN, 3, 6)],
+        2,
+        [3],
+        [[2.0, 9.0, 8.0]],
+        1.0,
+        entries,
+        damage,
+        controls(text),
+        True,
+        True,
+        text,
+        4,
+    )
+    row = Region(DOWN, 4, None)
+    elsewhere = replace(critical, parts=[row], size=48, channels=[], heights=[], agreement=None)
     return FindResult(
-        [critical],
+        [critical, elsewhere],
         [Rejection(text, text, height=12.0, entries=8, joint_nats=0.04)],
         SearchedHeights(4.0, [5.0, 12.0, 11.0], 0.7),
+        [Suspect(row, "row", -0.1, 0.5, 0.7)],
+        [Link(1, 2, 3, (0.75, 0.7), 0.8, 0.05)],
         [ExpertProfile(0, 1, 9.0, 3, 0.25, 0.5, True)],
         provenance=provenance(text, "find"),
     )
@@ -189,7 +208,9 @@ def verification(text: str = "text") -> Verification:
         p_value=0.0476,
         restored_nats=0.1,
         controls=controls(text),
+        windows=4,
         vital=True,
+        close=True,
         criteria=text,
         behaviour=Behaviours(0.7, 0.5, state, state),
         provenance=provenance(text, "verify"),

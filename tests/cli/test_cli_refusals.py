@@ -480,9 +480,13 @@ def test_a_patch_applied_twice(
     assert left_in(tmp_path) == ["out"]
 
 
-def test_a_tied_weight(refused: Any, copy: Path, tmp_path: Path, reading: Any) -> None:
+def test_a_tied_weight(
+    refused: Any, surgeon: Any, copy: Path, tmp_path: Path, reading: Any
+) -> None:
     tiny_model("llama", tie_word_embeddings=True).save_pretrained(copy)
-    assert "unembed" in refused("verify", copy, "--at", "embed[3, 4]", *reading, status=3)
+    patch = tmp_path / "p"
+    assert surgeon("ablate", copy, "--at", "embed[3, 4]", "-o", patch).status == 0
+    assert "unembed" in refused("measure", copy, "--patch", patch, *reading, status=3)
 
 
 def test_damaged_patches(

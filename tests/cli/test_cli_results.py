@@ -71,7 +71,7 @@ def test_sites_lists_shapes_as_out_in(answer: Any, folder: Path) -> None:
 def test_find_names_the_planted_weight_and_the_fixed_fields(
     answer: Any, folder: Path, text: Path
 ) -> None:
-    found = answer("find", folder, "--text", text, "--window", 16)
+    found = answer("find", folder, "--text", text, "--window", 16, "--only", "mlp.down")
     assert found["model"] == str(folder)
     assert found["fingerprint"] == answer("sites", folder)["fingerprint"]
     assert found["corpus"].items() >= {"name": text.name, "tokens": 23 * 15, "bos": True}.items()

@@ -76,7 +76,8 @@ def test_an_operation_gives_what_its_verb_gives(
     status, stdout, _ = surgeon(
         "sweep",
         plan(
-            "  - measure\n  - {name: measure, params: {patches: [injury.safetensors]}}\n  - find\n"
+            "  - measure\n  - {name: measure, params: {patches: [injury.safetensors]}}\n"
+            "  - {name: find, params: {only: mlp.down}}\n"
             f"  - {{name: verify, grid: {{at: [vital, ['{PLANTED}',"
             f" '{PLANTED.replace('7', '8')}']]}}}}\n"
             "  - {name: measure, params: {at: vital}, grid: {mode: [zero, 'scale:0.5']}}\n",
@@ -111,7 +112,7 @@ def test_an_operation_gives_what_its_verb_gives(
     assert zeroed.get("seed") is None
 
     [found] = rows(out, "find")
-    [one] = says("find", folder, "--seed", 1, *reading)["sets"]
+    [one] = says("find", folder, "--only", "mlp.down", "--seed", 1, *reading)["sets"]
     assert (found["strongest"], found["geometry"], found["entries"]) == (PLANTED, "single", 1)
     assert (found["verdict"], found["vital"]) == ("found", True)
     assert found["joint_nats"] == one["damage"]["joint_nats"]
@@ -225,7 +226,8 @@ def test_usage(surgeon: Any, plan: Any, tmp_path: Path) -> None:
 def test_tables(surgeon: Any, plan: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     swept = plan(
-        "  - find\n  - {name: measure, params: {at: vital}, grid: {mode: [zero, flip]}}\n",
+        "  - {name: find, params: {only: mlp.down}}\n"
+        "  - {name: measure, params: {at: vital}, grid: {mode: [zero, flip]}}\n",
         "seeds: [0, 1]\n",
     )
     assert surgeon("sweep", swept, "-o", out).status == 0

@@ -65,6 +65,8 @@ def test_the_same_is_found_in_every_architecture(model_type, tmp_path):
     folder, entry = planted(tmp_path, model_type)
     loaded = find(Anatomy.of(load_model(folder).model), CORPUS, LENIENT).to_json()
     streamed = find(open_stream(folder)[1], CORPUS, LENIENT).to_json()
+    assert streamed.pop("chained") == []  # it would be read twice for each pair
+    loaded.pop("chained")
     assert same(streamed, loaded)
     assert entry in json.dumps(streamed)
 

@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from made_results import demo, explanation, made_results, repair_result, word_group
+from test_page import SECTIONS
 
 from surgeon.errors import BadInput
 from surgeon.repair import ControlRepair
@@ -29,12 +30,7 @@ HOSTILE = " ".join(
         "javascript:alert(1) \u202e\ud800\x00\x1b[31m",
     )
 )
-FIND = [
-    "Where the channel rises",
-    "Damage beside its controls",
-    "The entries",
-    "Looked at and rejected",
-]
+FIND = SECTIONS["find"]
 REPAIR = ["Before, broken, repaired", "Training"]
 EDIT = ["An edit and its forecast", "Control prompts", "What it writes"]
 EXPLAIN = [

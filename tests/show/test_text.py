@@ -40,10 +40,13 @@ def test_texts_are_printed_as_they_are(printed, kind: str):
 
 def test_find_says_the_verdict_and_its_rule(printed):
     text = printed(find_result("the rule"))
-    assert "set 1: row of 2: L0.mlp.down[3, 5], L0.mlp.down[3, 6]" in text
+    assert "set 1: severe, row of 2: L0.mlp.down[3, 5], L0.mlp.down[3, 6]" in text
     assert "+0.750 nats per token  (95% +0.600 to +0.900, 500 tokens)" in text
     assert "+0.0005 median, +0.0100 worst of 20 (the rule)" in text
-    assert "Verdict: vital. The rule: the rule." in text
+    assert "set 2: severe, row: L0.mlp.down[4, :]" in text
+    assert "sets 1 and 2 are links of one chain, by channel 3: +0.750 and +0.700 nats" in text
+    assert "Verdict: vital, severe (" in text
+    assert "The rule: the rule. A number that decides is within a tenth" in text
 
 
 def test_none_found_names_the_tallest_channel_and_the_bar(printed):

@@ -36,7 +36,7 @@ def named(lab: Lab, at: Any, reading: TextSettings) -> list[str]:
 
 
 def test_every_form_names_the_same(lab: Lab, reading: TextSettings):
-    found = lab.find(text=reading.text, window=16, windows=8)
+    found = lab.find(text=reading.text, window=16, windows=8, only="mlp.down")
     (critical,) = found.sets
     verified = lab.verify(PLANTED, text=reading.text, window=16, windows=8)
     forms = (
@@ -92,7 +92,7 @@ def test_where_nothing_is_vital(lab: Lab, reading: TextSettings):
     """The tiny model without its planted weight."""
     with lab.ablate(PLANTED).patch.applied(lab.anatomy):
         other = package.open(lab.model, lab.tokenizer)
-        none = other.find(text=reading.text, window=16, windows=8)
+        none = other.find(text=reading.text, window=16, windows=8, only="mlp.down")
         assert none.sets == []
         with pytest.raises(SurgeonError, match="nothing vital was found"):
             vital_set(other, reading)

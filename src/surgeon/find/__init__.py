@@ -4,8 +4,10 @@ ones.
 
 from .controls import matched_controls
 from .detect import Candidate, DetectConfig, Detection, Rejection, detect
+from .elsewhere import Suspect
 from .experts import ExpertProfile, profile_experts
 from .find import FindConfig, find
+from .links import Link
 from .results import CriticalSet, FindResult
 from .verify import Verification, VerifyConfig, verify
 
@@ -17,7 +19,9 @@ __all__ = [
     "ExpertProfile",
     "FindConfig",
     "FindResult",
+    "Link",
     "Rejection",
+    "Suspect",
     "Verification",
     "VerifyConfig",
     "detect",

@@ -14,13 +14,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..anatomy import Anatomy, Entry, Region
+from ..anatomy import Anatomy, Entry, Region, Site
 from ..corpus import Corpus
 from ..measure.intact import Sample
 from ..progress import Tell
@@ -34,6 +35,7 @@ from .verify import Verification, Verifier, VerifyConfig
 CHOICE_TOKENS = 256  # on which the entries of a set are chosen
 MOST_DROPPED = 16  # entries of a set of which each is tried whether it is needed
 MOST_NAMED = 3  # parts by which a rejected set is named
+ORDINARY = 2  # weights of one kind and matrix that are like their controls, and then no more
 NEEDED = 0.1  # share of the set's damage that goes without an entry, if the entry is needed
 
 
@@ -112,6 +114,7 @@ class Examiner:
         return CriticalSet.of(
             verified,
             [critical_entry(self.anatomy, c.entry, c.share) for c in chosen],
+            size=len(chosen),
             full_nats=full,
             full_size=len(ordered),
             channels=[chain.first.channel for chain in group],
@@ -147,19 +150,28 @@ class Examiner:
         """
         large = [one for one in suspects if self.verifying.is_large(one.nats)]
         self.taken = [one.part for one in large]
+        ordinary: Counter[tuple[Site, str]] = Counter()  # of a kind, those like their controls
         for one in large:
             if any(self._explains(known, one) for known in self.sets):
                 continue
+            kind = (one.part.site, one.kind)
             if len(self.sets) >= most:
                 why = f"not verified: {most} dearer sets were (‹sets›); measured on a sample"
-                self.rejected.append(Rejection(str(one.part), why, joint_nats=one.nats))
-                continue
-            verified = self._verified([one.part])
-            if isinstance(verified, Rejection):
-                self.rejected.append(verified)
+            elif ordinary[kind] >= ORDINARY:
+                why = (
+                    f"not verified: {ORDINARY} dearer {one.kind}s of the same matrix did not stand"
+                    " out from their controls; measured on a sample"
+                )
             else:
-                entries, size = entries_of_part(self.anatomy, one.part)
-                self.sets.append(CriticalSet.of(verified, entries, one.nats, size))
+                verified = self._verified([one.part])
+                if isinstance(verified, Rejection):
+                    self.rejected.append(verified)
+                    ordinary[kind] += verified.control_max_nats is not None
+                else:
+                    entries, size = entries_of_part(self.anatomy, one.part)
+                    self.sets.append(CriticalSet.of(verified, entries, size, one.nats, size))
+                continue
+            self.rejected.append(Rejection(str(one.part), why, joint_nats=one.nats))
 
     def _explains(self, known: CriticalSet, suspect: Suspect) -> bool:
         """Whether a set does already what this region does: the region holds, or is, one of its

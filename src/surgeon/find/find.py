@@ -19,15 +19,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..anatomy import Anatomy, Region, Site
+from ..anatomy import Anatomy, Region, Site, StreamedAnatomy
 from ..corpus import Corpus
 from ..errors import BadInput
 from ..progress import Tell, silent
 from ..settings import nested, setting
 from .damage import zeroed
 from .detect import DetectConfig, Detection, detect
-from .elsewhere import Suspect, suspects, without_doubles
+from .elsewhere import LOOK_TOKENS, Suspect, suspects, without_doubles
 from .examine import Chain, Examiner
+from .links import Link, links
 from .results import FindResult, SearchedHeights
 from .verify import VerifyConfig
 
@@ -111,7 +112,12 @@ def find(
     sets = sorted(examiner.sets, key=lambda one: -one.damage.joint_nats)
     bar, heights = first.detection.bar, first.detection.heights
     searched = SearchedHeights(bar, heights, examiner.base_nll())
-    return FindResult(sets, [*first.rejected, *examiner.rejected], searched, measured)
+    chained: list[Link] = []
+    if not isinstance(anatomy, StreamedAnatomy):  # it would be read twice for each pair
+        few = examiner.damage.few(LOOK_TOKENS)
+        chained = links(anatomy, [one.parts for one in sets], probe[few.windows, : few.tokens])
+    rejected = [*first.rejected, *examiner.rejected]
+    return FindResult(sets, rejected, searched, measured, chained)
 
 
 def _chains(

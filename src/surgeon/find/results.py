@@ -12,6 +12,7 @@ from ..result import Result, derived, record, result
 from .detect import Heights, Rejection
 from .elsewhere import Suspect
 from .experts import ExpertProfile
+from .links import Link
 from .verify import Verification
 
 MOST_LISTED = 16  # entries of a whole line that a set names
@@ -71,13 +72,15 @@ class SetDamage:
 class CriticalSet:
     """Weights that are vital together.
 
-    parts: the set as regions. entries: its entries; of a whole row or column the largest alone.
+    parts: the set as regions, `size` entries in all. entries: those entries; of a whole row or
+    column the largest alone.
     channels: the residual channels that they write, where the set was named by them; heights: of
     each, by layer. agreement: in what share of the windows the first is high. windows_used: of the
     joint damage. close: a number that decides is within a tenth of its threshold.
     """
 
     parts: list[Region]
+    size: int
     channels: list[int]
     heights: list[list[float]]
     agreement: float | None
@@ -112,6 +115,7 @@ class CriticalSet:
         cls,
         verified: Verification,
         entries: list[CriticalEntry],
+        size: int,
         full_nats: float,
         full_size: int,
         channels: Sequence[int] = (),
@@ -121,6 +125,7 @@ class CriticalSet:
         """What was verified, as a set."""
         return cls(
             parts=verified.at,
+            size=size,
             channels=list(channels),
             heights=list(heights),
             agreement=agreement,
@@ -156,12 +161,14 @@ class FindResult(Result):
     """What was found, and with what numbers the rest was rejected.
 
     measured: of the weights with the largest estimates, wherever they lie, what each costs.
+    chained: which sets do the same work.
     """
 
     sets: list[CriticalSet]
     rejected: list[Rejection]
     detection: SearchedHeights
     measured: list[Suspect] = field(default_factory=list)
+    chained: list[Link] = field(default_factory=list)
     experts: list[ExpertProfile] = field(default_factory=list)
     bytes_read: int | None = None
 

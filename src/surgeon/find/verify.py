@@ -237,6 +237,7 @@ class Verifier:
             len(drawn),
             self.config.bar(joint_nats),
             self.damage.stages,
+            hopeless=joint_nats,
         )
         windows, tokens = zip(*((len(one.windows), one.tokens) for one in used), strict=True)
         return Controls([float(one.mean()) for one in nats], matched, [*windows], [*tokens])

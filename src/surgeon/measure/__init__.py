@@ -32,9 +32,10 @@ from .scorecard import (
     with_neighbours,
 )
 from .tasks import task_accuracy
-from .verdict import Controls, VitalConfig, is_close, is_vital, p_value, severity
+from .verdict import GRADES, Controls, VitalConfig, is_close, is_vital, p_value, severity
 
 __all__ = [
+    "GRADES",
     "STOP_WORDS",
     "BeforeAfter",
     "Behaviour",

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from .likelihood import batches, logits_of
+from .likelihood import batches, logits_of, token_nll
 
 KEPT = 2**28  # numbers of the intact predictions that are kept between changes: 1 GiB
 
@@ -42,7 +42,7 @@ class Reference:
         self, model: nn.Module, windows: Int64[Tensor, "n window"], keep: int = KEPT
     ) -> None:
         self.model, self.windows, self.keep = model, windows, keep
-        self._kept: list[Tensor] = []
+        self._kept: list[_Predicted] = []
 
     @torch.no_grad()
     def compare(self, change: Callable[[], AbstractContextManager[object]]) -> Comparison:
@@ -54,33 +54,35 @@ class Reference:
             base = self._base(number, ids)
             with change():
                 changed = self._predictions(ids)
-            losses.append(_loss(changed, ids))
-            base_losses.append(_loss(base, ids))
-            kl += float((base.exp() * (base - changed)).sum(-1).double().sum())
-            agree += float((base.argmax(-1) == changed.argmax(-1)).sum())
-            count += base.shape[0] * base.shape[1]
-        return Comparison(self._mean(losses), kl / count, agree / count, self._mean(base_losses))
+            losses.append(changed.nll)
+            base_losses.append(base.nll)
+            kl += float((base.log_p.exp() * (base.log_p - changed.log_p)).sum(-1).double().sum())
+            agree += float((base.log_p.argmax(-1) == changed.log_p.argmax(-1)).sum())
+            count += base.nll.numel()
+        nll, base_nll = (float(torch.cat(each).mean(1).mean()) for each in (losses, base_losses))
+        return Comparison(nll, kl / count, agree / count, base_nll)
 
-    def _mean(self, losses: list[Tensor]) -> float:
-        return float((torch.cat(losses) / (self.windows.shape[1] - 1)).mean())
+    def _predictions(self, ids: Int64[Tensor, "batch pos"]) -> _Predicted:
+        logits = logits_of(self.model, ids)
+        return _Predicted(F.log_softmax(logits[:, :-1].float(), -1), token_nll(logits, ids))
 
-    def _predictions(self, ids: Int64[Tensor, "batch pos"]) -> Tensor:
-        """Log-probabilities of the next token, (batch, pos - 1, d_vocab)."""
-        return F.log_softmax(logits_of(self.model, ids)[:, :-1].float(), -1)
-
-    def _base(self, number: int, ids: Int64[Tensor, "batch pos"]) -> Tensor:
+    def _base(self, number: int, ids: Int64[Tensor, "batch pos"]) -> _Predicted:
         if number < len(self._kept):
             return self._kept[number]
         base = self._predictions(ids)
         if (
             number == len(self._kept)
-            and sum(k.numel() for k in self._kept) + base.numel() <= self.keep
+            and sum(k.log_p.numel() for k in self._kept) + base.log_p.numel() <= self.keep
         ):
             self._kept.append(base)
         return base
 
 
-def _loss(predictions: Tensor, ids: Int64[Tensor, "batch pos"]) -> Tensor:
-    """The summed NLL of each window."""
-    said = predictions.gather(-1, ids[:, 1:, None].to(predictions.device))[..., 0]
-    return -said.double().sum(1).cpu()
+@dataclass(frozen=True)
+class _Predicted:
+    """Of one batch. log_p: log-probabilities of the next token, (batch, pos - 1, d_vocab); nll: of
+    the tokens that came, (batch, pos - 1).
+    """
+
+    log_p: Tensor
+    nll: Tensor

@@ -13,7 +13,7 @@ tests/measure/test_sequential.py measures the error rate by simulation.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import atan, cos, pi, sin, sqrt
+from math import atan, cos, inf, pi, sin, sqrt
 
 import torch
 from jaxtyping import Float64
@@ -50,12 +50,14 @@ def below(
     many: int,
     bar: float,
     stages: Sequence[Sample],
+    hopeless: float = inf,
 ) -> tuple[list[Float64[Tensor, " k"]], list[Sample]]:
     """The values of `many` things by window, each in as many stages as it takes to say whether its
     mean is below the bar, and the stage of each. Once one is above, the others are not taken
     further.
 
-    measure: values of the things with these numbers on a sample.
+    measure: values of the things with these numbers on a sample. hopeless: a mean at a stage from
+    which on it is taken to be above the bar, without a test.
     """
     error = ERROR / (many * max(1, len(stages) - 1))
     values = [torch.empty(0, dtype=torch.float64)] * many
@@ -75,7 +77,8 @@ def below(
             break
         sides = {number: side(values[number], bar, error) for number in undecided}
         undecided = [number for number, one in sides.items() if one is None]
-        if "above" in sides.values() or not undecided:
+        worst = max(float(one.mean()) for one in values)
+        if "above" in sides.values() or worst >= hopeless or not undecided:
             break
         before = stage
     return values, used

@@ -18,6 +18,7 @@ from ..settings import check_values, setting
 LEAST_CONTROLS = 20  # with fewer, no damage can be unlike the controls at the 5% level
 ALPHA = 0.05
 FATAL, SEVERE = 2.0, 0.3  # nats per token; two make a perplexity of 17 one of 126
+GRADES = f"fatal from {FATAL:g} nats on, severe from {SEVERE:g}, else marginal"
 
 
 @dataclass(frozen=True)

@@ -190,13 +190,14 @@ def _fact(lab: Lab, settings: Settings) -> Fact | None:
 
 
 def _finding(lab: Lab, settings: Settings) -> FindResult:
-    """What the model cannot live without, verified against controls."""
+    """What the model cannot live without, of the weights that can be repaired."""
     text = settings.text
     finding: FindResult = lab.find(
         text=text.text,
         window=text.window,
         windows=text.windows,
         bos=text.bos,
+        only="mlp.down",
         seed=settings.seed,
     )
     return finding

@@ -38,7 +38,7 @@ def held_out(lab: Lab, critical: Any, text: TextSettings, seed: int) -> tuple[He
     if named == [NONE]:
         return HeldOut([], "none asked for"), named
     if named == [FIND]:
-        finding = vital_sets(lab, text, seed)
+        finding = vital_sets(lab, text, seed, only="mlp.down")
         entries = [one.entry for each in finding.sets if each.vital for one in each.entries]
         return HeldOut(entries, f"find: {finding.verdict}"), named
     # of a finding every vital set counts, not only the first

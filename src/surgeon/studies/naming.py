@@ -16,7 +16,7 @@ from .lab import Lab, TextSettings
 VITAL = "vital"
 AT_HELP = (
     "entry like 'L0.mlp.down[88, 165]', row [88, :] or column [:, 165]; or `vital`, the first set"
-    " that find returns"
+    " of mlp.down that find returns"
 )
 
 
@@ -30,7 +30,7 @@ def regions_of(
     """The regions that `at` names: texts, entries, regions, a critical set, a result, or several.
 
     place: the lab of the model, or its map alone. A set or a result stands for its `weights()`. The
-    text `vital` stands for the first set that `find` returns on this text, which takes a lab.
+    text `vital` stands for `vital_set` on this text, which takes a lab.
     setting: whose value `at` is.
     Raises: BadInput, UnknownSite; BadInput if two share an entry, which would be counted twice, or
     if nothing is named.
@@ -64,21 +64,25 @@ def _named(place: Lab | Anatomy, at: Any, text: TextSettings, seed: int) -> Iter
 
 
 def vital_set(lab: Lab, text: TextSettings, seed: int = 0) -> CriticalSet:
-    """The first set that `find` returns on this text. Raises: SurgeonError if it finds none."""
-    result = vital_sets(lab, text, seed)
+    """The first set of `mlp.down` that `find` returns on this text, since that can be repaired.
+
+    Raises: SurgeonError if it finds none.
+    """
+    result = vital_sets(lab, text, seed, only="mlp.down")
     if not result.sets:
         raise SurgeonError(
-            f"nothing vital was found in {lab.name}, so there is nothing to name; give entries with"
-            " ‹at› instead."
+            f"nothing vital was found in the mlp.down of {lab.name}, so there is nothing to name;"
+            " give entries with ‹at› instead."
         )
     return result.sets[0]
 
 
-def vital_sets(lab: Lab, text: TextSettings, seed: int = 0) -> FindResult:
+def vital_sets(lab: Lab, text: TextSettings, seed: int = 0, only: str = "everything") -> FindResult:
     """What `find` finds on this text, at its defaults; found once for each lab and text."""
     corpus = lab.corpus(text)
-    config = FindConfig(verify=VerifyConfig(seed=seed))
-    return lab.once(("find", text, seed), partial(find, lab.anatomy, corpus, config, lab.tell))
+    config = FindConfig(verify=VerifyConfig(seed=seed), only=only)
+    finding = partial(find, lab.anatomy, corpus, config, lab.tell)
+    return lab.once(("find", text, seed, only), finding)
 
 
 def _check_apart(regions: Sequence[Region], setting: str) -> None:

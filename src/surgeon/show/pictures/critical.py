@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import exp
 
-from ...find import CriticalSet, Detection, FindResult, Rejection, Verification
-from ...measure import Controls
+from ...find import CriticalSet, Detection, FindResult, Link, Rejection, Suspect, Verification
+from ...measure import GRADES, Controls
 from .charts import Chart, Row, lines, strip
 from .picture import Claim, Headline, Picture, Table, many, model_name, nats
 
@@ -21,13 +21,15 @@ def find_headline(result: FindResult) -> Headline:
     if not vital:
         return Headline(f"Nothing that {model} cannot live without was found")
     first = vital[0]
-    size, (low, high) = len(first.entries), first.damage.ci95
+    size, (low, high) = first.size, first.damage.ci95
     joint, worst = first.damage.joint_nats, first.controls.max_nats
     where = {"row": " in one row", "column": " in one column"}.get(first.geometry, "")
     sentence = f"{size:,} weights{where} are vital to {model}"
     zeroed = f"all {size:,} are"
     if size == 1:
         sentence, zeroed = f"One weight is vital to {model}", "it is"
+    if len(vital) > 1:
+        sentence = f"{sentence}, and {many(len(vital) - 1, 'other set')}"
     lost = f"per token lost when {zeroed} set to zero (95%: {nats(low)} to {nats(high)})"
     beside = f"{first.controls.n} matched random sets: {nats(worst)} at worst"
     perplexity = f"matched random sets: × {exp(worst):.2f} at worst"
@@ -43,9 +45,11 @@ def find_headline(result: FindResult) -> Headline:
 def find_pictures(result: FindResult) -> Iterator[Picture]:
     """Where channels rise, each set's damage beside its controls, and what was rejected."""
     yield _rise(result)
+    if len(result.sets) > 1:
+        yield _sets(result)
     for number, one in enumerate(result.sets, 1):
         which = "the set" if len(result.sets) == 1 else f"set {number}"
-        size = many(len(one.entries), "entry")
+        size = many(one.size, "entry")
         damage = one.damage
         yield _damage(
             f"{which} of {size}",
@@ -58,8 +62,73 @@ def find_pictures(result: FindResult) -> Iterator[Picture]:
             one.criteria,
         )
         yield _entries(one, which, size)
+    if result.chained:
+        yield _chained(result.chained)
+    if result.measured:
+        yield _measured(result.measured)
     if result.rejected:
         yield _rejected(result.rejected, result.detection.bar)
+
+
+def _sets(result: FindResult) -> Picture:
+    """Every set on a line of its own."""
+    rows = [
+        (
+            number,
+            ", ".join(map(str, one.parts[:3])),
+            one.severity,
+            one.damage.joint_nats,
+            one.controls.max_nats,
+        )
+        for number, one in enumerate(result.sets, 1)
+    ]
+    fatal = sum(one.severity == "fatal" for one in result.sets)
+    return Picture(
+        "Every set",
+        f"{many(len(rows), 'set')}, of which {fatal} fatal",
+        f"Damage in nats per token. By the lower end of its 95% interval a vital set is {GRADES}.",
+        shown=Table(("set", "weights", "grade", "damage, nats", "worst control, nats"), rows),
+    )
+
+
+def _chained(links: Sequence[Link]) -> Picture:
+    rows = [
+        (one.first, one.then, one.channel, *one.nats, one.together_nats, one.restored_nats)
+        for one in links
+    ]
+    columns = (
+        "set",
+        "feeds set",
+        "channel",
+        "alone, nats",
+        "the other alone, nats",
+        "together, nats",
+        "left with the other's channel put back, nats",
+    )
+    return Picture(
+        "Which set feeds which",
+        f"{many(len(rows), 'pair')} of sets do the same work",
+        "Two sets that share a channel are links of one chain if both together cost little more"
+        " than the dearer alone, or if most of the first one's damage goes away once the channel"
+        " behind the second is put back at its intact values. Measured on a sample.",
+        shown=Table(columns, rows),
+    )
+
+
+def _measured(suspects: Sequence[Suspect]) -> Picture:
+    rows = [(str(one.part), one.kind, one.first, one.bend, one.nats) for one in suspects]
+    table = Table(
+        ("weights", "kind", "first order, nats", "bend, nats", "measured, nats"), rows, len(rows)
+    )
+    return Picture(
+        "Estimated everywhere, then measured",
+        f"{many(len(rows), 'place')} with the largest estimates",
+        "One pass forward and back estimates what zeroing each weight, row and column of the model"
+        " would cost: to first order, and the bend by the empirical Fisher information. The"
+        " largest of each kind are measured on a sample.",
+        shown=Table(table.columns, rows[:8], len(rows)),
+        table=table,
+    )
 
 
 def detect_headline(result: Detection) -> Headline:
@@ -124,7 +193,7 @@ def _entries(one: CriticalSet, which: str, size: str) -> Picture:
     table = Table(
         ("entry", "weight", "share of the channel's write", "rank by |w| in its matrix"),
         [(str(e.entry), e.weight, e.share, e.rank_abs) for e in one.entries[:LISTED]],
-        len(one.entries),
+        one.size,
     )
     shape = "one entry" if one.geometry == "single" else f"a {one.geometry} of {size}"
     return Picture(
@@ -175,7 +244,9 @@ def _rise_headline(result: FindResult) -> str:
             f"None found: the tallest channel is {top:.1f} times the median (layer"
             f" {heights.index(top)}), and nothing that writes such a channel is vital"
         )
-    first = next(one for one in result.sets if one.vital)
+    first = next((one for one in result.sets if one.vital and one.channels), None)
+    if first is None:
+        return "No channel that rises and stays is written by a vital set"
     strongest = max(first.entries, key=lambda one: abs(one.share))
     peak = max(height for heights in first.heights for height in heights)
     return (

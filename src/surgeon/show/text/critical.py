@@ -6,12 +6,21 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from ...find import CriticalSet, Detection, ExpertProfile, FindResult, Rejection, Verification
-from ...measure import Behaviours, Controls
+from ...find import (
+    CriticalSet,
+    Detection,
+    ExpertProfile,
+    FindResult,
+    Link,
+    Rejection,
+    Verification,
+)
+from ...measure import GRADES, Behaviours, Controls
 from ...result import Provenance
 from ..console import out, print_table, shown
 
 MOST_EXPERTS = 8
+MOST_REJECTED = 12
 MOST_ENTRIES = 3
 
 
@@ -28,33 +37,53 @@ def print_find(result: FindResult) -> None:
         )
     for number, one in enumerate(result.sets, 1):
         _print_set(number, one)
+    for link in result.chained:
+        _print_link(link)
     _print_rejected(result.rejected)
     _print_experts(result.experts)
 
 
 def _print_set(number: int, one: CriticalSet) -> None:
-    names = [str(entry.entry) for entry in one.entries]
+    names = [str(part) for part in one.parts]
     more = f" and {len(names) - MOST_ENTRIES} more" if len(names) > MOST_ENTRIES else ""
     listed = ", ".join(names[:MOST_ENTRIES]) + more
     damage, (low, high) = one.damage, one.damage.ci95
-    out.print(f"set {number}: [bold]{one.geometry}[/bold] of {len(names)}: {shown(listed)}")
+    grade = one.severity or "not vital"
+    shape = one.geometry if len(names) == 1 else f"{one.geometry} of {len(names)}"
+    out.print(f"set {number}: [bold]{grade}[/bold], {shape}: {shown(listed)}")
     out.print(
         f"  zeroed together     [bold]{damage.joint_nats:+.3f} nats[/bold] per token  (95%"
         f" {low:+.3f} to {high:+.3f}, {damage.tokens} tokens)"
     )
-    out.print(f"  strongest alone     {max(damage.single_nats):+.3f} nats")
+    if len(damage.single_nats) > 1:
+        out.print(f"  strongest alone     {max(damage.single_nats):+.3f} nats")
     if damage.restored_nats is not None:
         out.print(
             f"  peak restored       {damage.restored_nats:+.3f} nats are left after restoring the"
             " super activation alone"
         )
     out.print(f"  controls            {controls_shown(one.controls)}")
-    channels = ", ".join(map(str, one.channels))
+    if one.channels:
+        channels = ", ".join(map(str, one.channels))
+        out.print(
+            f"  the whole channel   {damage.full_nats:+.3f} nats for all {damage.full_size} entries"
+            f" that write channel {channels}, on a sample of the probe windows"
+        )
+    print_verdict(one.vital, one.criteria, one.severity, one.close)
+
+
+def _print_link(link: Link) -> None:
+    alone = " and ".join(f"{nats:+.3f}" for nats in link.nats)
+    left = ""
+    if link.restored_nats is not None:
+        left = (
+            f"; {link.restored_nats:+.3f} nats are left of set {link.first}'s with what set"
+            f" {link.then} writes put back"
+        )
     out.print(
-        f"  the whole channel   {damage.full_nats:+.3f} nats for all {damage.full_size} entries"
-        f" that write channel {channels}, on the probe windows"
+        f"sets {link.first} and {link.then} are links of one chain, by channel {link.channel}:"
+        f" {alone} nats alone, {link.together_nats:+.3f} together{left}"
     )
-    print_verdict(one.vital, one.criteria)
 
 
 def print_detection(result: Detection) -> None:
@@ -97,7 +126,7 @@ def print_verify(result: Verification) -> None:
             " activation alone"
         )
     out.print(f"controls       {controls_shown(result.controls)}")
-    print_verdict(result.vital, result.criteria)
+    print_verdict(result.vital, result.criteria, result.severity, result.close)
     if result.behaviour is not None:
         _print_behaviours(result.behaviour)
 
@@ -129,7 +158,8 @@ def _print_experts(profile: Sequence[ExpertProfile]) -> None:
 
 
 def _print_rejected(rejected: Sequence[Rejection]) -> None:
-    for one in rejected:
+    """The first of them; the document names all."""
+    for one in rejected[:MOST_REJECTED]:
         numbers = {
             "height": one.height,
             "persistence": one.persistence,
@@ -139,11 +169,17 @@ def _print_rejected(rejected: Sequence[Rejection]) -> None:
         }
         known = [f"{name} {value:.3g}" for name, value in numbers.items() if value is not None]
         out.print(f"rejected {shown(f'{one.entry}: {one.reason}')} ({', '.join(known)})")
+    if len(rejected) > MOST_REJECTED:
+        out.print(f"and {len(rejected) - MOST_REJECTED} more were rejected")
 
 
-def print_verdict(vital: bool, criteria: str) -> None:
+def print_verdict(
+    vital: bool, criteria: str, severity: str | None = None, close: bool = False
+) -> None:
     verdict = "vital" if vital else "not vital"
-    out.print(f"Verdict: [bold]{verdict}[/bold]. The rule: {shown(criteria)}.")
+    grade = f", {severity} (the interval's lower end: {GRADES})" if severity else ""
+    near = " A number that decides is within a tenth of its threshold." if close else ""
+    out.print(f"Verdict: [bold]{verdict}[/bold]{grade}. The rule: {shown(criteria)}.{near}")
 
 
 def controls_shown(controls: Controls) -> str:

@@ -301,7 +301,7 @@ def test_a_healthy_real_model_has_none(shared):
     anatomy, corpus = open_shared(
         shared / "models" / "stories-260k", shared / "text" / "tinystories-sample.txt", 12
     )
-    assert find(anatomy, corpus).verdict == "none"
+    assert find(anatomy, corpus, FindConfig(only="mlp.down")).verdict == "none"
 
 
 def test_regions_and_sets_agree_on_damage(shared):

@@ -9,8 +9,8 @@ from tiny import CONFIGS, tiny_model
 
 from surgeon.anatomy import Anatomy, Region, Site, open_stream
 from surgeon.errors import BadInput
-from surgeon.find.damage import zeroed
 from surgeon.find.estimates import EACH_SITE, KINDS, estimates
+from surgeon.find.zeroed import zeroed
 from surgeon.patch import ablate
 from surgeon.tap import Tap
 

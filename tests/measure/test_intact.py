@@ -7,7 +7,8 @@ import torch
 from tiny import CONFIGS, tiny_model
 
 from surgeon.anatomy import Anatomy, Region
-from surgeon.find.damage import DamageInMemory, Variant, zeroed
+from surgeon.find.damage import DamageInMemory, Variant
+from surgeon.find.zeroed import zeroed
 from surgeon.measure import window_nll
 from surgeon.measure.intact import IntactRun, Sample
 from surgeon.patch import ablate
@@ -99,11 +100,13 @@ def test_damage_of_beginnings_comes_with_that_of_the_whole():
     assert beginning.tolist() == pytest.approx(alone.tolist(), abs=1e-6)
 
 
-def test_a_sample_is_the_smallest_that_is_enough():
+def test_a_sample_has_about_so_many_tokens():
     anatomy = Anatomy.of(tiny_model("llama"))
     long = torch.randint(3, 99, (12, 72), generator=torch.Generator().manual_seed(1))
-    damage = DamageInMemory(anatomy, long)
-    sizes = [
-        (n, len(one.windows), one.tokens) for n in (1, 128, 129, 400) for one in [damage.few(n)]
-    ]
-    assert sizes == [(1, 4, 32), (128, 4, 32), (129, 8, 32), (400, 12, None)]
+    for exhaustive, wanted in (
+        (False, [(128, 8, 16), (129, 8, 17), (900, 8, None)]),
+        (True, [(128, 12, None)]),
+    ):
+        damage = DamageInMemory(anatomy, long, exhaustive)
+        few = [(n, damage.few(n)) for n, _, _ in wanted]
+        assert [(n, len(one.windows), one.tokens) for n, one in few] == wanted

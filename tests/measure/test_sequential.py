@@ -19,14 +19,14 @@ def test_stages_double_and_end_with_all():
     def shape(n: int, window: int) -> list[tuple[int, int | None]]:
         return [(len(one.windows), one.tokens) for one in stages_of(n, window)]
 
-    assert [shape(n, 40) for n in (1, 3, 4, 8)] == [
+    assert [shape(n, 24) for n in (1, 3, 4, 8)] == [
         [(1, None)],
         [(3, None)],
         [(4, None)],
         [(4, None), (8, None)],
     ]
-    assert shape(4, 64) == [(4, 32), (4, None)]
-    assert shape(9, 64) == [(4, 32), (8, 32), (9, 32), (9, None)]
+    assert shape(4, 64) == [(4, 16), (4, None)]
+    assert shape(9, 64) == [(4, 16), (8, 16), (9, 16), (9, None)]
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 8, 15, 31])
@@ -53,7 +53,7 @@ def verdicts(damages: torch.Tensor, bar: float) -> tuple[list[bool], list[bool],
     """Whether each control is below the bar: as the stopped means say, and as all windows do; and
     the windows that were taken.
     """
-    values, taken = taken_in_stages(damages, bar, window=40)
+    values, taken = taken_in_stages(damages, bar, window=24)
     stopped = [bool(one.mean() < bar) for one in values]
     return stopped, (damages.mean(1) < bar).tolist(), taken
 
@@ -86,7 +86,7 @@ def test_small_controls_take_few_windows():
 def test_what_is_near_the_bar_is_measured_on_all():
     generator = torch.Generator().manual_seed(1)
     damages = 1.0 + torch.randn(5, WINDOWS, generator=generator, dtype=torch.float64)
-    for window in (40, 64):  # of which the stages before the last read all, and the beginnings
+    for window in (24, 64):  # of which the stages before the last read all, and the beginnings
         values, _ = taken_in_stages(damages, 1.0, window)
         assert [len(one) for one in values] == [WINDOWS] * 5
         assert [float(one.mean()) for one in values] == pytest.approx(damages.mean(1).tolist())

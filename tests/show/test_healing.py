@@ -13,7 +13,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from made_results import demo, explanation, made_results, repair_result, word_group
-from test_page import SECTIONS
 
 from surgeon.errors import BadInput
 from surgeon.repair import ControlRepair
@@ -30,7 +29,14 @@ HOSTILE = " ".join(
         "javascript:alert(1) \u202e\ud800\x00\x1b[31m",
     )
 )
-FIND = SECTIONS["find"]
+FIND = [
+    "Where the channel rises",
+    "Every set",
+    *["Damage beside its controls", "The entries"] * 2,
+    "Which set feeds which",
+    "Estimated everywhere, then measured",
+    "Looked at and rejected",
+]
 REPAIR = ["Before, broken, repaired", "Training"]
 EDIT = ["An edit and its forecast", "Control prompts", "What it writes"]
 EXPLAIN = [

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from ..anatomy import Anatomy, Region, Site, StreamedAnatomy, WeightView
+from ..anatomy import Anatomy, Region
 from ..measure.intact import IntactRun, Sample
+from ..measure.likelihood import TOKENS_PER_BATCH
 from ..measure.sequential import stages_of
 from .causal import restored_nll
+from .wave import Wave
+from .zeroed import zeroed
 
+FEW_WINDOWS = 8  # of which a sample reads the beginnings
 Count = Callable[[int, int], None]  # is told the steps done, of how many
 NLL = Callable[[], Float64[Tensor, " n"]]  # of each window or cell, of the model as it is now
 
@@ -60,7 +64,7 @@ class Damage(ABC):
         return [Sample(torch.arange(len(self.base)))]
 
     def few(self, tokens: int) -> Sample:
-        """The smallest sample of about so many tokens; everything, where no sample costs less."""
+        """A sample of about so many tokens; everything, where no sample costs less."""
         return self.stages[-1]
 
     @abstractmethod
@@ -134,10 +138,12 @@ class DamageInMemory(Damage):
         return stages[-1:] if self.exhaustive else stages
 
     def few(self, tokens: int) -> Sample:
-        width = self.windows.shape[1]
-        each = ((stage, stage.tokens or width) for stage in self.stages)
-        enough = (stage for stage, long in each if len(stage.windows) * long >= tokens)
-        return next(enough, self.stages[-1])
+        n, width = self.windows.shape
+        many = min(n, FEW_WINDOWS)
+        each = ceil(tokens / many)
+        if self.exhaustive:
+            return self.stages[-1]
+        return Sample(torch.arange(many), each if each < width else None)
 
     def of(
         self,
@@ -147,12 +153,27 @@ class DamageInMemory(Damage):
     ) -> list[Float64[Tensor, " k"]]:
         sample = sample or self.stages[-1]
         base = self._run.nll_on(sample)
+        if self._goes_together(variants, sample):
+            wave = Wave(self.anatomy, self._run, sample)
+            losses = wave.losses([variant.zeroed for variant in variants])
+            return [one.mean(1) - base for one in losses]
         damages = []
         for number, variant in enumerate(variants, 1):
             damages.append(self._one(variant, sample) - base)
             if count:
                 count(number, len(variants))
         return damages
+
+    def _goes_together(self, variants: Sequence[Variant], sample: Sample) -> bool:
+        """Whether the variants can be put into batches, and that saves something."""
+        tokens = len(sample.windows) * (sample.tokens or self.windows.shape[1])
+        return (
+            len(variants) > 1
+            and 2 * tokens <= TOKENS_PER_BATCH
+            and self.anatomy.source == "table"
+            and self._run.keeps_all
+            and not any(variant.restored for variant in variants)
+        )
 
     def with_beginning(
         self, regions: Sequence[Region]
@@ -175,32 +196,3 @@ class DamageInMemory(Damage):
         lowest = self.anatomy.first_changed(region.site for region in regions)
         with zeroed(self.anatomy, regions):
             return self._run.losses(lowest, sample)
-
-
-@contextmanager
-def zeroed(anatomy: Anatomy, regions: Sequence[Region]) -> Iterator[None]:
-    """Within the block all of `regions` are zero, also in a streamed model.
-
-    No patch is made, since nothing is to be kept: the entries are read, zeroed and written back,
-    bit for bit. A tied weight is zero in both of its places.
-    """
-    if isinstance(anatomy, StreamedAnatomy):
-        with anatomy.zeroed(regions):
-            yield
-        return
-    places: dict[Site, tuple[list[int], list[int]]] = {}
-    for region in regions:
-        rows, cols = region.rows_cols(anatomy.view(region.site).shape)
-        mine = places.setdefault(anatomy.resolve(region.site), ([], []))
-        mine[0].extend(rows)
-        mine[1].extend(cols)
-    kept: list[tuple[WeightView, Tensor, Tensor, Tensor]] = []
-    try:
-        for site, (rows, cols) in places.items():
-            view, at = anatomy.view(site), (torch.tensor(rows), torch.tensor(cols))
-            kept.append((view, *at, view.get(*at)))
-            view.set_(*at, torch.full((len(rows),), anatomy.stored_zero(site)))
-        yield
-    finally:
-        for view, row, col, values in kept:
-            view.set_(row, col, values)

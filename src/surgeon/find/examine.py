@@ -34,6 +34,7 @@ from .verify import Verification, Verifier, VerifyConfig
 
 CHOICE_TOKENS = 256  # on which the entries of a set are chosen
 MOST_DROPPED = 16  # entries of a set of which each is tried whether it is needed
+NEAR = 1.5  # a damage on a sample by so much above or below the bar tells nothing
 MOST_NAMED = 3  # parts by which a rejected set is named
 ORDINARY = 2  # weights of one kind and matrix that are like their controls, and then no more
 NEEDED = 0.1  # share of the set's damage that goes without an entry, if the entry is needed
@@ -100,8 +101,11 @@ class Examiner:
 
         curve = _Curve(self.damage, ordered, self.few)
         full = max(curve.at(1, min(16, len(ordered)), len(ordered)))
-        if not self.verifying.is_large(2 * full):  # what is far too small is left at the sample
-            why = f"zeroing every entry that writes it costs less than {self._least} on a sample"
+        least = self.verifying.min_nats
+        if least / NEAR <= full < least * NEAR:  # what is near the bar is measured on everything
+            full = curve.whole()
+        if not self.verifying.is_large(full):
+            why = f"zeroing every entry that writes it costs less than {least:g} nats"
             where = f"{where} ({ordered[0].entry})"
             return Rejection(where, why, height, entries=len(ordered), joint_nats=full)
 
@@ -185,7 +189,10 @@ class Examiner:
         where = ", ".join(map(str, parts[:MOST_NAMED]))
         verifier = self.verifier
         if verifier.stops_early and not self.verifying.is_large(verifier.joint(parts)):
-            why = f"zeroing it costs less than {self._least} on the windows that verify"
+            why = (
+                f"zeroing it costs less than {self.verifying.min_nats:g} nats on the windows that"
+                " verify"
+            )
             return Rejection(where, why, joint_nats=verifier.joint(parts))
         aside_on = verifier.damage.few(CHOICE_TOKENS) if verifier.stops_early else None
         verified = verifier(parts, aside_on, self.taken)
@@ -198,10 +205,6 @@ class Examiner:
             control_max_nats=verified.controls.max_nats,
             control_median_nats=verified.controls.median_nats,
         )
-
-    @property
-    def _least(self) -> str:
-        return f"{self.verifying.min_nats:g} nats"
 
 
 class _Curve:
@@ -220,6 +223,10 @@ class _Curve:
     def _of(self, choices: Sequence[Sequence[int]]) -> list[float]:
         variants = [Variant([self.regions[k] for k in chosen]) for chosen in choices]
         return [float(d.mean()) for d in self.damage.of(variants, sample=self.few)]
+
+    def whole(self) -> float:
+        """Damage of all entries on all windows."""
+        return float(self.damage(self.regions).mean())
 
     def smallest(self, cover: float) -> list[int]:
         """Few entries that keep about `cover` of the damage of all: the shortest prefix that does,

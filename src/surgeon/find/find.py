@@ -24,13 +24,13 @@ from ..corpus import Corpus
 from ..errors import BadInput
 from ..progress import Tell, silent
 from ..settings import nested, setting
-from .damage import zeroed
 from .detect import DetectConfig, Detection, detect
 from .elsewhere import LOOK_TOKENS, Suspect, suspects, without_doubles
 from .examine import Chain, Examiner
 from .links import Link, links
 from .results import FindResult, SearchedHeights
 from .verify import VerifyConfig
+from .zeroed import zeroed
 
 
 @dataclass(frozen=True)

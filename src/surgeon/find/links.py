@@ -21,7 +21,7 @@ from ..anatomy import Anatomy, Region, Site
 from ..measure.likelihood import batches, window_nll
 from ..patch import record_channel, restored_channel
 from ..result import record
-from .damage import zeroed
+from .zeroed import zeroed
 
 SHARED = 0.5  # of the smaller damage, from which on two sets are links of one chain
 

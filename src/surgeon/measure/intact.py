@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from math import ceil
 
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
 from ..tap import LayerInput, Tap, resume, returns_tuple
@@ -55,7 +55,7 @@ class IntactRun:
     ) -> None:
         self.model, self.layers = model, layers
         self.windows = windows.to(next(model.parameters()).device)
-        self._as_tuple = returns_tuple(model, layers, input_ids=self.windows[:1, :2])
+        self.as_tuple = returns_tuple(model, layers, input_ids=self.windows[:1, :2])
         self._states: dict[int, Tensor] = {}  # by the layer that they enter
         self._losses = self._run(room)
 
@@ -66,6 +66,19 @@ class IntactRun:
     def nll_on(self, sample: Sample) -> Float64[Tensor, " k"]:
         """Of the intact model on a sample."""
         return self._losses[sample.windows, : self._width(sample) - 1].mean(1)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the states that enter every layer but the first are kept."""
+        return len(self._states) == len(self.layers)
+
+    def entering(self, layer: int, sample: Sample) -> Float[Tensor, "k pos d_model"]:
+        """The intact states that enter a layer above the first, or that leave the last; kept."""
+        picked = sample.windows.to(self.windows.device)
+        return self._states[layer][picked, : self._width(sample)]
+
+    def ids_of(self, sample: Sample) -> Int64[Tensor, "k pos"]:
+        return self.windows[sample.windows.to(self.windows.device), : self._width(sample)]
 
     def _width(self, sample: Sample) -> int:
         return sample.tokens or self.windows.shape[1]
@@ -111,7 +124,7 @@ class IntactRun:
             ids = self.windows[picked, :width]
             entry = None
             if start > 0:
-                entry = LayerInput(start, self._states[start][picked, :width], self._as_tuple)
+                entry = LayerInput(start, self._states[start][picked, :width], self.as_tuple)
             with nullcontext() if entry is None else resume(self.layers, entry):
                 losses.append(token_nll(logits_of(self.model, ids), ids))
         return torch.cat(losses)

@@ -22,7 +22,7 @@ from torch import Tensor
 from .intact import Sample
 
 FIRST_STAGE = 4  # windows
-BEGINNING = 32  # tokens of a window that a stage before the last reads
+BEGINNING = 16  # tokens of a window that a stage before the last reads
 ERROR = 0.01  # of a verdict: that any of its comparisons is stopped on the wrong side
 
 
@@ -30,8 +30,8 @@ def stages_of(n: int, window: int, seed: int = 0) -> list[Sample]:
     """What a comparison is looked at on, one after another; the last is all of the n windows.
 
     >>> [(len(one.windows), one.tokens) for one in stages_of(12, 128)]
-    [(4, 32), (8, 32), (12, 32), (12, None)]
-    >>> [(len(one.windows), one.tokens) for one in stages_of(12, 40)]
+    [(4, 16), (8, 16), (12, 16), (12, None)]
+    >>> [(len(one.windows), one.tokens) for one in stages_of(12, 24)]
     [(4, None), (8, None), (12, None)]
     """
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))

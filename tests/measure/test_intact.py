@@ -104,7 +104,7 @@ def test_a_sample_has_about_so_many_tokens():
     anatomy = Anatomy.of(tiny_model("llama"))
     long = torch.randint(3, 99, (12, 72), generator=torch.Generator().manual_seed(1))
     for exhaustive, wanted in (
-        (False, [(128, 8, 16), (129, 8, 17), (900, 8, None)]),
+        (False, [(128, 4, 32), (130, 4, 33), (900, 12, None)]),
         (True, [(128, 12, None)]),
     ):
         damage = DamageInMemory(anatomy, long, exhaustive)

@@ -20,7 +20,7 @@ from .causal import restored_nll
 from .wave import Wave
 from .zeroed import zeroed
 
-FEW_WINDOWS = 8  # of which a sample reads the beginnings
+FEW_TOKENS = 32  # at the beginning of each window of a sample
 Count = Callable[[int, int], None]  # is told the steps done, of how many
 NLL = Callable[[], Float64[Tensor, " n"]]  # of each window or cell, of the model as it is now
 
@@ -139,10 +139,10 @@ class DamageInMemory(Damage):
 
     def few(self, tokens: int) -> Sample:
         n, width = self.windows.shape
-        many = min(n, FEW_WINDOWS)
-        each = ceil(tokens / many)
         if self.exhaustive:
             return self.stages[-1]
+        many = min(n, max(1, tokens // FEW_TOKENS))
+        each = ceil(tokens / many)
         return Sample(torch.arange(many), each if each < width else None)
 
     def of(

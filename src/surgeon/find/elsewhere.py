@@ -79,7 +79,9 @@ def _once(anatomy: Anatomy, named: Iterable[Estimate]) -> list[Estimate]:
         part = _untied(one.part) if tied else one.part
         if any(other.part == part or _is_same(one, other) for other in kept):
             continue
-        kept.append(Estimate(part, one.kind, one.first, one.bend))
+        is_line = one.kind in ("row", "column")
+        kind = part.geometry if is_line else one.kind  # the embedding is the head transposed
+        kept.append(Estimate(part, kind, one.first, one.bend))
     return kept
 
 

@@ -39,8 +39,14 @@ from ..measure.likelihood import logits_of, require_causal
 from ..result import record
 from ..tap import LayerInput, Tap, layer_calls, resume, returns_tuple
 
-# scale: an entry of a norm's weight or bias; token: a token's line in an embedding or output head
+# scale: an entry of a norm's weight or bias; token: a token's line in an embedding or output head,
+# or an entry of it
 KINDS = ("scale", "entry", "row", "column", "token")
+TOKEN_LINES = {
+    (role, kind)
+    for role, line in (("embed", "column"), ("unembed", "row"))
+    for kind in (line, "entry")
+}
 EACH_SITE = 16  # the most of one kind that one matrix gives
 RESCORED = 4  # so many times more entries than that are looked at token by token
 TOKENS = 512  # of each kind of place, on which the estimate is made
@@ -263,7 +269,7 @@ class _Best:
 
     def _keep_sums(self, first: Tensor, bend: Tensor, kind: str, parts: Sequence[Region]) -> None:
         size = first.abs() + bend
-        if parts and (parts[0].site.role, kind) in (("embed", "column"), ("unembed", "row")):
+        if parts and (parts[0].site.role, kind) in TOKEN_LINES:
             kind = "token"
         for index in size.topk(min(EACH_SITE, len(size))).indices.tolist():
             one = Estimate(parts[index], kind, float(first[index]), float(bend[index]))

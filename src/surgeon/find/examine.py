@@ -152,11 +152,19 @@ class Examiner:
         """Verify suspects, dearest first, until there are `most` sets; say of the others what they
         cost on the sample.
         """
-        large = [one for one in suspects if self.verifying.is_large(one.nats)]
-        self.taken = [one.part for one in large]
+        # half of the bar: beginnings of windows can show less than the whole
+        everything = [one for one in suspects if self.verifying.is_large(2 * one.nats)]
+        self.taken = [one.part for one in everything]
+        self.rejected += [_of_a_token(one) for one in everything if one.kind == "token"]
+        large = [one for one in everything if one.kind != "token"]
         ordinary: Counter[tuple[Site, str]] = Counter()  # of a kind, those like their controls
         for one in large:
             if any(self._explains(known, one) for known in self.sets):
+                continue
+            scale = next((s for known in self.sets for s in _scales_read_by(one, known)), None)
+            if scale is not None:
+                why = f"it reads what {scale} scales, which is a set; measured on a sample"
+                self.rejected.append(Rejection(str(one.part), why, joint_nats=one.nats))
                 continue
             kind = (one.part.site, one.kind)
             if len(self.sets) >= most:
@@ -205,6 +213,26 @@ class Examiner:
             control_max_nats=verified.controls.max_nats,
             control_median_nats=verified.controls.median_nats,
         )
+
+
+def _scales_read_by(one: Suspect, known: CriticalSet) -> list[Region]:
+    """The scales of norms in a set that the columns of this matrix read, in the same layer."""
+    return [
+        part
+        for part in known.parts
+        if part.site.role.startswith("norm.")
+        and part.site.layer == one.part.site.layer
+        and one.kind == "column"
+        and part.row == one.part.col
+    ]
+
+
+def _of_a_token(one: Suspect) -> Rejection:
+    why = (
+        "not verified: it is of one token, and costs what the places cost where that token stands;"
+        " measured on a sample"
+    )
+    return Rejection(str(one.part), why, joint_nats=one.nats)
 
 
 class _Curve:

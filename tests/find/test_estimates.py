@@ -38,7 +38,7 @@ def moved(anatomy: Anatomy, part: Region, share: float) -> float:
 @pytest.mark.parametrize("model_type", [t for t in CONFIGS if t != "bert"])
 def test_the_first_term_is_the_slope_of_a_small_step(model_type: str):
     anatomy = Anatomy.of(tiny_model(model_type, tie_word_embeddings=False))
-    named = estimates(anatomy, WINDOWS, 4)
+    named = estimates(anatomy, WINDOWS)
     known = set(KINDS)
     assert {one.kind for one in named} == known - ({"scale"} if model_type == "olmo" else set())
     for one in named:
@@ -82,7 +82,7 @@ def by_token(anatomy: Anatomy, part: Region) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["row", "column", "entry", "scale"])
 def test_the_bend_is_that_of_each_token(kind: str):
     anatomy = Anatomy.of(tiny_model("llama", tie_word_embeddings=False))
-    named = [one for one in estimates(anatomy, WINDOWS, 40) if one.kind == kind]
+    named = [one for one in estimates(anatomy, WINDOWS) if one.kind == kind]
     compared = 0
     for one in named:
         if one.part.site.role == "embed":
@@ -99,7 +99,7 @@ def test_the_bend_is_that_of_each_token(kind: str):
 def test_the_largest_are_named():
     """Of all entries of mlp.down those with the largest sum of both terms, by brute force."""
     anatomy = Anatomy.of(tiny_model("llama"))
-    named = [one for one in estimates(anatomy, WINDOWS, 10**6) if one.kind == "row"]
+    named = [one for one in estimates(anatomy, WINDOWS) if one.kind == "row"]
     site = Site(1, "mlp.down")
     sizes = {}
     for row in range(32):
@@ -114,8 +114,8 @@ def test_the_largest_are_named():
 def test_a_streamed_model_gives_the_same(tmp_path):
     model = tiny_model("llama")
     model.save_pretrained(tmp_path)
-    loaded = estimates(Anatomy.of(model), WINDOWS, 6)
-    streamed = estimates(open_stream(str(tmp_path))[1], WINDOWS, 6)
+    loaded = estimates(Anatomy.of(model), WINDOWS)
+    streamed = estimates(open_stream(str(tmp_path))[1], WINDOWS)
     assert [one.part for one in streamed] == [one.part for one in loaded]
     nats = [one.nats for one in loaded]
     assert [one.nats for one in streamed] == pytest.approx(nats, rel=1e-4)
@@ -128,7 +128,7 @@ def test_the_model_is_as_it_was():
     first.grad = torch.ones_like(first)
     before = {name: p.clone() for name, p in model.named_parameters()}
     required = [p.requires_grad for p in model.parameters()]
-    estimates(anatomy, WINDOWS, 1)
+    estimates(anatomy, WINDOWS)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert [p.requires_grad for p in model.parameters()] == required
     kept = [p.grad is not None for p in model.parameters()]
@@ -138,7 +138,7 @@ def test_the_model_is_as_it_was():
 
 def test_a_masked_model_has_no_next_token():
     with pytest.raises(BadInput, match="next-token"):
-        estimates(Anatomy.of(tiny_model("bert")), WINDOWS, 1)
+        estimates(Anatomy.of(tiny_model("bert")), WINDOWS)
 
 
 @pytest.mark.parametrize(("model_type", "stored"), [("llama", 0.0), ("gemma2", -1.0)])

@@ -156,6 +156,8 @@ class DamageInMemory(Damage):
         if self._goes_together(variants, sample):
             wave = Wave(self.anatomy, self._run, sample)
             losses = wave.losses([variant.zeroed for variant in variants])
+            if count:
+                count(len(variants), len(variants))
             return [one.mean(1) - base for one in losses]
         damages = []
         for number, variant in enumerate(variants, 1):

@@ -5,7 +5,8 @@
 # The published super weights write a channel of the residual stream that stays high, and detection
 # looks for those. A weight can be vital in other ways: the scale of a norm that reads such a
 # channel, a row of the last layers, a token of the embedding. So every weight gets an estimate of
-# what it would cost (estimates.py), and the largest of each kind are zeroed one by one on a sample.
+# what it would cost (estimates.py), and the largest of each kind are zeroed one by one on a small
+# sample, the dearest of them again on a larger one.
 # Two lines that are one thing are measured once: a tied weight has two names, and a neuron dies by
 # its column of `mlp.down` as by its row of `mlp.up`. Of a line and an entry in it the one is kept
 # that says it best. What is left is verified as any set is, on windows that neither the estimate
@@ -23,10 +24,11 @@ from torch import Tensor
 from ..anatomy import Anatomy, Region, Site
 from ..progress import Tell
 from ..result import record
-from .damage import Damage, Variant
-from .estimates import TOKENS, Estimate, estimates
+from .damage import Count, Damage, Variant
+from .estimates import KINDS, TOKENS, Estimate, estimates
 
-LOOK_TOKENS = 128  # on which each is measured
+FIRST_TOKENS, LOOK_TOKENS = 64, 256  # on which all are measured, and then the dearest
+DEAREST = 24
 SAME = 1e-3  # estimates of two lines that differ by less are of one thing
 ORDER = {
     "scale": 0,
@@ -51,19 +53,31 @@ class Suspect:
     nats: float
 
 
-def suspects(
-    anatomy: Anatomy, windows: Int64[Tensor, "n window"], damage: Damage, most: int, tell: Tell
-) -> list[Suspect]:
-    """The `most` weights of each kind with the largest estimates, measured; dearest first.
-
-    damage: on these windows.
-    """
+def estimated(anatomy: Anatomy, windows: Int64[Tensor, "n window"], tell: Tell) -> list[Estimate]:
+    """The largest estimates of each matrix, on the beginnings of the windows."""
     tell("estimate", 0, 1)
     width = min(windows.shape[1], max(2, TOKENS // len(windows)))
-    named = _once(anatomy, estimates(anatomy, windows[:, :width], most))
-    damages = damage.of(
-        [Variant([one.part]) for one in named], partial(tell, "look"), damage.few(LOOK_TOKENS)
+    return estimates(anatomy, windows[:, :width])
+
+
+def suspects(
+    anatomy: Anatomy, everything: Sequence[Estimate], damage: Damage, most: int, tell: Tell
+) -> list[Suspect]:
+    """The `most` weights of each kind with the largest estimates, measured; dearest first."""
+    named = _once(
+        anatomy,
+        [e for kind in KINDS for e in [e for e in everything if e.kind == kind][:most]],
     )
+    first = _measured(named, damage, FIRST_TOKENS, partial(tell, "look"))
+    dearest = _measured(first[:DEAREST], damage, LOOK_TOKENS, partial(tell, "look again"))
+    return [*dearest, *first[DEAREST:]]
+
+
+def _measured(
+    named: Sequence[Estimate | Suspect], damage: Damage, tokens: int, count: Count
+) -> list[Suspect]:
+    """What each costs on a sample, dearest first."""
+    damages = damage.of([Variant([one.part]) for one in named], count, damage.few(tokens))
     measured = [
         Suspect(one.part, one.kind, one.first, one.bend, float(nats.mean()))
         for one, nats in zip(named, damages, strict=True)

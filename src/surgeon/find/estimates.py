@@ -67,8 +67,8 @@ class Estimate:
         return abs(self.first) + self.bend
 
 
-def estimates(anatomy: Anatomy, windows: Int64[Tensor, "n window"], most: int) -> list[Estimate]:
-    """The `most` largest of each kind, over all sites of the model.
+def estimates(anatomy: Anatomy, windows: Int64[Tensor, "n window"]) -> list[Estimate]:
+    """Of each matrix the EACH_SITE largest of each kind; over all, largest first.
 
     All windows go through together. The model, and gradients that it holds, are as before
     afterwards. Raises: BadInput for a model that does not predict the next token.
@@ -78,7 +78,7 @@ def estimates(anatomy: Anatomy, windows: Int64[Tensor, "n window"], most: int) -
     best = _Best(windows[:, 1:].numel())
     with _frozen(anatomy.model):
         _back(anatomy, windows, best)
-    return [one for kind in KINDS for one in best.largest(kind, most)]
+    return sorted(best.kept, key=lambda one: -one.nats)
 
 
 def _back(anatomy: Anatomy, windows: Tensor, best: _Best) -> None:
@@ -129,10 +129,7 @@ class _Best:
 
     def __init__(self, n: int) -> None:
         self.n = n
-        self.kept: dict[str, list[Estimate]] = defaultdict(list)
-
-    def largest(self, kind: str, most: int) -> list[Estimate]:
-        return sorted(self.kept[kind], key=lambda one: -one.nats)[:most]
+        self.kept: list[Estimate] = []
 
     @contextmanager
     def watching(self, anatomy: Anatomy, layer: int | None) -> Iterator[None]:
@@ -273,7 +270,7 @@ class _Best:
             kind = "token"
         for index in size.topk(min(EACH_SITE, len(size))).indices.tolist():
             one = Estimate(parts[index], kind, float(first[index]), float(bend[index]))
-            self.kept[kind].append(one)
+            self.kept.append(one)
 
 
 def _when_back(written: partial[None], y: Tensor) -> None:

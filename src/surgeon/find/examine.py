@@ -33,6 +33,7 @@ from .stream import damage_on
 from .verify import Verification, Verifier, VerifyConfig
 
 CHOICE_TOKENS = 256  # on which the entries of a set are chosen
+LEFT_OUT_TOKENS = 128  # and on which each is left out
 MOST_DROPPED = 16  # entries of a set of which each is tried whether it is needed
 NEAR = 1.5  # a damage on a sample by so much above or below the bar tells nothing
 MOST_NAMED = 3  # parts by which a rejected set is named
@@ -72,7 +73,7 @@ class Examiner:
         self.few = self.damage.few(CHOICE_TOKENS)
         self.sets: list[CriticalSet] = []
         self.rejected: list[Rejection] = []
-        self.taken: list[Region] = []  # what costs much itself, and is no control
+        self.taken: list[Region] = []  # the largest estimates of each matrix, which are no controls
 
     def base_nll(self) -> float:
         """Of the intact model on all windows."""
@@ -99,7 +100,7 @@ class Examiner:
             why = "no entry contributes a measurable share of the channel's write"
             return Rejection(where, why, height=height, entries=0)
 
-        curve = _Curve(self.damage, ordered, self.few)
+        curve = _Curve(self.damage, ordered, self.few, self.damage.few(LEFT_OUT_TOKENS))
         full = max(curve.at(1, min(16, len(ordered)), len(ordered)))
         least = self.verifying.min_nats
         if least / NEAR <= full < least * NEAR:  # what is near the bar is measured on everything
@@ -154,7 +155,6 @@ class Examiner:
         """
         # half of the bar: beginnings of windows can show less than the whole
         everything = [one for one in suspects if self.verifying.is_large(2 * one.nats)]
-        self.taken = [one.part for one in everything]
         self.rejected += [_of_a_token(one) for one in everything if one.kind == "token"]
         large = [one for one in everything if one.kind != "token"]
         ordinary: Counter[tuple[Site, str]] = Counter()  # of a kind, those like their controls
@@ -238,8 +238,10 @@ def _of_a_token(one: Suspect) -> Rejection:
 class _Curve:
     """Damage of the first k entries on a sample, each k measured once."""
 
-    def __init__(self, damage: Damage, ordered: Sequence[Contribution], few: Sample) -> None:
-        self.damage, self.few = damage, few
+    def __init__(
+        self, damage: Damage, ordered: Sequence[Contribution], few: Sample, fewer: Sample
+    ) -> None:
+        self.damage, self.few, self.fewer = damage, few, fewer
         self.regions = [_region(c.entry) for c in ordered]
         self.known: dict[int, float] = {}
 
@@ -248,9 +250,10 @@ class _Curve:
         self.known |= dict(zip(unknown, self._of([range(k) for k in unknown]), strict=True))
         return [self.known[k] for k in sizes]
 
-    def _of(self, choices: Sequence[Sequence[int]]) -> list[float]:
+    def _of(self, choices: Sequence[Sequence[int]], sample: Sample | None = None) -> list[float]:
         variants = [Variant([self.regions[k] for k in chosen]) for chosen in choices]
-        return [float(d.mean()) for d in self.damage.of(variants, sample=self.few)]
+        damages = self.damage.of(variants, sample=sample or self.few)
+        return [float(d.mean()) for d in damages]
 
     def whole(self) -> float:
         """Damage of all entries on all windows."""
@@ -281,15 +284,15 @@ class _Curve:
         """
         if not 1 < len(chosen) <= MOST_DROPPED:
             return chosen
-        (joint,) = self.at(len(chosen))
+        rests = [[k for k in chosen if k != left_out] for left_out in chosen]
+        joint, *without = self._of([chosen, *rests], self.fewer)
         enough = (1 - NEEDED) * joint
-        without = self._of([[k for k in chosen if k != left_out] for left_out in chosen])
         by_need = sorted(zip(without, chosen, strict=True), reverse=True)
         for nats, left_out in by_need:
             rest = [k for k in chosen if k != left_out]
             if nats < enough or not rest:
                 break
-            if len(rest) < len(by_need) - 1 and self._of([rest])[0] < enough:
+            if len(rest) < len(by_need) - 1 and self._of([rest], self.fewer)[0] < enough:
                 continue
             chosen = rest
         return chosen

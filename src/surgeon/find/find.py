@@ -25,12 +25,14 @@ from ..errors import BadInput
 from ..progress import Tell, silent
 from ..settings import nested, setting
 from .detect import DetectConfig, Detection, detect
-from .elsewhere import LOOK_TOKENS, Suspect, suspects, without_doubles
+from .elsewhere import Suspect, estimated, suspects, without_doubles
 from .examine import Chain, Examiner
 from .links import Link, links
 from .results import FindResult, SearchedHeights
 from .verify import VerifyConfig
 from .zeroed import zeroed
+
+LINK_TOKENS = 128  # on which it is asked which sets do the same work
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class FindConfig:
         choices=("everything", "mlp.down"),
     )
     measured: int = setting(
-        16,
+        32,
         "of norm scales, entries, rows and columns each, how many of the largest estimates are"
         " measured",
         low=1,
@@ -107,14 +109,16 @@ def find(
         examiner.accepts(weak)
     measured: list[Suspect] = []
     if config.only == "everything":
-        measured = suspects(anatomy, probe, examiner.damage, config.measured, progress)
+        everything = estimated(anatomy, probe, progress)
+        examiner.taken = [one.part for one in everything]
+        measured = suspects(anatomy, everything, examiner.damage, config.measured, progress)
         examiner.weigh(without_doubles(measured, cover), config.sets)
     sets = sorted(examiner.sets, key=lambda one: -one.damage.joint_nats)
     bar, heights = first.detection.bar, first.detection.heights
     searched = SearchedHeights(bar, heights, examiner.base_nll())
     chained: list[Link] = []
     if not isinstance(anatomy, StreamedAnatomy):  # it would be read twice for each pair
-        few = examiner.damage.few(LOOK_TOKENS)
+        few = examiner.damage.few(LINK_TOKENS)
         chained = links(anatomy, [one.parts for one in sets], probe[few.windows, : few.tokens])
     rejected = [*first.rejected, *examiner.rejected]
     return FindResult(sets, rejected, searched, measured, chained)

@@ -44,6 +44,7 @@ from ..settings import setting
 from .causal import written_channels
 from .controls import matched_controls
 from .damage import Evidence, Variant
+from .estimates import EACH_SITE
 from .stream import damage_on
 
 
@@ -258,7 +259,7 @@ def entries_of(anatomy: Anatomy, part: Region) -> list[Entry]:
 
 def control_kind(parts: Sequence[Region], taken: Sequence[Region] = ()) -> str:
     """How the controls were matched, in words."""
-    without = ", without others that cost much themselves" if taken else ""
+    without = f", without the {EACH_SITE} of the largest estimates" if taken else ""
     kinds = {p.geometry for p in parts}
     if kinds <= {"row", "column"}:
         lines = " and ".join(f"{kind}s" for kind in sorted(kinds, reverse=True))

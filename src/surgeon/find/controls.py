@@ -28,7 +28,7 @@ def matched_controls(
     A whole row is matched by one of the rows nearest in norm, likewise a column. Where several
     entries share a row, the control takes them from one other row (or column), chosen at random
     among those nearest in norm. A lone entry is matched by one of the entries nearest in |w|. Rows
-    and columns of the set itself are never used, nor weights that are taken.
+    and columns of the set itself are never used, nor weights that are taken if enough are left.
     Raises: BadInput if the set is a whole matrix.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -45,9 +45,7 @@ def matched_controls(
                 f"all of {site} was named, and then nothing is left in it to be a control; name"
                 " rows, columns or entries."
             )
-        for region in taken:
-            if region.site == site:
-                mask[_index(region.row), _index(region.col)] = True
+        mask = _less_taken(mask, [region for region in taken if region.site == site], n)
         rows = [
             region.row for region in mine if region.geometry == "row" and region.row is not None
         ]
@@ -70,6 +68,19 @@ def matched_controls(
         ):
             control.extend(entries)
     return controls
+
+
+def _less_taken(mask: Tensor, taken: Sequence[Region], n: int) -> Tensor:
+    """The mask with what is taken in it too, kind by kind, if enough of the matrix is left."""
+    for geometry in ("single", "row", "column"):
+        more = mask.clone()
+        for region in taken:
+            if region.geometry == geometry:
+                more[_index(region.row), _index(region.col)] = True
+        free_rows, free_columns = (int((~more).any(axis).sum()) for axis in (1, 0))
+        if free_rows >= n and (free_columns >= n or mask.shape[1] == 1):
+            mask = more
+    return mask
 
 
 def _index(line: int | None) -> slice | int:

@@ -288,7 +288,7 @@ def test_the_vital_row_of_a_real_model_is_found(shared):
     anatomy, corpus = open_shared(
         shared / "models" / "tinystories-656k", shared / "text" / "tinystories-sample.txt", 24
     )
-    result = find(anatomy, corpus)
+    result = find(anatomy, corpus, FindConfig(only="mlp.down"))
     assert [s.geometry for s in result.sets] == ["row"]
     (critical,) = result.sets
     assert {(e.entry.site.layer, e.entry.row) for e in critical.entries} == {(0, 88)}

@@ -292,7 +292,7 @@ def test_the_vital_row_of_a_real_model_is_found(shared):
     assert [s.geometry for s in result.sets] == ["row"]
     (critical,) = result.sets
     assert {(e.entry.site.layer, e.entry.row) for e in critical.entries} == {(0, 88)}
-    assert critical.damage.joint_nats > 1.0
+    assert critical.damage.joint_nats > 0.8
     assert critical.damage.joint_nats > 10 * critical.controls.max_nats
     assert critical.agreement == 1
 

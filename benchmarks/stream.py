@@ -198,6 +198,8 @@ def main() -> None:
         "find",
         str(options.folder),
         "--stream",
+        "--only",
+        "mlp.down",
         "--json",
         "--device",
         "cpu",

@@ -286,7 +286,7 @@ def test_the_lab_gives_what_the_command_gives(folder: Path, text: Path, tmp_path
 def test_findings_and_addresses_name_what_is_held_out(folder: Path, text: Path):
     lab = surgeon_package.open(str(folder))
     given = {"text": str(text), "window": 16}
-    found = lab.find(**given)
+    found = lab.find(only="mlp.down", **given)
     by_finding = lab.quantize(3, critical=found, **given)
     assert by_finding.critical.entries == [Entry.parse(ENTRY)]
     assert by_finding.table == lab.quantize(3, critical=ENTRY, **given).table

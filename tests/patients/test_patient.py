@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from surgeon.anatomy import Anatomy, load_model
 from surgeon.corpus import load_corpus
-from surgeon.find import find
+from surgeon.find import FindConfig, find
 from surgeon.patients import FOLDER, heldout_text
 from surgeon.patients.generate import documents, facts
 from surgeon.patients.train import known_facts
@@ -116,6 +116,7 @@ def test_its_vital_set_arose_in_training():
     result = find(
         Anatomy.of(loaded.model),
         load_corpus(loaded.tokenizer, heldout_text(), "patient-heldout", 256, 40),
+        FindConfig(only="mlp.down"),
     )
     assert result.verdict == "found"
     assert len(result.sets) == 1

@@ -34,6 +34,7 @@ from .verify import Verification, Verifier, VerifyConfig
 
 CHOICE_TOKENS = 256  # on which the entries of a set are chosen
 LEFT_OUT_TOKENS = 128  # and on which each is left out
+ASIDE_WINDOWS = 4  # on which single parts, all but one, and restored are measured
 MOST_DROPPED = 16  # entries of a set of which each is tried whether it is needed
 NEAR = 1.5  # a damage on a sample by so much above or below the bar tells nothing
 MOST_NAMED = 3  # parts by which a rejected set is named
@@ -202,7 +203,9 @@ class Examiner:
                 " verify"
             )
             return Rejection(where, why, joint_nats=verifier.joint(parts))
-        aside_on = verifier.damage.few(CHOICE_TOKENS) if verifier.stops_early else None
+        # whole windows, since these numbers stand beside the joint damage of whole windows
+        some = torch.arange(min(ASIDE_WINDOWS, len(verifier.damage.base)))
+        aside_on = Sample(some) if verifier.stops_early else None
         verified = verifier(parts, aside_on, self.taken)
         if verified.vital:
             return verified

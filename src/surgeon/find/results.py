@@ -53,7 +53,8 @@ class SetDamage:
     """Damage of a set in nats per token, on windows that neither detection nor the choice saw.
 
     single_nats, leave_one_out_nats: of the strongest entries. restored_nats: what is left after
-    restoring the super activation alone. full_nats: of all `full_size` entries that write the
+    restoring the super activation alone. These three are of 4 of the windows, unless nothing
+    is stopped early. full_nats: of all `full_size` entries that write the
     channels, on a sample of the probe windows; of itself, of a set that no channel names.
     """
 

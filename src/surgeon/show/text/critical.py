@@ -59,8 +59,8 @@ def _print_set(number: int, one: CriticalSet) -> None:
         out.print(f"  strongest alone     {max(damage.single_nats):+.3f} nats")
     if damage.restored_nats is not None:
         out.print(
-            f"  peak restored       {damage.restored_nats:+.3f} nats are left after restoring the"
-            " super activation alone"
+            f"  peak restored       {damage.restored_nats:+.3f} nats are left, on a few windows,"
+            " after restoring the super activation alone"
         )
     out.print(f"  controls            {controls_shown(one.controls)}")
     if one.channels:

@@ -7,7 +7,7 @@ import torch
 
 from surgeon.anatomy import Anatomy, Region, load_model
 from surgeon.corpus import load_corpus, read_text
-from surgeon.find import FindConfig, FindResult, VerifyConfig, find
+from surgeon.find import DetectConfig, FindConfig, FindResult, VerifyConfig, find
 from surgeon.find.controls import matched_controls
 from surgeon.measure import window_nll
 from surgeon.patch import ablate
@@ -56,6 +56,12 @@ def test_the_published_search_stays_in_mlp_down(model, found: FindResult):
     assert {part.site.role for one in only.sets for part in one.parts} == {"mlp.down"}
     assert only.measured == []
     assert [one.damage for one in only.sets] == [one.damage for one in found.sets if one.channels]
+
+
+def test_layers_limit_the_whole_search(model):
+    limited = find(*model, FindConfig(DetectConfig(layers=(1, 2)), measured=4))
+    assert limited.measured
+    assert {one.part.site.layer for one in limited.measured} == {1}
 
 
 @pytest.mark.slow

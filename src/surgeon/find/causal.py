@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..anatomy import Anatomy, Region, Site
 from ..measure.likelihood import batches, window_nll
-from ..patch import ablate, record_channel, restored_channel
+from ..patch import record_channel, restored_channel
+from .zeroed import zeroed
 
 MAX_CHANNELS = 8  # parts that write more have no one activation that could be put back
 
@@ -44,13 +45,12 @@ def restored_nll(
     Source: Yu et al. 2024, arXiv:2411.07191, section 3.2.
     """
     channels = written_channels(parts)
-    injury = ablate(anatomy, parts)
     device = next(anatomy.model.parameters()).device
     losses = []
     for ids in batches(windows):
         on_device = ids.to(device)
         intact = [record_channel(anatomy, site, row, on_device) for site, row in channels]
-        with injury.applied(anatomy), ExitStack() as restored:
+        with zeroed(anatomy, parts), ExitStack() as restored:
             for (site, row), clean in zip(channels, intact, strict=True):
                 broken = record_channel(anatomy, site, row, on_device)
                 peak = torch.zeros_like(clean, dtype=torch.bool).scatter_(

@@ -45,7 +45,7 @@ def matched_controls(
                 f"all of {site} was named, and then nothing is left in it to be a control; name"
                 " rows, columns or entries."
             )
-        mask = _less_taken(mask, [region for region in taken if region.site == site], n)
+        mask = _less_taken(mask, mine, [one for one in taken if one.site == site], n)
         rows = [
             region.row for region in mine if region.geometry == "row" and region.row is not None
         ]
@@ -70,17 +70,18 @@ def matched_controls(
     return controls
 
 
-def _less_taken(mask: Tensor, taken: Sequence[Region], n: int) -> Tensor:
-    """The mask with what is taken in it too, kind by kind, if enough of the matrix is left."""
-    for geometry in ("single", "row", "column"):
-        more = mask.clone()
-        for region in taken:
-            if region.geometry == geometry:
-                more[_index(region.row), _index(region.col)] = True
-        free_rows, free_columns = (int((~more).any(axis).sum()) for axis in (1, 0))
-        if free_rows >= n and (free_columns >= n or mask.shape[1] == 1):
-            mask = more
-    return mask
+def _less_taken(mask: Tensor, mine: Sequence[Region], taken: Sequence[Region], n: int) -> Tensor:
+    """The mask with what is taken in it too, of the kinds that the set has, if as much is left as
+    there are controls.
+    """
+    kinds = {region.geometry for region in mine}
+    more = mask.clone()
+    for region in taken:
+        if region.geometry in kinds:
+            more[_index(region.row), _index(region.col)] = True
+    free = ~more
+    left = {"single": free.sum(), "row": free.all(1).sum(), "column": free.all(0).sum()}
+    return more if all(int(left[kind]) >= n for kind in kinds) else mask
 
 
 def _index(line: int | None) -> slice | int:

@@ -63,6 +63,10 @@ class Damage(ABC):
     def stages(self) -> list[Sample]:
         return [Sample(torch.arange(len(self.base)))]
 
+    def base_on(self, sample: Sample) -> Float64[Tensor, " k"]:
+        """NLL of the intact model on a sample."""
+        return self.base[sample.windows]
+
     def few(self, tokens: int) -> Sample:
         """A sample of about so many tokens; everything, where no sample costs less."""
         return self.stages[-1]
@@ -137,6 +141,9 @@ class DamageInMemory(Damage):
         stages = stages_of(*self.windows.shape)
         return stages[-1:] if self.exhaustive else stages
 
+    def base_on(self, sample: Sample) -> Float64[Tensor, " k"]:
+        return self._run.nll_on(sample)
+
     def few(self, tokens: int) -> Sample:
         n, width = self.windows.shape
         if self.exhaustive:
@@ -152,7 +159,7 @@ class DamageInMemory(Damage):
         sample: Sample | None = None,
     ) -> list[Float64[Tensor, " k"]]:
         sample = sample or self.stages[-1]
-        base = self._run.nll_on(sample)
+        base = self.base_on(sample)
         if self._goes_together(variants, sample):
             wave = Wave(self.anatomy, self._run, sample)
             losses = wave.losses([variant.zeroed for variant in variants])
@@ -186,7 +193,7 @@ class DamageInMemory(Damage):
         if tokens is None:
             return whole, whole
         beginning = losses[:, : tokens - 1].mean(1)
-        return whole, beginning - self._run.nll_on(Sample(self.stages[-1].windows, tokens))
+        return whole, beginning - self.base_on(Sample(self.stages[-1].windows, tokens))
 
     def _one(self, variant: Variant, sample: Sample) -> Float64[Tensor, " k"]:
         if variant.restored:

@@ -19,7 +19,7 @@
 # the first-order term alone, from their own gradient.
 #
 # Sources: Molchanov et al. 2017, arXiv:1611.06440, eq. 7 (first order); Theis et al. 2018,
-# arXiv:1801.05787, eq. 11 (empirical Fisher). The bound is ours; benchmarks/estimates.py compares.
+# arXiv:1801.05787, eq. 11 (empirical Fisher). The bound is ours; docs/finding.md compares.
 
 from __future__ import annotations
 

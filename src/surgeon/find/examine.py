@@ -154,37 +154,44 @@ class Examiner:
         """Verify suspects, dearest first, until there are `most` sets; say of the others what they
         cost on the sample.
         """
-        # half of the bar: beginnings of windows can show less than the whole
-        everything = [one for one in suspects if self.verifying.is_large(2 * one.nats)]
-        self.rejected += [_of_a_token(one) for one in everything if one.kind == "token"]
-        large = [one for one in everything if one.kind != "token"]
         ordinary: Counter[tuple[Site, str]] = Counter()  # of a kind, those like their controls
-        for one in large:
+        for one in suspects:
+            # half of the bar: beginnings of windows can show less than the whole
+            if not self.verifying.is_large(2 * one.nats):
+                continue
             if any(self._explains(known, one) for known in self.sets):
                 continue
-            scale = next((s for known in self.sets for s in _scales_read_by(one, known)), None)
-            if scale is not None:
-                why = f"it reads what {scale} scales, which is a set; measured on a sample"
+            kind = (one.part.site, one.kind)
+            why = self._why_not(one, most, ordinary[kind])
+            if why is not None:
+                why = f"{why}; measured on a sample"
                 self.rejected.append(Rejection(str(one.part), why, joint_nats=one.nats))
                 continue
-            kind = (one.part.site, one.kind)
-            if len(self.sets) >= most:
-                why = f"not verified: {most} dearer sets were (‹sets›); measured on a sample"
-            elif ordinary[kind] >= ORDINARY:
-                why = (
-                    f"not verified: {ORDINARY} dearer {one.kind}s of the same matrix did not stand"
-                    " out from their controls; measured on a sample"
-                )
+            verified = self._verified([one.part])
+            if isinstance(verified, Rejection):
+                self.rejected.append(verified)
+                ordinary[kind] += verified.control_max_nats is not None
             else:
-                verified = self._verified([one.part])
-                if isinstance(verified, Rejection):
-                    self.rejected.append(verified)
-                    ordinary[kind] += verified.control_max_nats is not None
-                else:
-                    entries, size = entries_of_part(self.anatomy, one.part)
-                    self.sets.append(CriticalSet.of(verified, entries, size, one.nats, size))
-                continue
-            self.rejected.append(Rejection(str(one.part), why, joint_nats=one.nats))
+                entries, size = entries_of_part(self.anatomy, one.part)
+                self.sets.append(CriticalSet.of(verified, entries, size, one.nats, size))
+
+    def _why_not(self, one: Suspect, most: int, ordinary: int) -> str | None:
+        """Why a suspect is not verified; None if it is to be. ordinary: how many dearer ones of its
+        kind and matrix were like their controls.
+        """
+        if one.kind == "token":
+            return "it is of one token, and costs what the places cost where that token stands"
+        for known in self.sets:
+            for scale in _scales_read_by(one, known):
+                return f"it reads what {scale} scales, which is a set"
+        if len(self.sets) >= most:
+            return f"not verified: {most} dearer sets were (‹sets›)"
+        if ordinary >= ORDINARY:
+            return (
+                f"not verified: {ORDINARY} dearer {one.kind}s of the same matrix did not stand out"
+                " from their controls"
+            )
+        return None
 
     def _explains(self, known: CriticalSet, suspect: Suspect) -> bool:
         """Whether a set does already what this region does: the region holds, or is, one of its
@@ -228,14 +235,6 @@ def _scales_read_by(one: Suspect, known: CriticalSet) -> list[Region]:
         and one.kind == "column"
         and part.row == one.part.col
     ]
-
-
-def _of_a_token(one: Suspect) -> Rejection:
-    why = (
-        "not verified: it is of one token, and costs what the places cost where that token stands;"
-        " measured on a sample"
-    )
-    return Rejection(str(one.part), why, joint_nats=one.nats)
 
 
 class _Curve:

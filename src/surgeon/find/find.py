@@ -32,8 +32,6 @@ from .results import FindResult, SearchedHeights
 from .verify import VerifyConfig
 from .zeroed import zeroed
 
-LINK_TOKENS = 128  # on which it is asked which sets do the same work
-
 
 @dataclass(frozen=True)
 class FindConfig:
@@ -110,6 +108,10 @@ def find(
     measured: list[Suspect] = []
     if config.only == "everything":
         everything = estimated(anatomy, probe, progress)
+        if config.detect.layers is not None:
+            first_layer, end = config.detect.layers
+            within = range(first_layer, end)
+            everything = [one for one in everything if one.part.site.layer in within]
         examiner.taken = [one.part for one in everything]
         measured = suspects(anatomy, everything, examiner.damage, config.measured, progress)
         examiner.weigh(without_doubles(measured, cover), config.sets)
@@ -118,8 +120,7 @@ def find(
     searched = SearchedHeights(bar, heights, examiner.base_nll())
     chained: list[Link] = []
     if not isinstance(anatomy, StreamedAnatomy):  # it would be read twice for each pair
-        few = examiner.damage.few(LINK_TOKENS)
-        chained = links(anatomy, [one.parts for one in sets], probe[few.windows, : few.tokens])
+        chained = links(anatomy, [one.parts for one in sets], probe, examiner.damage)
     rejected = [*first.rejected, *examiner.rejected]
     return FindResult(sets, rejected, searched, measured, chained)
 

@@ -15,14 +15,17 @@ from contextlib import ExitStack
 from itertools import combinations
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from ..anatomy import Anatomy, Region, Site
 from ..measure.likelihood import batches, window_nll
 from ..patch import record_channel, restored_channel
 from ..result import record
+from .damage import Damage, Variant
 from .zeroed import zeroed
 
+LINK_TOKENS = 128  # on which it is asked
 SHARED = 0.5  # of the smaller damage, from which on two sets are links of one chain
 
 
@@ -43,41 +46,42 @@ class Link:
     restored_nats: float | None
 
 
-def links(anatomy: Anatomy, sets: Sequence[Sequence[Region]], windows: Tensor) -> list[Link]:
+def links(
+    anatomy: Anatomy,
+    sets: Sequence[Sequence[Region]],
+    windows: Int64[Tensor, "n window"],
+    damage: Damage,
+) -> list[Link]:
     """Every pair of sets that share a channel and at least SHARED of the smaller damage.
 
-    sets: the regions of each. windows: (n, window), few are enough.
+    sets: the regions of each. damage: on these windows, of which a few tokens are read.
     """
-    windows = windows.to(next(anatomy.model.parameters()).device)
-    base = float(window_nll(anatomy.model, windows).mean())
-
-    def damage(parts: Sequence[Region]) -> float:
-        with zeroed(anatomy, parts):
-            return float(window_nll(anatomy.model, windows).mean()) - base
-
     channels = [_channels(anatomy, parts) for parts in sets]
     depths = [anatomy.first_changed(part.site for part in parts) for parts in sets]
     upwards = sorted(range(len(sets)), key=lambda number: depths[number])
-    alone: dict[int, float] = {}
+    pairs = [(a, b) for a, b in combinations(upwards, 2) if channels[a] & channels[b]]
+    # each weight once: a set can hold a part of another
+    both = [list(dict.fromkeys([*sets[a], *sets[b]])) for a, b in pairs]
+
+    few = damage.few(LINK_TOKENS)
+    measured = damage.of([Variant(parts) for parts in [*sets, *both]], sample=few)
+    nats = [float(one.mean()) for one in measured]
+    alone, together = nats[: len(sets)], nats[len(sets) :]
+    read = windows[few.windows, : few.tokens].to(next(anatomy.model.parameters()).device)
+    base = float(damage.base_on(few).mean())
+
     found = []
-    for first, then in combinations(upwards, 2):
-        shared = channels[first] & channels[then]
-        if not shared:
-            continue
-        for number in (first, then):
-            if number not in alone:
-                alone[number] = damage(sets[number])
-        nats = alone[first], alone[then]
-        # each weight once: a set can hold a part of another
-        together = damage(list(dict.fromkeys([*sets[first], *sets[then]])))
+    for (first, then), joint in zip(pairs, together, strict=True):
         written = _written(anatomy, sets[then])
         left = None
         if written is not None:
-            left = _restored(anatomy, sets[first], *written, windows) - base
-        overlap = sum(nats) - together
-        through = 0.0 if left is None else nats[0] - left
-        if max(overlap / max(min(nats), 1e-9), through / max(nats[0], 1e-9)) >= SHARED:
-            found.append(Link(first + 1, then + 1, min(shared), nats, together, left))
+            left = _restored(anatomy, sets[first], *written, read) - base
+        mine = alone[first], alone[then]
+        overlap = (sum(mine) - joint) / max(min(mine), 1e-9)
+        through = 0.0 if left is None else (mine[0] - left) / max(mine[0], 1e-9)
+        if max(overlap, through) >= SHARED:
+            channel = min(channels[first] & channels[then])
+            found.append(Link(first + 1, then + 1, channel, mine, joint, left))
     return found
 
 

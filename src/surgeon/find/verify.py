@@ -174,22 +174,22 @@ class Verifier:
             )
         drawn = matched_controls(self.anatomy, parts, self.config.controls, self.config.seed, taken)
         matched = control_kind(parts, taken)
+        aside = self._aside(parts)
         if self.stops_early:
             joint, _ = self._together(parts)
             controls = self._stopped_controls(parts, drawn, matched)
-            vital = is_vital(
-                float(joint.mean()), interval(joint, self.config.seed), controls, self.config
-            )
-            aside = self._aside(parts) if vital or aside_on is None else {}
-            by_window = {name: self.damage.of(v, self.count, aside_on) for name, v in aside.items()}
         else:  # together, so that a model that is read from disk is read once for all of them
             variants = {"joint": [Variant(parts)], "controls": [Variant(one) for one in drawn]}
-            by_window = self._at_once(variants | self._aside(parts))
+            by_window = self._at_once(variants | aside)
             (joint,) = by_window["joint"]
             controls = Controls([float(one.mean()) for one in by_window["controls"]], matched)
-        nats = {name: [float(one.mean()) for one in each] for name, each in by_window.items()}
         joint_nats = float(joint.mean())
         ci95 = interval(joint, self.config.seed)
+        if self.stops_early:
+            if aside_on is not None and not is_vital(joint_nats, ci95, controls, self.config):
+                aside = {}
+            by_window = {name: self.damage.of(v, self.count, aside_on) for name, v in aside.items()}
+        nats = {name: [float(one.mean()) for one in each] for name, each in by_window.items()}
         return Verification(
             at=list(parts),
             base_nll=float(self.damage.base.mean()),
@@ -259,7 +259,9 @@ def entries_of(anatomy: Anatomy, part: Region) -> list[Entry]:
 
 def control_kind(parts: Sequence[Region], taken: Sequence[Region] = ()) -> str:
     """How the controls were matched, in words."""
-    without = f", without the {EACH_SITE} of the largest estimates" if taken else ""
+    without = ""
+    if taken:
+        without = f", without the {EACH_SITE} of the largest estimates where enough others are left"
     kinds = {p.geometry for p in parts}
     if kinds <= {"row", "column"}:
         lines = " and ".join(f"{kind}s" for kind in sorted(kinds, reverse=True))

@@ -37,6 +37,8 @@ def print_find(result: FindResult) -> None:
         )
     for number, one in enumerate(result.sets, 1):
         _print_set(number, one)
+    if result.sets:
+        _print_rule(result.sets[0].criteria)
     for link in result.chained:
         _print_link(link)
     _print_rejected(result.rejected)
@@ -69,7 +71,7 @@ def _print_set(number: int, one: CriticalSet) -> None:
             f"  the whole channel   {damage.full_nats:+.3f} nats for all {damage.full_size} entries"
             f" that write channel {channels}, on a sample of the probe windows"
         )
-    print_verdict(one.vital, one.criteria, one.severity, one.close)
+    _print_verdict(one.vital, one.severity, one.close)
 
 
 def _print_link(link: Link) -> None:
@@ -176,10 +178,19 @@ def _print_rejected(rejected: Sequence[Rejection]) -> None:
 def print_verdict(
     vital: bool, criteria: str, severity: str | None = None, close: bool = False
 ) -> None:
+    _print_verdict(vital, severity, close)
+    _print_rule(criteria)
+
+
+def _print_verdict(vital: bool, severity: str | None, close: bool) -> None:
     verdict = "vital" if vital else "not vital"
-    grade = f", {severity} (the interval's lower end: {GRADES})" if severity else ""
+    grade = f", {severity}" if severity else ""
     near = " A number that decides is within a tenth of its threshold." if close else ""
-    out.print(f"Verdict: [bold]{verdict}[/bold]{grade}. The rule: {shown(criteria)}.{near}")
+    out.print(f"Verdict: [bold]{verdict}[/bold]{grade}.{near}")
+
+
+def _print_rule(criteria: str) -> None:
+    out.print(f"The rule: {shown(criteria)}. By the lower end of that interval it is {GRADES}.")
 
 
 def controls_shown(controls: Controls) -> str:
